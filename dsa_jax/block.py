@@ -1,0 +1,114 @@
+"""One layer: attention and an MLP or experts, each added to the stream.
+
+Letters: B batch, T tokens, D model width, L layers of a stack.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax import ad_checkpoint
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import config as config_lib
+from dsa_jax import frame as frame_lib
+from dsa_jax import mla
+from dsa_jax import moe
+from dsa_jax import norms
+
+# Cheap to keep and dear to compute again: a layer's selection and the results
+# of its attention (everything else of a layer is computed again).
+_KEPT = ("indexer_topk", "sparse_mla", "dense_mla")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerOutput:
+  """What a layer did; of a stack of layers, each array has L in front."""
+
+  cache: mla.LayerCache | None
+  """The cache that was given, with these tokens in it."""
+  selected: Int[Array, "*L B T K"] | None
+  """The keys that sparse attention read."""
+  index_loss: Float[Array, "*L B T"] | None
+  """The indexer's loss, if asked for."""
+  router: moe.RouterStats | None
+  """What balancing needs; None for a dense MLP."""
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and feed-forward."""
+
+  def __init__(
+    self, cfg: config_lib.ModelConfig, *, experts: bool, rngs: nnx.Rngs
+  ):
+    self.attention_norm = norms.RMSNorm(cfg.embed_dim, cfg)
+    self.attention = mla.MLA(cfg, rngs=rngs)
+    self.ffn_norm = norms.RMSNorm(cfg.embed_dim, cfg)
+    if experts:
+      self.ffn = moe.MoE(cfg, rngs=rngs)
+    else:
+      self.ffn = moe.MLP(cfg.dense_ffn_dim, cfg, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    frame: frame_lib.Frame,
+    cache: mla.LayerCache | None = None,
+  ) -> tuple[Float[Array, "B T D"], LayerOutput]:
+    attended = self.attention(self.attention_norm(x), frame, cache)
+    x = x + attended.y
+    stats = None
+    if isinstance(self.ffn, moe.MoE):
+      y, stats = self.ffn(self.ffn_norm(x), frame.valid)
+    else:
+      y = self.ffn(self.ffn_norm(x))
+    output = LayerOutput(
+      attended.cache, attended.selected, attended.index_loss, stats
+    )
+    return x + y, output
+
+
+def make_stack(
+  cfg: config_lib.ModelConfig, length: int, *, experts: bool, rngs: nnx.Rngs
+) -> Block | None:
+  """Blocks whose parameters have the layer in front; None for no layers."""
+  if not length:
+    return None
+
+  def make(key):
+    return Block(cfg, experts=experts, rngs=nnx.Rngs(key))
+
+  return jax.vmap(make)(jax.random.split(rngs.params(), length))
+
+
+def run_stack(
+  stack: Block,
+  x: Float[Array, "B T D"],
+  frame: frame_lib.Frame,
+  cache: mla.LayerCache | None = None,
+  *,
+  remat: bool,
+  keep_hidden: bool,
+) -> tuple[Float[Array, "B T D"], LayerOutput, Float[Array, "L B T D"] | None]:
+  """Runs the layers one after another; compiled once for all of them.
+
+  Args:
+    stack: From `make_stack`.
+    x: The residual stream.
+    frame: Positions and visible keys.
+    cache: The layers' caches, with L in front.
+    remat: Compute each layer again in the backward pass, except `_KEPT`.
+    keep_hidden: Return the stream after every layer, too.
+  """
+
+  def layer(x, block_and_cache):
+    block, cache = block_and_cache
+    x, output = block(x, frame, cache)
+    return x, (output, x if keep_hidden else None)
+
+  if remat:
+    policy = ad_checkpoint.checkpoint_policies.save_only_these_names(*_KEPT)
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+  x, (outputs, hidden) = jax.lax.scan(layer, x, (stack, cache))
+  return x, outputs, hidden

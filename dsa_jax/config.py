@@ -1,0 +1,206 @@
+"""Model configuration: the shape of a DeepSeek-V3.2, validated when made."""
+
+import dataclasses
+from typing import Literal
+
+from dsa_jax import sharding
+
+type DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+  """YaRN: stretches RoPE to longer contexts. A factor of 1 changes nothing."""
+
+  factor: float = 1.0
+  """How many times longer the context is than in pretraining."""
+  original_context: int = 4096
+  """The context of pretraining, tokens."""
+  beta_fast: float = 32.0
+  """Dimensions that turn more often than this over it keep their frequency."""
+  beta_slow: float = 1.0
+  """Dimensions that turn less often than this are slowed by the factor."""
+  mscale: float = 1.0
+  """Numerator of the scale of cos and sin."""
+  mscale_all_dim: float = 1.0
+  """Denominator of it; its square scales the softmax."""
+
+  def __post_init__(self):
+    if self.factor < 1:
+      raise ValueError(f"yarn: {self.factor=} must be at least 1 (1: no YaRN).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The shape of the model. Defaults are what the family shares."""
+
+  vocab_size: int
+  """V."""
+  embed_dim: int
+  """D, the width of the residual stream."""
+  num_layers: int
+  """L, without the MTP layer."""
+  num_dense_layers: int
+  """How many of them, from the first, have a dense MLP in place of experts."""
+
+  num_heads: int
+  """N."""
+  nope_head_dim: int
+  """H, width of a query's or key's part without position."""
+  rope_head_dim: int
+  """R, width of the part with rotary position."""
+  value_head_dim: int
+  """U."""
+  q_rank: int
+  """Q, rank of the query latent."""
+  kv_rank: int
+  """C, rank of the key/value latent."""
+
+  index_heads: int
+  """M, heads of the lightning indexer."""
+  index_head_dim: int
+  """I, their width, of which the first R are rotated."""
+  top_k: int
+  """K, keys that sparse attention reads for a query."""
+  index_rope_interleaved: bool = False
+  """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
+
+  dense_ffn_dim: int
+  """F of the dense MLP."""
+  expert_ffn_dim: int
+  """F of one expert."""
+  num_experts: int
+  """E, routed experts."""
+  experts_per_token: int
+  """Routed experts that a token goes through."""
+  num_shared_experts: int = 1
+  """Experts that every token goes through."""
+  expert_groups: int = 1
+  """Groups of experts; a token's come from `groups_per_token` of them."""
+  groups_per_token: int = 1
+  """See `expert_groups`."""
+  routed_scale: float = 2.5
+  """Multiplies the routed experts' weights."""
+  normalize_expert_weights: bool = True
+  """Let a token's expert weights sum to 1 before scaling."""
+
+  num_mtp_layers: Literal[0, 1] = 0
+  """Extra blocks that predict the token after the next."""
+
+  rope_theta: float = 10000.0
+  """Base of the rotary frequencies."""
+  yarn: YarnConfig = YarnConfig()
+  norm_eps: float = 1e-6
+  """Added to variances in RMSNorm."""
+  init_std: float = 0.02
+  """Standard deviation of initial weights."""
+
+  dtype: DType = "bfloat16"
+  """What activations are computed in."""
+  param_dtype: DType = "float32"
+  """What parameters are kept in."""
+  remat: bool = True
+  """Compute a layer again in the backward pass, but for its attention."""
+  rules: sharding.ShardingRules = sharding.ShardingRules()
+  """Which mesh axes shard which dimensions."""
+
+  def __post_init__(self):
+    may_be_zero = ("num_dense_layers", "num_shared_experts", "num_mtp_layers")
+    for field in dataclasses.fields(self):
+      value, least = getattr(self, field.name), field.name not in may_be_zero
+      if field.type is int and value < least:
+        raise ValueError(f"{field.name}={value} must be at least {int(least)}.")
+    if self.rope_head_dim % 2:
+      raise ValueError(
+        f"{self.rope_head_dim=} must be even: RoPE rotates pairs."
+      )
+    if self.index_head_dim < self.rope_head_dim:
+      raise ValueError(
+        f"{self.index_head_dim=} must be at least {self.rope_head_dim=}: the "
+        "indexer rotates that many of its dimensions."
+      )
+    if not 0 <= self.num_dense_layers <= self.num_layers:
+      raise ValueError(
+        f"{self.num_dense_layers=} must lie in 0..{self.num_layers=}."
+      )
+    self._check_experts()
+
+  def _check_experts(self):
+    if self.num_experts % self.expert_groups:
+      raise ValueError(
+        f"{self.num_experts=} must be a multiple of {self.expert_groups=}."
+      )
+    if self.groups_per_token > self.expert_groups:
+      raise ValueError(
+        f"{self.groups_per_token=} exceeds {self.expert_groups=}."
+      )
+    per_group = self.num_experts // self.expert_groups
+    if self.expert_groups > 1 and per_group < 2:
+      raise ValueError(
+        f"{self.expert_groups=} leaves {per_group} expert a group, but a group "
+        "is scored by its two best: take fewer groups."
+      )
+    if self.experts_per_token > per_group * self.groups_per_token:
+      raise ValueError(
+        f"{self.experts_per_token=} exceeds the {per_group} experts of each of "
+        f"{self.groups_per_token=} groups."
+      )
+
+  @property
+  def num_moe_layers(self) -> int:
+    return self.num_layers - self.num_dense_layers
+
+
+def v32_671b() -> ModelConfig:
+  """DeepSeek-V3.2 as released."""
+  return ModelConfig(
+    vocab_size=129280,
+    embed_dim=7168,
+    num_layers=61,
+    num_dense_layers=3,
+    num_heads=128,
+    nope_head_dim=128,
+    rope_head_dim=64,
+    value_head_dim=128,
+    q_rank=1536,
+    kv_rank=512,
+    index_heads=64,
+    index_head_dim=128,
+    top_k=2048,
+    dense_ffn_dim=18432,
+    expert_ffn_dim=2048,
+    num_experts=256,
+    experts_per_token=8,
+    expert_groups=8,
+    groups_per_token=4,
+    num_mtp_layers=1,
+    yarn=YarnConfig(factor=40.0),
+    init_std=0.006,
+  )
+
+
+def tiny() -> ModelConfig:
+  """Every part of the real one, small enough to learn bytes on a CPU."""
+  return ModelConfig(
+    vocab_size=264,
+    embed_dim=128,
+    num_layers=4,
+    num_dense_layers=1,
+    num_heads=4,
+    nope_head_dim=32,
+    rope_head_dim=16,
+    value_head_dim=32,
+    q_rank=64,
+    kv_rank=32,
+    index_heads=4,
+    index_head_dim=32,
+    top_k=64,
+    dense_ffn_dim=256,
+    expert_ffn_dim=64,
+    num_experts=8,
+    experts_per_token=2,
+    expert_groups=2,
+    groups_per_token=1,
+    num_mtp_layers=1,
+    dtype="float32",
+  )

@@ -1,0 +1,122 @@
+"""Lightning indexer: scores every visible key for every query, cheaply.
+
+Letters: B batch, T queries, S keys, K chosen keys, D model width, Q query rank,
+M index heads, I their width, of which the first R are rotated.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import config as config_lib
+from dsa_jax import frame as frame_lib
+from dsa_jax import norms
+from dsa_jax import parameter
+from dsa_jax import rope
+from dsa_jax import sharding
+import pallas_kernels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """What the indexer chose, and what it scored with."""
+
+  indices: Int[Array, "B T K"]
+  """The chosen keys, ascending, then -1."""
+  q_BTMI: Float[Array, "B T M I"]
+  k_BSI: Float[Array, "B S I"]
+  w_BTM: Float[Array, "B T M"]
+
+
+class Indexer(nnx.Module):
+  """Chooses the K keys that each query attends to (DeepSeek-V3.2, eq. 1-2)."""
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, Q, M, I = cfg.embed_dim, cfg.q_rank, cfg.index_heads, cfg.index_head_dim
+    self.cfg = cfg
+    self.q_QMI = parameter.weight(
+      rngs, cfg, (Q, M, I), (None, "index_heads", None)
+    )
+    self.k_DI = parameter.weight(rngs, cfg, (D, I), ("embed", None))
+    self.k_norm = norms.LayerNorm(I, cfg)
+    # Kept and applied in fp32: it decides which keys survive.
+    self.w_DM = parameter.weight(
+      rngs, cfg, (D, M), ("embed", "index_heads"), "float32"
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    q_latent: Float[Array, "B T Q"],
+    frame: frame_lib.Frame,
+    cached: Float[Array, "B S I"] | None = None,
+  ) -> Selection:
+    """Scores and selects; the trunk gets no gradient from here.
+
+    Args:
+      x: The attention's normalised input.
+      q_latent: MLA's normalised query latent.
+      frame: Positions and visible keys.
+      cached: Index keys of a cache, in which those of `x` are put.
+    """
+    cfg, rules = self.cfg, self.cfg.rules
+    R, dtype = cfg.rope_head_dim, cfg.dtype
+    # The indexer learns from its own loss only, and teaches the trunk nothing.
+    x, q_latent = jax.lax.stop_gradient((x, q_latent))
+    heads = rules("batch", "seq", "index_heads", None)
+    q_BTMI = jnp.einsum(
+      "BTQ,QMI->BTMI",
+      q_latent,
+      self.q_QMI[...].astype(dtype),
+      out_sharding=heads,
+    )
+    k_BTI = jnp.einsum(
+      "BTD,DI->BTI",
+      x,
+      self.k_DI[...].astype(dtype),
+      out_sharding=rules("batch", "seq", None),
+    )
+    k_BTI = self.k_norm(k_BTI)
+
+    def rotate_first(y):
+      y_rope = rope.rotate(
+        y[..., :R],
+        frame.cos,
+        frame.sin,
+        interleaved=cfg.index_rope_interleaved,
+      )
+      return jnp.concatenate([y_rope, y[..., R:]], -1)
+
+    q_BTMI = rotate_first(q_BTMI)
+    k_BSI = frame.extend(cached, rotate_first(k_BTI))
+    w_BTM = jnp.einsum(
+      "BTD,DM->BTM",
+      x.astype(jnp.float32),
+      self.w_DM[...],
+      out_sharding=rules("batch", "seq", "index_heads"),
+    )
+    w_BTM = w_BTM * (cfg.index_heads * cfg.index_head_dim) ** -0.5
+
+    per_query = rules("batch", "seq")
+    select = sharding.local(
+      lambda *inputs: pallas_kernels.indexer_topk(
+        *inputs, min(cfg.top_k, k_BSI.shape[1])
+      )[0],
+      in_specs=(
+        heads,
+        rules("batch", None, None),
+        rules("batch", "seq", "index_heads"),
+        per_query,
+        per_query,
+      ),
+      out_specs=rules("batch", "seq", None),
+    )
+    indices = select(q_BTMI, k_BSI, w_BTM, frame.start, frame.end)
+    # Kept by remat: choosing again could choose otherwise.
+    indices = checkpoint_name(indices, "indexer_topk")
+    return Selection(indices, q_BTMI, k_BSI, w_BTM)

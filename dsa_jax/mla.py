@@ -1,0 +1,217 @@
+"""Multi-head latent attention, dense and sparse.
+
+Letters: B batch, T queries, S keys, K chosen keys, D model width, N heads, H
+head width without position, R with, U value width, Q query rank, C latent rank.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import config as config_lib
+from dsa_jax import frame as frame_lib
+from dsa_jax import indexer as indexer_lib
+from dsa_jax import norms
+from dsa_jax import parameter
+from dsa_jax import rope
+from dsa_jax import sharding
+import pallas_kernels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """All that decoding keeps of a layer (or a stack): C+R+I values a token."""
+
+  kv: Float[Array, "*L B S CR"]
+  """Latent and rotated key, `[c; kr]`."""
+  k_index: Float[Array, "*L B S I"]
+  """Index keys."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionOutput:
+  """MLA's result, and what it did."""
+
+  y: Float[Array, "B T D"]
+  cache: LayerCache | None
+  """The cache that was given, with these tokens in it."""
+  selected: Int[Array, "B T K"] | None
+  """The keys that were read; None if all were."""
+  index_loss: Float[Array, "B T"] | None
+  """KL of each query's attention from its index scores, if asked for."""
+
+
+def softmax_scale(cfg: config_lib.ModelConfig) -> float:
+  """(H+R)^-1/2 m^2, with YaRN's m; the same in expanded and absorbed form."""
+  mscale = rope.yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim)
+  return (cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 * mscale**2
+
+
+class MLA(nnx.Module):
+  """Attention over a low-rank latent (DeepSeek-V2, eq. 9-19), with DSA.
+
+  Dense attention runs expanded: every head has its own keys and values. Sparse
+  attention runs absorbed: all heads share the latent rows, which are gathered
+  once for all of them.
+  """
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, N, Q, C = cfg.embed_dim, cfg.num_heads, cfg.q_rank, cfg.kv_rank
+    H, R, U = cfg.nope_head_dim, cfg.rope_head_dim, cfg.value_head_dim
+
+    def weight(shape, *axes):
+      return parameter.weight(rngs, cfg, shape, axes)
+
+    self.cfg = cfg
+    self.q_a_DQ = weight((D, Q), "embed", None)
+    self.q_norm = norms.RMSNorm(Q, cfg)
+    self.q_b_QNX = weight((Q, N, H + R), None, "heads", None)  # X: H+R
+    self.kv_a_DX = weight((D, C + R), "embed", None)  # X: C+R
+    self.kv_norm = norms.RMSNorm(C, cfg)
+    self.k_b_CNH = weight((C, N, H), None, "heads", None)
+    self.v_b_CNU = weight((C, N, U), None, "heads", None)
+    self.out_NUD = weight((N, U, D), "heads", None, "embed")
+    self.indexer = indexer_lib.Indexer(cfg, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    frame: frame_lib.Frame,
+    cache: LayerCache | None = None,
+  ) -> AttentionOutput:
+    """Attends as `frame` says, over `x` and what a cache holds before it."""
+    cfg, rules = self.cfg, self.cfg.rules
+    C, H, dtype = cfg.kv_rank, cfg.nope_head_dim, cfg.dtype
+    per_token = rules("batch", "seq", None)
+    q_latent = self.q_norm(
+      jnp.einsum(
+        "BTD,DQ->BTQ", x, self.q_a_DQ[...].astype(dtype), out_sharding=per_token
+      )
+    )
+    q_BTNX = jnp.einsum(
+      "BTQ,QNX->BTNX",
+      q_latent,
+      self.q_b_QNX[...].astype(dtype),
+      out_sharding=rules("batch", "seq", "heads", None),
+    )
+    q_nope_BTNH, q_rope_BTNR = q_BTNX[..., :H], q_BTNX[..., H:]
+    q_rope_BTNR = rope.rotate(
+      q_rope_BTNR, frame.cos, frame.sin, interleaved=True
+    )
+    kv_BTX = jnp.einsum(
+      "BTD,DX->BTX", x, self.kv_a_DX[...].astype(dtype), out_sharding=per_token
+    )
+    c_BTC, kr_BTR = self.kv_norm(kv_BTX[..., :C]), kv_BTX[..., C:]
+    kr_BTR = rope.rotate(kr_BTR, frame.cos, frame.sin, interleaved=True)
+    kv_BTX = jnp.concatenate([c_BTC, kr_BTR], -1)
+    cached, cached_index = (cache.kv, cache.k_index) if cache else (None, None)
+    kv_BSX = frame.extend(cached, kv_BTX)
+
+    selected_BTK = index_loss_BT = None
+    if frame.attention == "sparse":
+      selection = self.indexer(x, q_latent, frame, cached_index)
+      selected_BTK = selection.indices
+      cache = cache and LayerCache(kv_BSX, selection.k_BSI)
+      out_BTNU, index_loss_BT = self._sparse(
+        q_nope_BTNH, q_rope_BTNR, kv_BSX, selection, frame
+      )
+    else:
+      out_BTNU = self._dense(q_nope_BTNH, q_rope_BTNR, kv_BSX, frame)
+      cache = cache and LayerCache(kv_BSX, cache.k_index)
+    y_BTD = jnp.einsum(
+      "BTNU,NUD->BTD",
+      out_BTNU,
+      self.out_NUD[...].astype(dtype),
+      out_sharding=per_token,
+    )
+    return AttentionOutput(y_BTD, cache, selected_BTK, index_loss_BT)
+
+  def _dense(self, q_nope_BTNH, q_rope_BTNR, kv_BSX, frame):
+    """Expanded: keys `[c Wuk; kr]` and values `c Wuv` for each head."""
+    cfg, rules = self.cfg, self.cfg.rules
+    C, dtype = cfg.kv_rank, cfg.dtype
+    c_BSC, kr_BSR = kv_BSX[..., :C], kv_BSX[..., C:]
+    queries = rules("batch", "seq", "heads", None)
+    keys = rules("batch", None, "heads", None)
+    k_nope_BSNH = jnp.einsum(
+      "BSC,CNH->BSNH", c_BSC, self.k_b_CNH[...].astype(dtype), out_sharding=keys
+    )
+    v_BSNU = jnp.einsum(
+      "BSC,CNU->BSNU", c_BSC, self.v_b_CNU[...].astype(dtype), out_sharding=keys
+    )
+    kr_BSNR = jnp.broadcast_to(
+      kr_BSR[:, :, None],
+      (*kr_BSR.shape[:2], cfg.num_heads, cfg.rope_head_dim),
+      out_sharding=keys,
+    )
+    per_query = rules("batch", "seq")
+    attend = sharding.local(
+      lambda *inputs: pallas_kernels.dense_mla(*inputs, softmax_scale(cfg))[0],
+      in_specs=(queries, keys, keys, per_query, per_query),
+      out_specs=queries,
+    )
+    return attend(
+      jnp.concatenate([q_nope_BTNH, q_rope_BTNR], -1),
+      jnp.concatenate([k_nope_BSNH, kr_BSNR], -1),
+      v_BSNU,
+      frame.start,
+      frame.end,
+    )
+
+  def _sparse(self, q_nope_BTNH, q_rope_BTNR, kv_BSX, selection, frame):
+    """Absorbed: queries go to the latent's space, results come back from it."""
+    cfg, rules = self.cfg, self.cfg.rules
+    C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
+    queries = rules("batch", "seq", "heads", None)
+    keys = rules("batch", None, None)
+    per_query = rules("batch", "seq", None)
+    q_BTNC = jnp.einsum(
+      "BTNH,CNH->BTNC",
+      q_nope_BTNH,
+      self.k_b_CNH[...].astype(dtype),
+      out_sharding=queries,
+    )
+    q_BTNX = jnp.concatenate([q_BTNC, q_rope_BTNR], -1)
+    attend = sharding.local(
+      lambda *inputs: pallas_kernels.sparse_mla(*inputs, C, scale),
+      in_specs=(queries, keys, per_query),
+      out_specs=(queries, rules("batch", "seq", "heads")),
+    )
+    out_BTNC, lse_BTN = attend(q_BTNX, kv_BSX, selection.indices)
+    out_BTNU = jnp.einsum(
+      "BTNC,CNU->BTNU",
+      out_BTNC,
+      self.v_b_CNU[...].astype(dtype),
+      out_sharding=queries,
+    )
+    if not frame.index_loss:
+      return out_BTNU, None
+    compare = sharding.local(
+      lambda *inputs: pallas_kernels.sparse_indexer_loss(
+        *inputs, scale, rules.mesh_axes("heads")
+      ),
+      in_specs=(
+        rules("batch", "seq", "index_heads", None),
+        keys,
+        rules("batch", "seq", "index_heads"),
+        per_query,
+        queries,
+        keys,
+        rules("batch", "seq", "heads"),
+      ),
+      out_specs=rules("batch", "seq"),
+    )
+    index_loss_BT = compare(
+      selection.q_BTMI,
+      selection.k_BSI,
+      selection.w_BTM,
+      selection.indices,
+      # The target is a constant: the trunk learns nothing from the indexer.
+      *jax.lax.stop_gradient((q_BTNX, kv_BSX, lse_BTN)),
+    )
+    return out_BTNU, index_loss_BT

@@ -1,0 +1,161 @@
+"""MLP, and the mixture of experts with its router.
+
+Letters: B batch, T tokens, D model width, F ffn width, E experts, G groups of
+them, J experts a token, R = B T J rows.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dsa_jax import config as config_lib
+from dsa_jax import grouped_matmul
+from dsa_jax import parameter
+from dsa_jax import sharding
+
+
+class RouterBias(nnx.Variable):
+  """Added to the router's scores for choosing; set by loads, not gradients."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStats:
+  """What balancing needs of a layer, or of a stack of L."""
+
+  load: Float[Array, "*L E"]
+  """Tokens that went to each expert, padding left out."""
+  balance_loss: Float[Array, "*L B"]
+  """Each row's sequence-wise balance loss, 1 if even (DeepSeek-V3, eq. 17)."""
+
+
+class MLP(nnx.Module):
+  """`(silu(x Wgate) * (x Wup)) Wdown`."""
+
+  def __init__(self, dim: int, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, F = cfg.embed_dim, dim
+    self.cfg = cfg
+    self.gate_DF = parameter.weight(rngs, cfg, (D, F), ("embed", "ffn"))
+    self.up_DF = parameter.weight(rngs, cfg, (D, F), ("embed", "ffn"))
+    self.down_FD = parameter.weight(rngs, cfg, (F, D), ("ffn", "embed"))
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    rules, dtype = self.cfg.rules, self.cfg.dtype
+    wide = rules("batch", "seq", "ffn")
+
+    def project(w):
+      w = w[...].astype(dtype)
+      return jnp.einsum("BTD,DF->BTF", x, w, out_sharding=wide)
+
+    return jnp.einsum(
+      "BTF,FD->BTD",
+      jax.nn.silu(project(self.gate_DF)) * project(self.up_DF),
+      self.down_FD[...].astype(dtype),
+      out_sharding=rules("batch", "seq", None),
+    )
+
+
+class Router(nnx.Module):
+  """Chooses the experts of each token (DeepSeek-V3, eq. 12-16), in fp32."""
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    self.cfg = cfg
+    self.w_DE = parameter.weight(
+      rngs, cfg, (cfg.embed_dim, cfg.num_experts), ("embed", None)
+    )
+    self.bias_E = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
+
+  def __call__(
+    self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+  ) -> tuple[Int[Array, "B T J"], Float[Array, "B T J"], RouterStats]:
+    """Experts, their weights, and what balancing needs."""
+    cfg, J = self.cfg, self.cfg.experts_per_token
+    logits_BTE = jnp.einsum(
+      "BTD,DE->BTE",
+      x.astype(jnp.float32),
+      self.w_DE[...].astype(jnp.float32),
+      out_sharding=cfg.rules("batch", "seq", None),
+    )
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    experts_BTJ = self._choose(jax.lax.stop_gradient(scores_BTE))
+    weights_BTJ = jnp.take_along_axis(scores_BTE, experts_BTJ, -1)
+    if cfg.normalize_expert_weights:
+      weights_BTJ = weights_BTJ / weights_BTJ.sum(-1, keepdims=True)
+
+    chosen_BTJE = jax.nn.one_hot(experts_BTJ, cfg.num_experts)
+    counts_BE = jnp.sum(chosen_BTJE * valid[..., None, None], (1, 2))
+    tokens_B1 = jnp.maximum(jnp.sum(valid, 1, keepdims=True), 1)
+    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+    share_BE = jnp.sum(share_BTE * valid[..., None], 1) / tokens_B1
+    frequency_BE = counts_BE * (cfg.num_experts / J) / tokens_B1
+    balance_loss_B = jnp.sum(frequency_BE * share_BE, -1)
+    stats = RouterStats(counts_BE.sum(0), balance_loss_B)
+    return experts_BTJ, weights_BTJ * cfg.routed_scale, stats
+
+  def _choose(self, scores_BTE):
+    """The J best experts, by biased score, of the best groups; ties go low."""
+    cfg, J = self.cfg, self.cfg.experts_per_token
+    biased_BTE = scores_BTE + self.bias_E[...][None, None]
+    if cfg.expert_groups > 1:
+      B, T, E = biased_BTE.shape
+      groups = (B, T, cfg.expert_groups, E // cfg.expert_groups)
+      best_two_BTG2 = jax.lax.top_k(biased_BTE.reshape(groups), 2)[0]
+      kept_BTg = jax.lax.top_k(best_two_BTG2.sum(-1), cfg.groups_per_token)[1]
+      kept_BTG = jax.nn.one_hot(kept_BTg, cfg.expert_groups).any(-2)
+      biased_BTE = jnp.where(
+        jnp.repeat(kept_BTG, groups[-1], -1), biased_BTE, -jnp.inf
+      )
+    return jax.lax.top_k(biased_BTE, J)[1]
+
+
+class MoE(nnx.Module):
+  """Routed experts, and shared ones that every token goes through. Dropless."""
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D, E, F = cfg.embed_dim, cfg.num_experts, cfg.expert_ffn_dim
+    self.cfg = cfg
+    self.router = Router(cfg, rngs=rngs)
+    into, out = (None, "embed", "ffn"), (None, "ffn", "embed")
+    self.gate_EDF = parameter.weight(rngs, cfg, (E, D, F), into)
+    self.up_EDF = parameter.weight(rngs, cfg, (E, D, F), into)
+    self.down_EFD = parameter.weight(rngs, cfg, (E, F, D), out)
+    shared = F * cfg.num_shared_experts
+    self.shared = MLP(shared, cfg, rngs=rngs) if shared else None
+
+  def __call__(
+    self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+  ) -> tuple[Float[Array, "B T D"], RouterStats]:
+    rules, dtype = self.cfg.rules, self.cfg.dtype
+    experts_BTJ, weights_BTJ, stats = self.router(x, valid)
+    per_token = rules("batch", "seq", None)
+    into, out = rules(None, None, "ffn"), rules(None, "ffn", None)
+    routed = sharding.local(
+      self._routed,
+      in_specs=(per_token, per_token, per_token, into, into, out),
+      out_specs=per_token,
+    )
+    weights = (self.gate_EDF, self.up_EDF, self.down_EFD)
+    y_BTD = routed(
+      x, experts_BTJ, weights_BTJ, *(w[...].astype(dtype) for w in weights)
+    )
+    return y_BTD if self.shared is None else y_BTD + self.shared(x), stats
+
+  def _routed(self, x, experts_BTJ, weights_BTJ, gate_EDF, up_EDF, down_EFD):
+    """Sorts the tokens by expert, multiplies, and puts them back."""
+    B, T, J = experts_BTJ.shape
+    expert_R = experts_BTJ.reshape(-1)
+    order_R = jnp.argsort(expert_R, stable=True)
+    x_RD = x.reshape(B * T, -1)[order_R // J]
+    sizes_E = jnp.bincount(expert_R, length=self.cfg.num_experts)
+    matmul = grouped_matmul.grouped_matmul
+    h_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E))
+    h_RF = h_RF * matmul(x_RD, up_EDF, sizes_E)
+    y_RD = matmul(h_RF, down_EFD, sizes_E)
+    place_R = jnp.argsort(order_R)
+    y_BTJD = y_RD[place_R].reshape(B, T, J, -1)
+    y_BTD = jnp.einsum("BTJD,BTJ->BTD", y_BTJD, weights_BTJ.astype(x.dtype))
+    shards = self.cfg.rules.mesh_axes("ffn")
+    return jax.lax.psum(y_BTD, shards) if shards else y_BTD

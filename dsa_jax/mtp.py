@@ -1,0 +1,62 @@
+"""Multi-token prediction: one more block, for the token after the next.
+
+Letters: B batch, T tokens, D model width.
+"""
+
+from flax import nnx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import block
+from dsa_jax import config as config_lib
+from dsa_jax import embed
+from dsa_jax import frame as frame_lib
+from dsa_jax import losses
+from dsa_jax import norms
+from dsa_jax import parameter
+
+
+class MTP(nnx.Module):
+  """DeepSeek-V3, eq. 21-23; as released (layer 61), the embedding comes first.
+
+  Embedding and head are the trunk's.
+  """
+
+  def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    D = cfg.embed_dim
+    self.cfg = cfg
+    self.embed_norm = norms.RMSNorm(D, cfg)
+    self.hidden_norm = norms.RMSNorm(D, cfg)
+    # Joins [embedding; hidden], 2 D wide.
+    self.join_XDD = parameter.weight(
+      rngs, cfg, (2, D, D), (None, "embed", None)
+    )
+    self.block = block.Block(cfg, experts=True, rngs=rngs)
+    self.final_norm = norms.RMSNorm(D, cfg)
+
+  def __call__(
+    self,
+    embedder: embed.Embed,
+    tokens: Int[Array, "B T"],
+    hidden: Float[Array, "B T D"],
+    frame: frame_lib.Frame,
+  ) -> tuple[Float[Array, "B T D"], block.LayerOutput]:
+    """Vectors that, at t, let the head predict token t + 2.
+
+    Args:
+      embedder: The trunk's.
+      tokens: As given to the trunk.
+      hidden: The trunk's output after its final norm.
+      frame: As given to the trunk.
+    """
+    cfg = self.cfg
+    next_BTD = embedder(losses.shift(tokens, 1))
+    both_XBTD = jnp.stack([self.embed_norm(next_BTD), self.hidden_norm(hidden)])
+    x_BTD = jnp.einsum(
+      "XBTD,XDE->BTE",
+      both_XBTD,
+      self.join_XDD[...].astype(cfg.dtype),
+      out_sharding=cfg.rules("batch", "seq", None),
+    )
+    x_BTD, output = self.block(x_BTD, frame)
+    return self.final_norm(x_BTD), output

@@ -1,0 +1,111 @@
+"""Logical axis names -> mesh axes, in one place.
+
+The same code runs on one device, on a pod, and inside a program that has no
+mesh or one of its own: a rule names only those mesh axes that the mesh in
+context has and that are Explicit there. Without a mesh nothing is sharded.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any, Final
+
+import jax
+from jax import P
+import numpy as np
+
+type MeshAxes = str | tuple[str, ...] | None
+
+MESH_AXES: Final = ("data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+  """Maps each logical axis to the mesh axes that shard it."""
+
+  batch: MeshAxes = ("data", "fsdp", "expert")
+  seq: MeshAxes = None
+  embed: MeshAxes = "fsdp"  # D of weights; activations keep it whole
+  heads: MeshAxes = "tensor"
+  ffn: MeshAxes = "tensor"
+  vocab: MeshAxes = "tensor"
+  index_heads: MeshAxes = None  # few and small: replicated, which saves a psum
+
+  def __call__(self, *axes: str | None) -> P | None:
+    """The spec of an array with these logical axes; None without a mesh."""
+    if not _explicit_axes():
+      return None
+    return P(*(self.mesh_axes(axis) for axis in axes))
+
+  def mesh_axes(self, axis: str | None) -> MeshAxes:
+    """The axes of the mesh in context that shard a logical axis."""
+    names = None if axis is None else getattr(self, axis)
+    if names is None:
+      return None
+    wanted = (names,) if isinstance(names, str) else names
+    return tuple(name for name in wanted if name in _explicit_axes()) or None
+
+  def shards(self, axis: str) -> int:
+    """Into how many parts a logical axis is cut."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in self.mesh_axes(axis) or ())
+
+
+def _explicit_axes() -> tuple[str, ...]:
+  mesh = jax.sharding.get_abstract_mesh()
+  explicit = jax.sharding.AxisType.Explicit
+  return tuple(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types)
+    if kind == explicit
+  )
+
+
+def local(
+  f: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any
+) -> Callable[..., Any]:
+  """`f` on each device's blocks, cut by `in_specs`; `f` without a mesh."""
+  if not _explicit_axes():
+    return f
+  # Kernels do not say how their results vary over the mesh: no vma check.
+  mapped = jax.shard_map(
+    f, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
+  )
+  return lambda *args: mapped(*map(jax.reshard, args, in_specs))
+
+
+def make_mesh(
+  *,
+  data: int = 1,
+  fsdp: int = 1,
+  expert: int = 1,
+  context: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """An explicit mesh with all of `MESH_AXES`, by default of one device.
+
+  Args:
+    data: Copies of the model.
+    fsdp: Devices that share each copy's weights.
+    expert: Devices that share the experts.
+    context: Devices that share a sequence.
+    tensor: Devices that share heads, ffn and vocabulary.
+    devices: Taken in order; by default the first of `jax.devices()`.
+
+  Raises:
+    ValueError: There are too few devices.
+  """
+  shape = (data, fsdp, expert, context, tensor)
+  devices = jax.devices() if devices is None else devices
+  needed = math.prod(shape)
+  if needed > len(devices):
+    sizes = " x ".join(f"{n} {axis}" for axis, n in zip(MESH_AXES, shape))
+    raise ValueError(
+      f"The mesh of {sizes} needs {needed} devices, but there are "
+      f"{len(devices)}. Lower one of its axes."
+    )
+  explicit = (jax.sharding.AxisType.Explicit,) * len(shape)
+  grid = np.asarray(devices[:needed]).reshape(shape)
+  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=explicit)

@@ -1,0 +1,223 @@
+"""The model: embedding, dense layers, expert layers, head, and MTP.
+
+Letters: B batch, T tokens, D model width, V vocabulary, L layers, E experts,
+K chosen keys a query.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import block
+from dsa_jax import cache as cache_lib
+from dsa_jax import config as config_lib
+from dsa_jax import embed
+from dsa_jax import frame as frame_lib
+from dsa_jax import losses as losses_lib
+from dsa_jax import mtp as mtp_lib
+from dsa_jax import norms
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Losses:
+  """Nothing is averaged: the caller sums over what it counts.
+
+  Layers are in the model's order, the MTP block last; Lmoe have experts.
+  """
+
+  lm: Float[Array, "B T"]
+  """Nats of the next token; 0 where there is none in the document."""
+  mtp: Float[Array, "B T"] | None
+  """Nats of the one after it, likewise; None without MTP."""
+  index: Float[Array, "L B T"] | None
+  """KL of each layer's attention from its indexer; None if not asked for."""
+  balance: Float[Array, "Lmoe B"] | None
+  """Sequence-wise balance loss of each expert layer, if there are any."""
+  load: Float[Array, "Lmoe E"] | None
+  """Tokens that went to each expert of each expert layer, likewise."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """All of a forward pass."""
+
+  logits: Float[Array, "B T V"]
+  hidden: Float[Array, "L1 B T D"]
+  """The embedding, then each layer's output, the last after the final norm."""
+  selected: Int[Array, "L B T K"] | None
+  """The keys each layer read, ascending, then -1; None in dense attention."""
+  losses: Losses
+
+
+class Transformer(nnx.Module):
+  """DeepSeek-V3.2. Parameters of alike layers are stacked, layer in front."""
+
+  def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    dense, moe = config.num_dense_layers, config.num_moe_layers
+    self.embed = embed.Embed(config, rngs=rngs)
+    self.dense_layers = block.make_stack(
+      config, dense, experts=False, rngs=rngs
+    )
+    self.moe_layers = block.make_stack(config, moe, experts=True, rngs=rngs)
+    self.final_norm = norms.RMSNorm(config.embed_dim, config)
+    self.head = embed.Head(config, rngs=rngs)
+    has_mtp = config.num_mtp_layers > 0
+    self.mtp = mtp_lib.MTP(config, rngs=rngs) if has_mtp else None
+
+  def __call__(
+    self,
+    tokens: frame_lib.Ids,
+    positions: frame_lib.Ids | None = None,
+    segment_ids: frame_lib.Ids | None = None,
+    *,
+    attention: frame_lib.Attention = "sparse",
+  ) -> Float[Array, "B T V"]:
+    """Logits of the next token, fp32.
+
+    Args:
+      tokens: Ids below V.
+      positions: For RoPE; by default the place in the row.
+      segment_ids: The document of each token, a run of equal numbers; 0 is
+        padding. By default a row is one document.
+      attention: "sparse" reads K chosen keys a query, "dense" all of them.
+    """
+    frame = frame_lib.make_frame(
+      self.config, tokens.shape, positions, segment_ids, attention=attention
+    )
+    return self.head(self._trunk(tokens, frame)[0])
+
+  def forward(
+    self,
+    tokens: frame_lib.Ids,
+    positions: frame_lib.Ids | None = None,
+    segment_ids: frame_lib.Ids | None = None,
+    *,
+    attention: frame_lib.Attention = "sparse",
+  ) -> Output:
+    """Logits and everything on the way to them; arguments as of a call."""
+    frame = frame_lib.make_frame(
+      self.config,
+      tokens.shape,
+      positions,
+      segment_ids,
+      attention=attention,
+      index_loss=attention == "sparse",
+    )
+    x, outputs, hidden = self._trunk(tokens, frame, keep_hidden=True)
+    selected = [o.selected for o in outputs if attention == "sparse"]
+    return Output(
+      self.head(x),
+      jnp.concatenate([*hidden[:-1], hidden[-1][:-1], x[None]]),
+      _join(selected),
+      self._losses(tokens, segment_ids, frame, x, outputs),
+    )
+
+  def losses(
+    self,
+    tokens: frame_lib.Ids,
+    positions: frame_lib.Ids | None = None,
+    segment_ids: frame_lib.Ids | None = None,
+    *,
+    attention: frame_lib.Attention,
+    index_loss: bool,
+  ) -> Losses:
+    """What training needs; the logits never exist for a whole sequence.
+
+    Args:
+      tokens: As of a call, like the next two.
+      positions: .
+      segment_ids: .
+      attention: "sparse" or "dense".
+      index_loss: Also compute the indexer's loss (sparse attention only).
+    """
+    frame = frame_lib.make_frame(
+      self.config,
+      tokens.shape,
+      positions,
+      segment_ids,
+      attention=attention,
+      index_loss=index_loss,
+    )
+    x, outputs, _ = self._trunk(tokens, frame)
+    return self._losses(tokens, segment_ids, frame, x, outputs)
+
+  def decode(
+    self, tokens: frame_lib.Ids, cache: cache_lib.Cache
+  ) -> tuple[Float[Array, "B V"], cache_lib.Cache]:
+    """Logits after the last of these tokens, which follow those cached."""
+    frame = frame_lib.make_frame(
+      self.config,
+      tokens.shape,
+      attention=cache.attention,
+      offset=cache.length,
+      first=cache.start,
+    )
+    x, outputs, _ = self._trunk(tokens, frame, cache.layers)
+    layers = jax.tree.map(
+      lambda *stacks: jnp.concatenate(stacks), *(o.cache for o in outputs)
+    )
+    length = cache.length + tokens.shape[1]
+    cache = dataclasses.replace(cache, layers=layers, length=length)
+    return self.head(x[:, -1:])[:, 0], cache
+
+  def _trunk(self, tokens, frame, caches=None, *, keep_hidden=False):
+    """The normalised output; of each stack, what its layers did and gave."""
+    x = self.embed(jnp.asarray(tokens))
+    outputs: list[block.LayerOutput] = []
+    hidden, first = [x[None]], 0
+    for stack, length in (
+      (self.dense_layers, self.config.num_dense_layers),
+      (self.moe_layers, self.config.num_moe_layers),
+    ):
+      if stack is None:
+        continue
+      layers = slice(first, first + length)
+      x, output, after = block.run_stack(
+        stack,
+        x,
+        frame,
+        jax.tree.map(lambda cached: cached[layers], caches),  # noqa: B023
+        remat=self.config.remat,
+        keep_hidden=keep_hidden,
+      )
+      outputs.append(output)
+      if after is not None:
+        hidden.append(after)
+      first += length
+    return self.final_norm(x), outputs, hidden
+
+  def _losses(self, tokens, segment_ids, frame, x, outputs):
+    tokens = jnp.asarray(tokens)
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    segment_ids = jnp.asarray(segment_ids)
+
+    def nats(x, ahead):
+      targets = losses_lib.shift(tokens, ahead)
+      loss = losses_lib.cross_entropy(self.head, x, targets)
+      return jnp.where(losses_lib.has_target(segment_ids, ahead), loss, 0.0)
+
+    lm, mtp = nats(x, 1), None
+    if self.mtp is not None:
+      x, output = self.mtp(self.embed, tokens, x, frame)
+      mtp = nats(x, 2)
+      outputs = [*outputs, jax.tree.map(lambda y: y[None], output)]
+    routers = [o.router for o in outputs if o.router is not None]
+    return Losses(
+      lm,
+      mtp,
+      _join([o.index_loss for o in outputs if frame.index_loss]),
+      _join([r.balance_loss for r in routers]),
+      _join([r.load for r in routers]),
+    )
+
+
+def _join(stacks):
+  """Stacks of layers, one after the other; None for none."""
+  return jnp.concatenate(stacks) if stacks else None

@@ -1,0 +1,18 @@
+"""The ops of DeepSeek Sparse Attention, usable without the rest.
+
+Letters, here and in every file below:
+  B batch, T queries, S keys, K chosen keys a query,
+  N attention heads, H width of a head without position, R with (RoPE),
+  U width of a value, C rank of the latent, M index heads, I their width.
+`CR` and `HR` stand for C+R and H+R.
+
+Every query sees one contiguous range of keys [start, end). This one contract
+covers causal attention, packed documents, padding (an empty range), decoding.
+"""
+
+from pallas_kernels.dense_mla import dense_mla as dense_mla
+from pallas_kernels.indexer_topk import indexer_topk as indexer_topk
+from pallas_kernels.sparse_indexer_loss import (
+  sparse_indexer_loss as sparse_indexer_loss,
+)
+from pallas_kernels.sparse_mla import sparse_mla as sparse_mla

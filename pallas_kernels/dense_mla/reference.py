@@ -1,0 +1,32 @@
+"""The definition. Everything else in this folder must agree with it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def dense_mla(
+  q: Float[Array, "B T N HR"],
+  k: Float[Array, "B S N HR"],
+  v: Float[Array, "B S N U"],
+  start: Int[Array, "B T"],
+  end: Int[Array, "B T"],
+  scale: float,
+) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
+  """See `api.dense_mla`. Holds [B, T, N, S] in memory."""
+  f32, S = jnp.float32, k.shape[1]
+  logits_BTNS = scale * jnp.einsum(
+    "BTND,BSND->BTNS", q, k, preferred_element_type=f32
+  )
+  key = jnp.arange(S)[None, None]
+  visible_BTS = (key >= start[..., None]) & (key < end[..., None])
+  logits_BTNS = jnp.where(visible_BTS[:, :, None], logits_BTNS, -jnp.inf)
+  dead_BT11 = ~visible_BTS.any(-1)[..., None, None]
+  # A finite row in place of a dead one: its softmax has a gradient, of zero.
+  logits_BTNS = jnp.where(dead_BT11, 0.0, logits_BTNS)
+  lse_BTN = jax.nn.logsumexp(logits_BTNS, axis=-1)
+  weights_BTNS = jnp.exp(logits_BTNS - lse_BTN[..., None])
+  weights_BTNS = jnp.where(dead_BT11, 0.0, weights_BTNS)
+  out_BTNU = jnp.einsum("BTNS,BSNU->BTNU", weights_BTNS, v.astype(f32))
+  lse_BTN = jnp.where(dead_BT11[..., 0], -jnp.inf, lse_BTN)
+  return out_BTNU.astype(q.dtype), lse_BTN

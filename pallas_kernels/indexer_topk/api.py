@@ -1,0 +1,59 @@
+"""Public entry point: picks an implementation."""
+
+from typing import Final, Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.indexer_topk import chunked_xla
+from pallas_kernels.indexer_topk import reference
+
+type Implementation = Literal["chunked_xla", "reference"]
+
+IMPLEMENTATIONS: Final = {
+  "chunked_xla": chunked_xla.indexer_topk,
+  "reference": reference.indexer_topk,
+}
+
+
+def indexer_topk(
+  q: Float[Array, "B T M I"],
+  k: Float[Array, "B S I"],
+  w: Float[Array, "B T M"],
+  start: Int[Array, "B T"],
+  end: Int[Array, "B T"],
+  top_k: int,
+  *,
+  implementation: Implementation | None = None,
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+  """The `top_k` keys of highest index score for each query.
+
+  `score[t, s] = sum_j w[t, j] relu(q[t, j] . k[s])` (DeepSeek-V3.2, eq. 1),
+  with products and sums in fp32. Equal scores go to the lowest key. The result
+  is the same for every tiling, with and without jit, grad and remat. It has no
+  gradient: the loss computes the scores again.
+
+  Memory: O(T K) and one tile of queries x S, except for `reference`.
+
+  Args:
+    q: Index queries, rotated.
+    k: Index keys, shared by all heads, rotated.
+    w: Head weights of each query, with all scales folded in.
+    start: The first key that a query sees.
+    end: One past the last key it sees; `start >= end` sees none.
+    top_k: K, at least 1; may exceed S.
+    implementation: `None` takes the fastest that supports these inputs on this
+      backend. A name takes that one, or raises `NotImplementedError`.
+
+  Returns:
+    Indices, int32, ascending, filled up with -1 at the end where a query sees
+    fewer than K keys; and their scores, fp32, -inf there.
+
+  Raises:
+    ValueError: `top_k` is below 1.
+  """
+  if top_k < 1:
+    raise ValueError(f"indexer_topk: {top_k=} must be at least 1.")
+  return dispatch.call(
+    "indexer_topk", IMPLEMENTATIONS, implementation, q, k, w, start, end, top_k
+  )

@@ -1,0 +1,40 @@
+"""The definition. Everything else in this folder must agree with it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def indexer_topk(
+  q: Float[Array, "B T M I"],
+  k: Float[Array, "B S I"],
+  w: Float[Array, "B T M"],
+  start: Int[Array, "B T"],
+  end: Int[Array, "B T"],
+  top_k: int,
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+  """See `api.indexer_topk`. Holds [B, T, M, S] in memory."""
+  f32, S = jnp.float32, k.shape[1]
+  logits_BTMS = jnp.einsum("BTMI,BSI->BTMS", q, k, preferred_element_type=f32)
+  scores_BTS = jnp.einsum(
+    "BTMS,BTM->BTS", jax.nn.relu(logits_BTMS), w.astype(f32)
+  )
+  key = jnp.arange(S)[None, None]
+  visible_BTS = (key >= start[..., None]) & (key < end[..., None])
+  scores_BTS = jnp.where(visible_BTS, scores_BTS, -jnp.inf)
+
+  # Highest first; a stable sort leaves equal scores in the order of their keys.
+  # (-0.0 equals 0.0 here, which lax.top_k would deny.)
+  chosen_BTK = jnp.argsort(scores_BTS, descending=True, stable=True)[
+    ..., :top_k
+  ]
+  chosen_BTK = jnp.where(
+    jnp.take_along_axis(visible_BTS, chosen_BTK, -1), chosen_BTK, S
+  )
+  chosen_BTK = jnp.sort(chosen_BTK)
+  pad = [(0, 0), (0, 0), (0, top_k - chosen_BTK.shape[-1])]
+  chosen_BTK = jnp.pad(chosen_BTK, pad, constant_values=S)
+  scores_BTK = jnp.take_along_axis(
+    scores_BTS, chosen_BTK, -1, mode="fill", fill_value=-jnp.inf
+  )
+  return jnp.where(chosen_BTK < S, chosen_BTK, -1).astype(jnp.int32), scores_BTK

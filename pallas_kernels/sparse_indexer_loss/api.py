@@ -1,0 +1,71 @@
+"""Public entry point: picks an implementation."""
+
+from typing import Final, Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.sparse_indexer_loss import chunked_xla
+from pallas_kernels.sparse_indexer_loss import reference
+
+type Implementation = Literal["chunked_xla", "reference"]
+
+IMPLEMENTATIONS: Final = {
+  "chunked_xla": chunked_xla.sparse_indexer_loss,
+  "reference": reference.sparse_indexer_loss,
+}
+
+
+def sparse_indexer_loss(
+  q_index: Float[Array, "B T M I"],
+  k_index: Float[Array, "B S I"],
+  w: Float[Array, "B T M"],
+  indices: Int[Array, "B T K"],
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  lse: Float[Array, "B T N"],
+  scale: float,
+  heads_axis: str | tuple[str, ...] | None = None,
+  *,
+  implementation: Implementation | None = None,
+) -> Float[Array, "B T"]:
+  """How far each query's index scores are from what its attention does.
+
+  `KL(p[t] || softmax(I[t]))` over the chosen keys, where p is the mean over
+  heads of the main attention's weights there and I the index scores
+  (DeepSeek-V3.2, eq. 4). In fp32. Its gradient to I is exactly softmax(I) - p.
+  Nothing flows into `q`, `kv` and `lse`. Work and memory are O(T K), except for
+  `reference`'s gathered copy.
+
+  Args:
+    q_index: Index queries, as given to `indexer_topk`.
+    k_index: Index keys.
+    w: Head weights.
+    indices: The chosen keys, each at most once; outside [0, S) is ignored.
+    q: Absorbed queries, as given to `sparse_mla`.
+    kv: Latents and rotated keys.
+    lse: What `sparse_mla` returned for them.
+    scale: As given to `sparse_mla`.
+    heads_axis: The mesh axes that shard N, inside a shard_map: the target is
+      summed over them.
+    implementation: `None` takes the fastest that supports these inputs on this
+      backend. A name takes that one, or raises `NotImplementedError`.
+
+  Returns:
+    The divergence of each query, nats, at least 0 up to rounding; 0 for a query
+    without a valid key.
+  """
+  return dispatch.call(
+    "sparse_indexer_loss",
+    IMPLEMENTATIONS,
+    implementation,
+    q_index,
+    k_index,
+    w,
+    indices,
+    q,
+    kv,
+    lse,
+    scale,
+    heads_axis,
+  )

@@ -1,0 +1,58 @@
+"""The definition. Everything else in this folder must agree with it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def sparse_indexer_loss(
+  q_index: Float[Array, "B T M I"],
+  k_index: Float[Array, "B S I"],
+  w: Float[Array, "B T M"],
+  indices: Int[Array, "B T K"],
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  lse: Float[Array, "B T N"],
+  scale: float,
+  heads_axis: str | tuple[str, ...] | None = None,
+) -> Float[Array, "B T"]:
+  """See `api.sparse_indexer_loss`. Holds [B, T, K, C+R] in memory."""
+  f32, S = jnp.float32, kv.shape[1]
+  q, kv, lse = jax.lax.stop_gradient((q, kv, lse))
+  valid_BTK = (indices >= 0) & (indices < S)
+  safe_BTK = jnp.where(valid_BTK, indices, 0)
+  take = jax.vmap(lambda rows, chosen: rows[chosen])
+
+  # The target: what the heads together attend to.
+  logits_BTNK = scale * jnp.einsum(
+    "BTND,BTKD->BTNK", q, take(kv, safe_BTK), preferred_element_type=f32
+  )
+  weights_BTNK = jnp.where(
+    valid_BTK[:, :, None], jnp.exp(logits_BTNK - lse[..., None]), 0.0
+  )
+  target_BTK = weights_BTNK.sum(2)
+  if heads_axis is not None:
+    target_BTK = jax.lax.psum(target_BTK, heads_axis)
+  mass_BT1 = target_BTK.sum(-1, keepdims=True)
+  target_BTK = target_BTK / jnp.where(mass_BT1 > 0, mass_BT1, 1.0)
+
+  # The indexer's own distribution over the same keys.
+  similarity_BTMK = jnp.einsum(
+    "BTMI,BTKI->BTMK",
+    q_index,
+    take(k_index, safe_BTK),
+    preferred_element_type=f32,
+  )
+  scores_BTK = jnp.einsum(
+    "BTMK,BTM->BTK", jax.nn.relu(similarity_BTMK), w.astype(f32)
+  )
+  dead_BT1 = ~valid_BTK.any(-1, keepdims=True)
+  scores_BTK = jnp.where(valid_BTK, scores_BTK, -jnp.inf)
+  scores_BTK = jnp.where(dead_BT1, 0.0, scores_BTK)
+  log_index_BTK = jax.nn.log_softmax(scores_BTK)
+
+  # KL(target || index); a key of zero target adds nothing, whatever its score.
+  used_BTK = valid_BTK & (target_BTK > 0)
+  log_target_BTK = jnp.log(jnp.where(used_BTK, target_BTK, 1.0))
+  gap_BTK = log_target_BTK - jnp.where(used_BTK, log_index_BTK, 0.0)
+  return jnp.where(used_BTK, target_BTK * gap_BTK, 0.0).sum(-1)

@@ -1,0 +1,143 @@
+"""Gathers the chosen rows for one tile of queries at a time: O(T K) work.
+
+Residuals of the backward pass are the inputs, the output and lse: the weights
+are computed again from lse, tile by tile.
+"""
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import tiles
+
+
+@functools.partial(
+  jax.custom_vjp, nondiff_argnames=("latent_rank", "scale", "query_tile")
+)
+def sparse_mla(
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  indices: Int[Array, "B T K"],
+  latent_rank: int,
+  scale: float,
+  query_tile: int | None = None,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+  """See `api.sparse_mla`. `query_tile`: queries whose rows are held at once."""
+  return _forward(q, kv, indices, latent_rank, scale, query_tile)[0]
+
+
+def _query_tile(q, indices, query_tile):
+  (_, T, N, D), K = q.shape, indices.shape[2]
+  return query_tile or tiles.tile_size(T, 4 * K * (D + 2 * N), largest=128)
+
+
+def _rows(kv, indices):
+  """The chosen rows [bT, K, C+R] and which of them there really are."""
+  valid_TK = (indices >= 0) & (indices < kv.shape[0])
+  safe_TK = jnp.where(valid_TK, indices, 0)
+  return kv.at[safe_TK].get(mode="promise_in_bounds"), valid_TK, safe_TK
+
+
+def _forward(q, kv, indices, latent_rank, scale, query_tile):
+  T = q.shape[1]
+  bT = _query_tile(q, indices, query_tile)
+
+  def tile(q, indices, kv):
+    kv_TKD, valid_TK, _ = _rows(kv, indices)
+    logits_TNK = scale * jnp.einsum(
+      "TND,TKD->TNK", q, kv_TKD, preferred_element_type=jnp.float32
+    )
+    logits_TNK = jnp.where(valid_TK[:, None], logits_TNK, -jnp.inf)
+    top_TN1 = jnp.max(logits_TNK, -1, keepdims=True)
+    top_TN1 = jnp.where(jnp.isneginf(top_TN1), 0.0, top_TN1)  # a dead row
+    weights_TNK = jnp.exp(logits_TNK - top_TN1)
+    sum_TN1 = jnp.sum(weights_TNK, -1, keepdims=True)
+    out_TNC = jnp.einsum(
+      "TNK,TKC->TNC",
+      weights_TNK.astype(q.dtype),
+      kv_TKD[..., :latent_rank],
+      preferred_element_type=jnp.float32,
+    )
+    out_TNC = out_TNC / jnp.where(sum_TN1 > 0, sum_TN1, 1.0)
+    lse_TN = (top_TN1 + jnp.log(sum_TN1))[..., 0]
+    return out_TNC.astype(q.dtype), lse_TN
+
+  def row(q, kv, indices):
+    tiled = tiles.split(q, bT), tiles.split(indices, bT, -1)
+    out, lse = jax.lax.map(lambda xs: tile(*xs, kv), tiled)
+    return tiles.join(out, T), tiles.join(lse, T)
+
+  out, lse = tiles.map_rows(row, q, kv, indices)
+  # Named, so that a remat policy may keep them instead of computing them again.
+  out, lse = checkpoint_name((out, lse), "sparse_mla")
+  return (out, lse), (q, kv, indices, out, lse)
+
+
+def _vjp_forward(q, kv, indices, latent_rank, scale, query_tile):
+  return _forward(q, kv, indices, latent_rank, scale, query_tile)
+
+
+def _vjp_backward(latent_rank, scale, query_tile, residuals, cotangents):
+  q, kv, indices, out, lse = residuals
+  d_out, d_lse = cotangents
+  T = q.shape[1]
+  bT = _query_tile(q, indices, query_tile)
+  # d logits = weights * (d weights - delta), where d lse enters as -delta does.
+  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+  delta = delta - d_lse
+  lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a dead row: weights of 0
+
+  def tile(d_kv, xs, kv):
+    q, indices, d_out, lse, delta = xs
+    kv_TKD, valid_TK, safe_TK = _rows(kv, indices)
+    logits_TNK = scale * jnp.einsum(
+      "TND,TKD->TNK", q, kv_TKD, preferred_element_type=jnp.float32
+    )
+    weights_TNK = jnp.where(
+      valid_TK[:, None], jnp.exp(logits_TNK - lse[..., None]), 0.0
+    )
+    d_weights_TNK = jnp.einsum(
+      "TNC,TKC->TNK",
+      d_out,
+      kv_TKD[..., :latent_rank],
+      preferred_element_type=jnp.float32,
+    )
+    d_logits_TNK = scale * weights_TNK * (d_weights_TNK - delta[..., None])
+    d_logits_TNK = d_logits_TNK.astype(q.dtype)
+    d_q = jnp.einsum(
+      "TNK,TKD->TND", d_logits_TNK, kv_TKD, preferred_element_type=jnp.float32
+    )
+    # A row is key and value at once: both gradients in one product over 2N.
+    rope = [(0, 0), (0, 0), (0, q.shape[-1] - latent_rank)]
+    d_rows_TKD = jnp.einsum(
+      "TNK,TND->TKD",
+      jnp.concatenate([d_logits_TNK, weights_TNK.astype(q.dtype)], 1),
+      jnp.concatenate([q, jnp.pad(d_out, rope)], 1),
+      preferred_element_type=jnp.float32,
+    )
+    d_kv = d_kv.at[safe_TK].add(d_rows_TKD, mode="promise_in_bounds")
+    return d_kv, d_q.astype(q.dtype)
+
+  def row(q, kv, indices, d_out, lse, delta):
+    tiled = (
+      tiles.split(q, bT),
+      tiles.split(indices, bT, -1),
+      tiles.split(d_out, bT),
+      tiles.split(lse, bT, jnp.inf),
+      tiles.split(delta, bT),
+    )
+    d_kv, d_q = jax.lax.scan(
+      lambda d_kv, xs: tile(d_kv, xs, kv),
+      jnp.zeros(kv.shape, jnp.float32),
+      tiled,
+    )
+    return tiles.join(d_q, T), d_kv.astype(kv.dtype)
+
+  d_q, d_kv = tiles.map_rows(row, q, kv, indices, d_out, lse, delta)
+  return d_q, d_kv, None
+
+
+sparse_mla.defvjp(_vjp_forward, _vjp_backward)

@@ -1,0 +1,34 @@
+"""The definition. Everything else in this folder must agree with it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def sparse_mla(
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  indices: Int[Array, "B T K"],
+  latent_rank: int,
+  scale: float,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+  """See `api.sparse_mla`. Holds [B, T, K, C+R] in memory."""
+  f32, S = jnp.float32, kv.shape[1]
+  valid_BTK = (indices >= 0) & (indices < S)
+  safe_BTK = jnp.where(valid_BTK, indices, 0)
+  kv_BTKD = jax.vmap(lambda rows, chosen: rows[chosen])(kv, safe_BTK)
+  logits_BTNK = scale * jnp.einsum(
+    "BTND,BTKD->BTNK", q, kv_BTKD, preferred_element_type=f32
+  )
+  logits_BTNK = jnp.where(valid_BTK[:, :, None], logits_BTNK, -jnp.inf)
+  dead_BT11 = ~valid_BTK.any(-1)[..., None, None]
+  # A finite row in place of a dead one: its softmax has a gradient, of zero.
+  logits_BTNK = jnp.where(dead_BT11, 0.0, logits_BTNK)
+  lse_BTN = jax.nn.logsumexp(logits_BTNK, axis=-1)
+  weights_BTNK = jnp.exp(logits_BTNK - lse_BTN[..., None])
+  weights_BTNK = jnp.where(dead_BT11, 0.0, weights_BTNK)
+  out_BTNC = jnp.einsum(
+    "BTNK,BTKC->BTNC", weights_BTNK, kv_BTKD[..., :latent_rank].astype(f32)
+  )
+  lse_BTN = jnp.where(dead_BT11[..., 0], -jnp.inf, lse_BTN)
+  return out_BTNC.astype(q.dtype), lse_BTN

@@ -1,0 +1,45 @@
+"""How the chunked implementations cut an op into tiles of queries and keys.
+
+The memory law: no array has T x S elements. An op therefore walks over the
+batch, and for each row over tiles of `bT` queries (and `bS` keys); the letters
+`b*` are tile sizes, `n*` numbers of tiles.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# What the largest temporary of one tile may take. A CPU's tile should stay in
+# the cache of one core; an accelerator's must be large enough to fill the chip.
+_CPU_BYTES = 2 << 20
+_ACCELERATOR_BYTES = 128 << 20
+# However small the op, a tile is a part of it, so that memory grows with T + S.
+_FEWEST_TILES = 4
+
+
+def tile_size(length: int, bytes_per_item: int, largest: int = 1024) -> int:
+  """A power of two: how many of `length` queries (or keys) make one tile."""
+  on_cpu = jax.default_backend() == "cpu"
+  budget = _CPU_BYTES if on_cpu else _ACCELERATOR_BYTES
+  size = min(budget // bytes_per_item, length // _FEWEST_TILES, largest)
+  return 1 << max(size, 1).bit_length() - 1
+
+
+def split(x: jax.Array, tile: int, fill: Any = 0) -> jax.Array:
+  """[T, ...] -> [nT, bT, ...], the last tile filled up with `fill`."""
+  length = x.shape[0]
+  padding = [(0, -length % tile)] + [(0, 0)] * (x.ndim - 1)
+  x = jnp.pad(x, padding, constant_values=fill)
+  return x.reshape(-1, tile, *x.shape[1:])
+
+
+def join(x: jax.Array, length: int) -> jax.Array:
+  """[nT, bT, ...] -> [T, ...]: undoes `split`."""
+  return x.reshape(-1, *x.shape[2:])[:length]
+
+
+def map_rows(row: Callable[..., Any], *arrays: jax.Array) -> Any:
+  """Applies `row` to one batch row after another: [B, ...] -> [B, ...]."""
+  return jax.lax.map(lambda row_arrays: row(*row_arrays), arrays)

@@ -1,0 +1,1 @@
+"""Tests of the ops: first of their definitions, then of all else."""

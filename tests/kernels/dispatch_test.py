@@ -1,0 +1,176 @@
+"""Which implementation is called, and with what."""
+
+import functools
+import importlib
+import inspect
+from unittest import mock
+import warnings
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from pallas_kernels import dispatch
+
+from . import inputs
+
+B, T, S, K, N = inputs.B, inputs.T, inputs.S, inputs.K, inputs.N
+C, R, HR, U = inputs.C, inputs.R, inputs.H + inputs.R, inputs.U
+M, I = inputs.M, inputs.I
+f32, i32 = (
+  functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+  for dtype in (jnp.float32, jnp.int32)
+)
+# What each op takes and what it returns.
+CALLS = {
+  "indexer_topk": (
+    {
+      "q": f32((B, T, M, I)),
+      "k": f32((B, S, I)),
+      "w": f32((B, T, M)),
+      "start": i32((B, T)),
+      "end": i32((B, T)),
+      "top_k": K,
+    },
+    (i32((B, T, K)), f32((B, T, K))),
+  ),
+  "sparse_mla": (
+    {
+      "q": f32((B, T, N, C + R)),
+      "kv": f32((B, S, C + R)),
+      "indices": i32((B, T, K)),
+      "latent_rank": C,
+      "scale": 0.5,
+    },
+    (f32((B, T, N, C)), f32((B, T, N))),
+  ),
+  "dense_mla": (
+    {
+      "q": f32((B, T, N, HR)),
+      "k": f32((B, S, N, HR)),
+      "v": f32((B, S, N, U)),
+      "start": i32((B, T)),
+      "end": i32((B, T)),
+      "scale": 0.5,
+    },
+    (f32((B, T, N, U)), f32((B, T, N))),
+  ),
+  "sparse_indexer_loss": (
+    {
+      "q_index": f32((B, T, M, I)),
+      "k_index": f32((B, S, I)),
+      "w": f32((B, T, M)),
+      "indices": i32((B, T, K)),
+      "q": f32((B, T, N, C + R)),
+      "kv": f32((B, S, C + R)),
+      "lse": f32((B, T, N)),
+      "scale": 0.5,
+      "heads_axis": "tensor",
+    },
+    f32((B, T)),
+  ),
+}
+
+
+def refuse(*args, **kwargs):
+  raise NotImplementedError("no such shape")
+
+
+def backend(name):
+  return mock.patch.object(jax, "default_backend", return_value=name)
+
+
+class DispatchTest(chex.TestCase):
+  def setUp(self):
+    super().setUp()
+    dispatch._warn_portable.cache_clear()
+    names = "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+    self.ops = {name: mock.Mock(return_value=name) for name in names}
+
+  def call(self, implementation=None):
+    return dispatch.call("op", self.ops, implementation, 1, two=2)
+
+  def assert_silent(self, expected, implementation=None):
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      self.assertEqual(self.call(implementation), expected)
+
+  @parameterized.parameters("mosaic_tpu", "mosaic_gpu", "reference")
+  def test_a_name_takes_that_one_on_any_backend(self, name):
+    self.assert_silent(name, implementation=name)
+    self.ops.pop(name).assert_called_once_with(1, two=2)
+    for other in self.ops.values():
+      other.assert_not_called()
+
+  def test_an_unknown_name_is_told_the_known_ones(self):
+    names = "mosaic_tpu, mosaic_gpu, chunked_xla, reference"
+    with self.assertRaisesRegex(ValueError, f"op.*'triton'.*{names}"):
+      self.call("triton")
+
+  def test_a_refusal_of_the_one_named_reaches_the_caller(self):
+    self.ops["mosaic_tpu"].side_effect = refuse
+    with backend("tpu"), self.assertRaisesRegex(NotImplementedError, "shape"):
+      self.call("mosaic_tpu")
+
+  @parameterized.parameters(
+    ("tpu", "mosaic_tpu"), ("gpu", "mosaic_gpu"), ("cpu", "chunked_xla")
+  )
+  def test_each_backend_takes_its_own(self, name, expected):
+    with backend(name):
+      self.assert_silent(expected)
+    self.ops.pop(expected).assert_called_once_with(1, two=2)
+    for other in self.ops.values():
+      other.assert_not_called()
+
+  @parameterized.parameters(("tpu", "mosaic_tpu"), ("gpu", "mosaic_gpu"))
+  def test_a_refusal_falls_back_and_says_so_once(self, name, kernel):
+    self.ops[kernel].side_effect = refuse
+    with backend(name):
+      with self.assertWarnsRegex(UserWarning, f"op .*{kernel}: no such shape"):
+        self.assertEqual(self.call(), "chunked_xla")
+      self.assert_silent("chunked_xla")
+    self.assertEqual(self.ops[kernel].call_count, 2)
+    self.ops["reference"].assert_not_called()
+
+  def test_a_backend_without_a_kernel_says_so_once(self):
+    with backend("rocm"):
+      with self.assertWarnsRegex(UserWarning, "op .*rocm.*there is none"):
+        self.assertEqual(self.call(), "chunked_xla")
+      self.assert_silent("chunked_xla")
+
+  def test_an_error_is_no_refusal(self):
+    self.ops["mosaic_tpu"].side_effect = ValueError("a bug")
+    with backend("tpu"), self.assertRaisesRegex(ValueError, "a bug"):
+      self.call()
+
+
+class ApiTest(chex.TestCase):
+  @parameterized.product(
+    op=[*CALLS], implementation=[None, "chunked_xla", "reference"]
+  )
+  def test_hands_each_argument_to_the_parameter_of_its_name(
+    self, op, implementation
+  ):
+    arguments, results = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x,
+      CALLS[op],
+    )
+
+    api = importlib.import_module(f"pallas_kernels.{op}.api")
+    taken = implementation or "chunked_xla"
+    signature = inspect.signature(api.IMPLEMENTATIONS[taken])
+    spies = {
+      name: mock.Mock(return_value=results) for name in api.IMPLEMENTATIONS
+    }
+    with mock.patch.dict(api.IMPLEMENTATIONS, spies):
+      actual = getattr(pallas_kernels, op)(
+        **arguments, implementation=implementation
+      )
+    self.assertIs(actual, results)
+    call = spies[taken].call_args
+    received = signature.bind(*call.args, **call.kwargs).arguments
+    self.assertSameElements(received, arguments)
+    for name, value in arguments.items():
+      self.assertIs(received[name], value)

@@ -1,0 +1,31 @@
+"""What a compiled program says of the arrays in it."""
+
+import math
+import re
+
+import jax
+
+_SHAPE = re.compile(r"\b(?:pred|bf16|[suf]\d+\w*|c\d+)\[([\d,]+)\]")
+
+
+def arrays(compiled: jax.stages.Compiled) -> set[tuple[int, ...]]:
+  """The shape of every array, also of those inside a fusion or a loop."""
+  text = compiled.as_text()
+  assert text is not None, "This backend does not say."
+  shapes = _SHAPE.findall(text)
+  return {tuple(map(int, shape.split(","))) for shape in shapes}
+
+
+def arrays_of(
+  compiled: jax.stages.Compiled, elements: int
+) -> list[tuple[int, ...]]:
+  """The shapes of at least so many elements, largest first."""
+  large = [x for x in arrays(compiled) if math.prod(x) >= elements]
+  return sorted(large, key=math.prod, reverse=True)
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+  """What the program takes besides its arguments and results."""
+  memory = compiled.memory_analysis()
+  assert memory is not None, "This backend does not say."
+  return memory.temp_size_in_bytes

@@ -1,0 +1,127 @@
+"""The model against an independent implementation's numbers.
+
+tests/golden/deepseek_v32_tiny: transformers 5.23.0 on torch 2.13.0, CPU, fp32.
+"""
+
+import pathlib
+
+from absl.testing import absltest
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+import dsa_jax
+
+FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "deepseek_v32_tiny"
+K = 16
+
+
+class GoldenTest(chex.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.expected = load_file(FOLDER / "expected.safetensors")
+    cls.model = dsa_jax.load_hf(FOLDER, dtype=jnp.float32)
+    cls.tokens = jnp.asarray(cls.expected["input_ids"])
+    cls.output = jax.jit(lambda m, t: m.forward(t))(cls.model, cls.tokens)
+
+  def test_logits(self):
+    expected = self.expected["logits"]
+    np.testing.assert_allclose(self.output.logits, expected, atol=2e-5, rtol=0)
+    called = jax.jit(lambda m, t: m(t))(self.model, self.tokens)
+    np.testing.assert_allclose(called, expected, atol=2e-5, rtol=0)
+
+  def test_hidden_states(self):
+    self.assertLen(self.output.hidden, 5)
+    for i, hidden in enumerate(self.output.hidden):
+      expected = self.expected[f"hidden.{i}"]
+      np.testing.assert_allclose(hidden, expected, atol=2e-5, rtol=0)
+
+  def test_selections(self):
+    self.assertLen(self.output.selected, 4)
+    for i, selected_BTK in enumerate(self.output.selected):
+      expected_BTK = self.expected[f"selected.{i}"]
+      np.testing.assert_array_equal(
+        selected_BTK[:, K:], np.sort(expected_BTK)[:, K:]
+      )
+      for t in range(K):  # a query with few keys reads all of them
+        row = [*range(t + 1)] + [-1] * (K - t - 1)
+        np.testing.assert_array_equal(selected_BTK[:, t], [row, row])
+
+  def test_loss_and_gradients(self):
+    def loss_fn(model):
+      losses = model.losses(self.tokens, attention="sparse", index_loss=False)
+      return losses.lm.sum() / (2 * 95)
+
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn, allow_int=True))(
+      self.model
+    )
+    np.testing.assert_allclose(
+      loss, self.expected["loss"][0], atol=1e-6, rtol=0
+    )
+
+    first, moe = grads.dense_layers, grads.moe_layers
+    attention = first.attention
+    kv_b_CNX = np.concatenate(
+      [attention.k_b_CNH[...][0], attention.v_b_CNU[...][0]], -1
+    )
+    ours = {
+      "lm_head.weight": grads.head.w_DV[...].T,
+      "model.embed_tokens.weight": grads.embed.table_VD[...],
+      "model.norm.weight": grads.final_norm.scale_D[...],
+      "model.layers.0.self_attn.kv_a_proj_with_mqa.weight": (
+        attention.kv_a_DX[...][0].T
+      ),
+      "model.layers.0.self_attn.kv_b_proj.weight": kv_b_CNX.reshape(32, -1).T,
+      "model.layers.0.self_attn.q_a_proj.weight": attention.q_a_DQ[...][0].T,
+      "model.layers.3.mlp.gate.weight": moe.ffn.router.w_DE[...][2].T,
+      "model.layers.3.mlp.shared_experts.down_proj.weight": (
+        moe.ffn.shared.down_FD[...][2].T
+      ),
+      "model.layers.3.self_attn.o_proj.weight": (
+        moe.attention.out_NUD[...][2].reshape(-1, 64).T
+      ),
+    }
+    given = {
+      name.removeprefix("grad.")
+      for name in self.expected
+      if name.startswith("grad.")
+    }
+    self.assertEqual(set(ours), given)
+    for name, grad in ours.items():
+      expected = self.expected[f"grad.{name}"]
+      error = np.linalg.norm(grad - expected) / np.linalg.norm(expected)
+      self.assertLess(error, 1e-4, name)
+
+    # One norm an expert; gate and up are one matrix there.
+    gate_up = np.concatenate(
+      [moe.ffn.gate_EDF[...], moe.ffn.up_EDF[...]], -1
+    ).reshape(3, 16, -1)
+    down = np.asarray(moe.ffn.down_EFD[...]).reshape(3, 16, -1)
+    for layer in (1, 2, 3):
+      for name, grad in (("gate_up", gate_up), ("down", down)):
+        np.testing.assert_allclose(
+          np.linalg.norm(grad[layer - 1], axis=-1),
+          self.expected[
+            f"gradnorm.model.layers.{layer}.mlp.experts.{name}_proj"
+          ],
+          rtol=1e-4,
+        )
+
+  def test_greedy_tokens(self):
+    # These were made with token 0 as padding, which the first prompt contains
+    # (at 1): it was masked, and the positions closed up.
+    prompts = self.tokens[:, :40]
+    self.assertTrue((prompts[0] == 0).any())
+    actual = dsa_jax.generate(self.model, prompts, 24, pad_id=0)
+    np.testing.assert_array_equal(actual, self.expected["greedy_ids"])
+
+  def test_greedy_tokens_of_a_prompt_without_padding(self):
+    actual = dsa_jax.generate(self.model, self.tokens[1:, :40], 24)
+    np.testing.assert_array_equal(actual, self.expected["greedy_ids"][1:])
+
+
+if __name__ == "__main__":
+  absltest.main()

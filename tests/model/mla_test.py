@@ -1,0 +1,87 @@
+"""Absorbed and expanded attention are one function."""
+
+import dataclasses
+
+from absl.testing import absltest
+import chex
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax import config as config_lib
+from dsa_jax import frame as frame_lib
+from dsa_jax import mla
+from tests.model import models
+
+# K > T: sparse attention reads all that dense attention does.
+CONFIG = dataclasses.replace(
+  models.CONFIG,
+  top_k=40,
+  yarn=config_lib.YarnConfig(factor=8.0, original_context=16),
+)
+
+
+def run(attention, layer, x, positions, segments, cfg=CONFIG):
+  frame = frame_lib.make_frame(
+    cfg, x.shape[:2], positions, segments, attention=attention
+  )
+  return layer(x, frame).y
+
+
+class MLATest(chex.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.layer = mla.MLA(CONFIG, rngs=nnx.Rngs(0))
+    self.x = jax.random.normal(jax.random.key(1), (2, 32, 32))
+
+  def test_absorbed_equals_expanded(self):
+    for segments in (None, models.SEGMENTS):
+      dense, sparse = (
+        jax.jit(run, static_argnums=0)(
+          way, self.layer, self.x, models.POSITIONS, segments
+        )
+        for way in ("dense", "sparse")
+      )
+      self.assertGreater(np.abs(dense).max(), 0.1)
+      np.testing.assert_allclose(sparse, dense, atol=1e-5, rtol=1e-5)
+
+  def test_their_gradients_are_equal(self):
+    target = jax.random.normal(jax.random.key(2), self.x.shape)
+
+    def loss(layer, x, attention):
+      y = run(attention, layer, x, models.POSITIONS, models.SEGMENTS)
+      return jnp.sum(y * target)
+
+    grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    dense, sparse = (
+      grad(self.layer, self.x, way) for way in ("dense", "sparse")
+    )
+    for (path, d), s in zip(
+      jax.tree_util.tree_leaves_with_path(dense), jax.tree.leaves(sparse)
+    ):
+      scale = np.abs(d).max()
+      name = jax.tree_util.keystr(path)
+      if "indexer" in name:
+        np.testing.assert_array_equal(s, 0, name)
+      else:
+        self.assertGreater(scale, 0, name)
+      np.testing.assert_allclose(s, d, atol=1e-5 * scale, rtol=1e-5)
+
+  def test_fewer_keys_give_another_result(self):
+    cfg = dataclasses.replace(CONFIG, top_k=8)
+    layer = mla.MLA(cfg, rngs=nnx.Rngs(0))
+    dense, sparse = (
+      run(way, layer, self.x, None, None, cfg) for way in ("dense", "sparse")
+    )
+    np.testing.assert_allclose(sparse[:, :8], dense[:, :8], atol=1e-5)
+    for t in range(12, 32):
+      self.assertGreater(np.abs(sparse - dense)[:, t].max(), 1e-3)
+
+  def test_the_scale_is_that_of_the_expanded_width(self):
+    mscale = 0.1 * np.log(8.0) + 1
+    self.assertAlmostEqual(mla.softmax_scale(CONFIG), mscale**2 / np.sqrt(20))
+
+
+if __name__ == "__main__":
+  absltest.main()

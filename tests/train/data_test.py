@@ -1,0 +1,594 @@
+import collections
+import contextlib
+import io
+import json
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import unittest.mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import grain
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+import pyarrow as pa
+from pyarrow import parquet
+import tyro
+
+from tests.train import tokenizer_test
+from train import data
+from train import documents as documents_lib
+
+EOS = 256
+
+
+class DataTestCase(parameterized.TestCase):
+  """Gives a test a folder, and small blocks so that it crosses several."""
+
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.folder = pathlib.Path(folder.name)
+    self.set_block_tokens(256)
+
+  def set_block_tokens(self, tokens):
+    patch = unittest.mock.patch.object(data, "_BLOCK_TOKENS", tokens)
+    patch.start()
+    self.addCleanup(patch.stop)
+
+  def write(self, name, content) -> str:
+    path = self.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(
+      content if isinstance(content, bytes) else content.encode()
+    )
+    return str(path)
+
+  def corpus(self, texts, **config) -> data.Corpus:
+    lines = [json.dumps({"text": text}) for text in texts]
+    path = self.write("texts.jsonl", "\n".join(lines))
+    return data.Corpus(data.DataConfig(source=path, **config))
+
+  def words(self, n, length=40):
+    """`n` texts of up to `length` bytes that name themselves all along."""
+    rng = np.random.default_rng(0)
+    # 5 bytes a word: rows of 16 tokens all differ.
+    return [f"{i:03d}, " * int(rng.integers(1, length // 5)) for i in range(n)]
+
+  def assert_batches_equal(self, actual, expected):
+    self.assertEqual(actual.keys(), expected.keys())
+    for name in expected:
+      np.testing.assert_array_equal(actual[name], expected[name], name)
+
+
+def side(subset) -> list[str]:
+  return [subset[i] for i in range(len(subset))]
+
+
+def take(iterator, n):
+  return [next(iterator) for _ in range(n)]
+
+
+def rows(batches, name="tokens"):
+  return np.concatenate([batch[name] for batch in batches])
+
+
+def served(tokens) -> list[str]:
+  """The documents that a stream of byte tokens holds; the last may be cut."""
+  stream = np.ravel(tokens)
+  cuts = np.flatnonzero(stream == EOS)
+  pieces = np.split(stream, cuts + 1)
+  return [bytes(p[p != EOS].tolist()).decode() for p in pieces if len(p)]
+
+
+class TrainingBatchesTest(DataTestCase):
+  def unshuffled(self, corpus, n, seq_len, seed=0):
+    """The stream itself: blocks of one row have nothing to shuffle."""
+    self.set_block_tokens(1)
+    batches = corpus.batches(seq_len=seq_len, batch_size=1, seed=seed)
+    return take(batches, n)
+
+  def test_one_document_comes_back_whole(self):
+    text = "".join(f"{i:05d}é" for i in range(200))  # each row is unique
+    corpus = self.corpus([text, text])
+    self.assertLen(corpus.train, 1)
+    stream = np.tile([*text.encode(), EOS], 3)
+    # A block of 16 rows, then the next: more than two epochs.
+    self.set_block_tokens(16 * 96)
+    batches = corpus.batches(seq_len=96, batch_size=4, seed=0)
+    for block in range(2):
+      actual = rows(take(batches, 4))
+      expected = stream[block * 16 * 96 :][: 16 * 96].reshape(16, 96)
+      self.assertFalse(np.array_equal(actual, expected))  # it is shuffled
+      self.assertCountEqual(actual.tolist(), expected.tolist())
+
+  def test_each_epoch_serves_each_training_document_once(self):
+    texts = self.words(30) + ["Größe €", "語", "🙂", "a\r\nb\n"] * 3
+    corpus = self.corpus(texts, heldout_fraction=0.2)
+    train, heldout = side(corpus.train), side(corpus.heldout)
+    self.assertCountEqual(train + heldout, texts)
+    n = sum(len(text.encode()) + 1 for text in train)
+    stream = served(rows(self.unshuffled(corpus, 3 * n // 64 + 1, 64)))
+    epochs = [stream[i * len(train) : (i + 1) * len(train)] for i in range(3)]
+    for epoch in epochs:
+      self.assertCountEqual(epoch, train)
+    self.assertNotEqual(epochs[0], epochs[1])
+    self.assertNotEqual(epochs[1], epochs[2])
+    for text in set(heldout) - set(train):
+      self.assertNotIn(text, stream)
+
+  def test_shuffling_rows_loses_and_repeats_none(self):
+    corpus = self.corpus(self.words(50))
+    expected = rows(self.unshuffled(corpus, 48, 16))
+    self.set_block_tokens(256)  # 16 rows
+    actual = rows(take(corpus.batches(seq_len=16, batch_size=4, seed=0), 12))
+    orders = []
+    for block in np.arange(48).reshape(3, 16):
+      self.assertCountEqual(actual[block].tolist(), expected[block].tolist())
+      known = {row.tobytes(): i for i, row in enumerate(expected[block])}
+      orders.append([known[row.tobytes()] for row in actual[block]])
+    self.assertNotEqual(orders[0], orders[1])
+
+  def test_arrays_match_a_naive_loop(self):
+    texts = self.words(40) + ["Größe €", "語", "🙂"] * 4
+    hf = tokenizer_test.write_hf(str(self.folder))
+    for tokenizer in ("bytes", hf):
+      corpus = self.corpus(texts, tokenizer=tokenizer)
+      eos = corpus.tokenizer.eos_id
+      rates = {}  # bytes a token, by the ids of the document
+      for text in texts:
+        ids = (*corpus.tokenizer.encode(text).tolist(), eos)
+        rates[ids] = len(text.encode()) / len(ids)
+      batches = self.unshuffled(corpus, 100, 16)
+      stream = rows(batches).ravel().tolist()
+      document, expected = [], []
+      for token in stream:
+        document.append(token)
+        if token == eos:
+          expected += [rates[tuple(document)]] * len(document)
+          document = []
+      actual = rows(batches, "bytes").ravel()[: len(expected)]
+      self.assertGreater(len(expected), 1000)
+      np.testing.assert_allclose(actual, expected, rtol=1e-6)
+      for batch in batches:
+        segment, position = 1, 0
+        for t in range(16):
+          self.assertEqual(batch["segment_ids"][0, t], segment)
+          self.assertEqual(batch["positions"][0, t], position)
+          position += 1
+          if batch["tokens"][0, t] == eos:
+            segment, position = segment + 1, 0
+
+  def test_shapes_and_types(self):
+    corpus = self.corpus(self.words(9))
+    # The second is longer than a block, and than the corpus.
+    for b, t in ((4, 16), (3, 500), (1, 1)):
+      batch = next(corpus.batches(seq_len=t, batch_size=b, seed=0))
+      for name, dtype in (
+        ("tokens", np.int32),
+        ("segment_ids", np.int32),
+        ("positions", np.int32),
+        ("bytes", np.float32),
+      ):
+        self.assertEqual(batch[name].shape, (b, t))
+        self.assertEqual(batch[name].dtype, dtype)
+      self.assertGreater(batch["segment_ids"].min(), 0)
+
+  def test_the_order_hangs_on_the_seeds_alone(self):
+    texts = self.words(50)
+    corpus = self.corpus(texts)
+
+    def head(corpus, seed):
+      batches = corpus.batches(seq_len=16, batch_size=4, seed=seed)
+      return rows(take(batches, 6)).tolist()
+
+    self.assertEqual(head(corpus, 0), head(corpus, 0))
+    self.assertEqual(head(corpus, 0), head(self.corpus(texts), 0))
+    others = [
+      head(corpus, 1),
+      head(self.corpus(texts, shuffle_seed=1), 0),
+      head(self.corpus(texts, shuffle_seed=1), 1),
+    ]
+    for other in others:
+      self.assertNotEqual(other, head(corpus, 0))
+    self.assertNotEqual(others[0], others[1])
+
+  def test_the_next_seed_is_not_the_next_epoch(self):
+    corpus = self.corpus(self.words(30))
+    n = len(corpus.train)
+
+    def epochs(seed):
+      stream = served(rows(self.unshuffled(corpus, 9, 256, seed)))
+      return [stream[i * n : (i + 1) * n] for i in range(2)]
+
+    self.assertNotEqual(epochs(0)[1], epochs(1)[0])
+
+  def test_a_batch_mixes_documents(self):
+    # Each document fills 32 rows.
+    texts = [chr(ord("0") + i) * (32 * 64 - 1) for i in range(40)]
+    corpus = self.corpus(texts)
+    self.set_block_tokens(16 * 32 * 64)
+    batches = corpus.batches(seq_len=64, batch_size=8, seed=0)
+    distinct = [
+      len(np.unique(batch["tokens"][:, 0])) for batch in take(batches, 40)
+    ]
+    self.assertGreater(np.mean(distinct), 5.5)
+
+  @parameterized.parameters(
+    dict(seq_len=0, batch_size=1), dict(seq_len=1, batch_size=0)
+  )
+  def test_bad_sizes(self, **sizes):
+    corpus = self.corpus(self.words(5))
+    with self.assertRaisesRegex(data.DataError, "must be at least 1"):
+      corpus.batches(seed=0, **sizes)
+    with self.assertRaisesRegex(data.DataError, "must be at least 1"):
+      corpus.heldout_batches(max_batches=1, **sizes)
+
+  def test_a_lost_file_stops_training(self):
+    for i in range(9):
+      self.write(f"{i}.txt", f"text {i}")
+    corpus = data.Corpus(data.DataConfig(source=f"{self.folder}/*.txt"))
+    batches = corpus.batches(seq_len=16, batch_size=4, seed=0)
+    next(batches)
+    for i in range(9):
+      os.remove(self.folder / f"{i}.txt")
+    with self.assertRaises(FileNotFoundError):
+      take(batches, 100)
+    with self.assertRaises(FileNotFoundError):  # and goes on to
+      next(batches)
+
+
+class ResumeTest(DataTestCase):
+  def setUp(self):
+    super().setUp()
+    self.made = self.corpus(self.words(60))
+
+  def batches(self, **kwargs):
+    return self.made.batches(
+      **(dict(seq_len=16, batch_size=4, seed=3) | kwargs)
+    )
+
+  # A block has 4 batches, an epoch some 17.
+  @parameterized.product(
+    steps=[0, 1, 3, 4, 5, 8, 21, 50], used=[False, True], prefetch=[0, 2]
+  )
+  def test_exact(self, steps, used, prefetch):
+    def batches():
+      iterator = self.batches()
+      if prefetch:
+        iterator = grain.experimental.ThreadPrefetchDatasetIterator(
+          iterator, prefetch
+        )
+      return iterator
+
+    iterator = batches()
+    take(iterator, steps)
+    state = iterator.get_state()
+    saved = json.dumps(state)
+    expected = take(iterator, 20)
+    self.assertEqual(json.dumps(state), saved)  # later steps left it alone
+    resumed = iterator if used else batches()
+    resumed.set_state(json.loads(saved))
+    self.assertEqual(json.dumps(resumed.get_state()), saved)
+    resumed.start_prefetch()
+    for actual, batch in zip(take(resumed, 20), expected):
+      self.assert_batches_equal(actual, batch)
+
+  @parameterized.parameters(1, 3, 7, 12)
+  def test_every_place_of_a_document(self, seq_len):
+    # Blocks of one short row end everywhere, also between documents.
+    self.set_block_tokens(1)
+    iterator = self.batches(seq_len=seq_len, batch_size=1)
+    resumed = self.batches(seq_len=seq_len, batch_size=1)
+    for _ in range(40):
+      resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+      self.assert_batches_equal(next(resumed), next(iterator))
+
+  @parameterized.parameters(0, 6)
+  def test_through_orbax(self, steps):
+    iterator = self.batches()
+    take(iterator, steps)
+    with ocp.training.Checkpointer(f"{self.folder}/run") as checkpointer:
+      checkpointer.save_checkpointables(steps, dict(dataset=iterator))
+    expected = take(iterator, 9)
+    resumed = self.batches()
+    with ocp.training.Checkpointer(f"{self.folder}/run") as checkpointer:
+      checkpointer.load_checkpointables(steps, dict(dataset=resumed))
+    for actual, batch in zip(take(resumed, 9), expected):
+      self.assert_batches_equal(actual, batch)
+
+  def test_refuses_other_settings(self):
+    iterator = self.batches()
+    take(iterator, 3)
+    state = iterator.get_state()
+    for other in (
+      self.batches(seq_len=32),
+      self.batches(batch_size=8),
+      self.batches(seed=4),
+      self.corpus(self.words(61)).batches(seq_len=16, batch_size=4, seed=3),
+    ):
+      with self.assertRaisesRegex(data.DataError, "same settings"):
+        other.set_state(state)
+
+  def test_silent_at_exit(self):
+    # An iterator that lives until Python exits must neither hang nor complain.
+    program = (
+      "from train import data\n"
+      f"c = data.Corpus(data.DataConfig(source={str(self.folder)!r} + '/*'))\n"
+      "it = c.batches(seq_len=8, batch_size=2, seed=0)\n"
+      "held = c.heldout_batches(seq_len=8, batch_size=1, max_batches=9)\n"
+      "next(it), next(held)\n"
+    )
+    done = subprocess.run(
+      [sys.executable, "-W", "error", "-c", program],
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+
+class HeldoutTest(DataTestCase):
+  def test_all_of_it_in_full_batches(self):
+    corpus = self.corpus(self.words(200), heldout_fraction=0.3)
+    heldout = side(corpus.heldout)
+    batches = list(
+      corpus.heldout_batches(seq_len=16, batch_size=4, max_batches=10**9)
+    )
+    n = sum(len(text) + 1 for text in heldout)
+    self.assertLen(batches, -(-n // 64))
+    for batch in batches:
+      self.assertEqual(batch["tokens"].shape, (4, 16))
+    real = rows(batches, "segment_ids").ravel() > 0
+    self.assertNotEqual(n % 64, 0)  # so the last batch is padded
+    np.testing.assert_array_equal(real, np.arange(len(batches) * 64) < n)
+    for name in ("tokens", "positions", "bytes"):
+      self.assertTrue((rows(batches, name).ravel()[~real] == 0).all(), name)
+    self.assertCountEqual(served(rows(batches).ravel()[real]), heldout)
+    self.assertAlmostEqual(
+      rows(batches, "bytes").sum(), sum(map(len, heldout)), delta=0.01
+    )
+
+  def test_same_each_time(self):
+    corpus = self.corpus(self.words(200), heldout_fraction=0.3)
+    sizes = dict(seq_len=16, batch_size=4, max_batches=7)
+    first = list(corpus.heldout_batches(**sizes))
+    self.assertLen(first, 7)
+    other_seed = self.corpus(
+      self.words(200), heldout_fraction=0.3, shuffle_seed=5
+    )
+    for again in (corpus, other_seed):
+      again = list(again.heldout_batches(**sizes))
+      self.assertLen(again, 7)
+      for actual, batch in zip(again, first):
+        self.assert_batches_equal(actual, batch)
+
+  def test_spread_over_documents(self):
+    texts = [chr(ord("0") + i) * 5000 for i in range(60)]
+    corpus = self.corpus(texts, heldout_fraction=0.2)
+    n = len(corpus.heldout)
+    batches = list(
+      corpus.heldout_batches(seq_len=16, batch_size=n, max_batches=2)
+    )
+    counts = collections.Counter(rows(batches).ravel().tolist())
+    self.assertEqual(
+      counts, {ord(text[0]): 32 for text in side(corpus.heldout)}
+    )
+    np.testing.assert_allclose(rows(batches, "bytes"), 5000 / 5001)
+    # Too few rows for all documents: a row each of some, from all over.
+    batches = corpus.heldout_batches(seq_len=16, batch_size=4, max_batches=1)
+    self.assertLen(np.unique(rows(list(batches))), 4)
+
+  def test_split(self):
+    texts = self.words(3000)
+    corpus = self.corpus(texts, heldout_fraction=0.1)
+    train, heldout = side(corpus.train), side(corpus.heldout)
+    self.assertCountEqual(train + heldout, texts)
+    self.assertBetween(len(heldout), 250, 350)
+    # Documents added at the end change no side.
+    fewer = self.corpus(texts[:2000], heldout_fraction=0.1)
+    self.assertEqual(side(fewer.heldout), heldout[: len(fewer.heldout)])
+    self.assertEqual(side(fewer.train), train[: len(fewer.train)])
+
+  @parameterized.parameters(1e-9, 0.02, 1 - 1e-9)
+  def test_both_sides_have_a_document(self, fraction):
+    for n in range(2, 8):
+      corpus = self.corpus(self.words(n), heldout_fraction=fraction)
+      self.assertNotEmpty(corpus.train)
+      self.assertNotEmpty(corpus.heldout)
+      self.assertLen(side(corpus.train) + side(corpus.heldout), n)
+
+  def test_one_document_is_too_few(self):
+    with self.assertRaisesRegex(data.DataError, "1 document is too few.*Cut"):
+      self.corpus(["text"])
+
+
+class DocumentsTest(DataTestCase):
+  def open(self, *sources, text_field="text") -> documents_lib.Documents:
+    sources = [f"{self.folder}/{source}" for source in sources]
+    return documents_lib.open_documents(",".join(sources), text_field)
+
+  def write_parquet(self, name, columns, **kwargs):
+    path = self.folder / name
+    parquet.write_table(pa.table(columns), path, **kwargs)
+    return str(path)
+
+  def test_stdlib(self):
+    documents = documents_lib.open_documents("stdlib", "text")
+    texts = side(documents)
+    self.assertGreater(len(texts), 300)
+    self.assertTrue(all(texts))
+    root = os.path.dirname(os.__file__)
+    for name in ("json/decoder.py", "abc.py"):
+      with open(os.path.join(root, name), newline="") as file:
+        self.assertIn(file.read(), texts)
+    corpus = data.Corpus(data.DataConfig())
+    self.assertIn(f"{len(corpus.train):,} documents to train on", str(corpus))
+    self.assertBetween(len(corpus.heldout) / len(texts), 0.005, 0.05)
+    batch = next(corpus.batches(seq_len=64, batch_size=2, seed=0))
+    self.assertEqual(batch["tokens"].shape, (2, 64))
+
+  def test_globs(self):
+    self.write("b/deep/1.txt", "one\r\n")
+    self.write("a.txt", "zwei €")
+    self.write("b/empty.md", "")
+    self.write("b/3.MD", "three")
+    self.write("b/no.py", "pass")
+    expected = ["zwei €", "three", "one\r\n"]
+    self.assertEqual(side(self.open("**/*.txt", "b/*.[mM][dD]")), expected)
+    # Neither the order of the patterns nor overlaps matter.
+    self.assertEqual(
+      side(self.open("b/**/*.[mM][dD]", "**/*.txt", "a.*")), expected
+    )
+
+  def test_json_lines(self):
+    texts = ["one", "zwei €\n", "🙂\u2028x", "", "five"]
+    lines = [json.dumps({"id": i, "text": t}) for i, t in enumerate(texts)]
+    lines[2] = json.dumps({"text": texts[2]}, ensure_ascii=False)
+    lines.insert(1, "")
+    self.write("x.jsonl", "\r\n".join(lines) + "\n\n")
+    self.write("y.jsonl", '{"text": "last"}')
+    self.write("z.jsonl", "")
+    self.assertEqual(
+      side(self.open("*.jsonl")), [t for t in texts if t] + ["last"]
+    )
+
+  def test_parquet(self):
+    texts = [f"text {i} é" if i % 7 else None for i in range(25)]
+    columns = {"body": texts, "id": list(range(25))}
+    self.write_parquet("x.parquet", columns, row_group_size=4)
+    documents = self.open("x.parquet", text_field="body")
+    self.assertLen(documents, 25)
+    for i in np.random.default_rng(0).permutation(25):
+      self.assertEqual(documents[int(i)], texts[i] or "")
+
+  def test_empty_parquet_rows_are_skipped(self):
+    texts = [""] * 40
+    texts[::2] = [f"text {i}" for i in range(20)]
+    source = self.write_parquet("x.parquet", {"text": texts})
+    corpus = data.Corpus(data.DataConfig(source=source, heldout_fraction=0.3))
+    self.set_block_tokens(1)  # the stream itself, unshuffled
+    batches = corpus.batches(seq_len=16, batch_size=1, seed=0)
+    self.assertNotIn("", served(rows(take(batches, 64))))
+    batches = corpus.heldout_batches(seq_len=16, batch_size=2, max_batches=99)
+    tokens = rows(list(batches))
+    heldout = [text for text in side(corpus.heldout) if text]
+    self.assertCountEqual(served(tokens[tokens > 0]), heldout)
+
+  def test_kinds_mix(self):
+    self.write("b.txt", "text")
+    self.write("c.jsonl", '{"text": "line"}\n{"text": "line 2"}')
+    self.write_parquet("a.parquet", {"text": ["row", "row 2"]})
+    documents = self.open("*")
+    self.assertEqual(
+      side(documents), ["row", "row 2", "text", "line", "line 2"]
+    )
+    copy = pickle.loads(pickle.dumps(documents))
+    self.assertEqual(side(copy), side(documents))
+    with self.assertRaises(IndexError):
+      _ = documents[5]
+    with self.assertRaises(IndexError):
+      _ = documents[-1]
+
+  def test_threads_may_read_together(self):
+    texts = self.words(300)
+    self.write_parquet("x.parquet", {"text": texts}, row_group_size=7)
+    self.write(
+      "y.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)
+    )
+    documents = self.open("*")
+    read = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
+    dataset = grain.MapDataset.source(documents).to_iter_dataset(read)
+    self.assertEqual(list(dataset), texts * 2)
+
+  @parameterized.parameters(
+    (
+      "x.txt",
+      b"ok \xc3\xa9 \xff",
+      r"x.txt is not UTF-8: byte 0xff at offset 6",
+    ),
+    ("x.gz", b"\x1f\x8b\x08", "not UTF-8.*convert it.* or narrow the glob"),
+    ("x.txt", b"", "1 files, all of them empty; point it at"),
+    ("x.jsonl", b'\n\n{"text": ""}\n', "all of them empty"),
+    ("x.jsonl", b'{"text": "a"}\n{"text"', "x.jsonl:2 is not JSON"),
+    ("x.jsonl", b'{"text": "a"}\n\n[1]', "x.jsonl:3 holds a list, not an obj"),
+    ("x.jsonl", b'{"body": "a"}', r"x.jsonl:1 has no field 'text'.*\['body'\]"),
+    ("x.jsonl", b'{"text": null}', "x.jsonl:1: field 'text' holds a NoneType"),
+    ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: .*not valid Unicode"),
+    ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "0xff at offset 24"),
+    ("x.parquet", b"PAR", "x.parquet is not Parquet.*narrow the glob"),
+    ("x.parquet", b"", "x.parquet is not Parquet"),
+  )
+  def test_bad_files(self, name, content, message):
+    self.write(name, content)
+    with self.assertRaisesRegex(data.DataError, message):
+      self.open("x.*")
+
+  def test_bad_parquet_columns(self):
+    columns = {"id": [1, 2], "body": ["a", "b"]}
+    self.write_parquet("x.parquet", columns)
+    for field in ("text", "id"):
+      with self.assertRaisesRegex(
+        data.DataError, rf"no column '{field}' of strings.*\['body'\]"
+      ):
+        self.open("x.parquet", text_field=field)
+
+  def test_empty_parquet(self):
+    source = self.write_parquet("x.parquet", {"text": ["", None, ""]})
+    with self.assertRaisesRegex(data.DataError, "all empty; remove"):
+      data.Corpus(data.DataConfig(source=source))
+    self.write_parquet("y.parquet", {"text": pa.array([], pa.string())})
+    with self.assertRaisesRegex(data.DataError, "all of them empty"):
+      self.open("y.parquet")
+
+  def test_no_match(self):
+    self.write("x.txt", "text")
+    with self.assertRaisesRegex(data.DataError, "nope.*matches no file in /"):
+      self.open("x.txt", "nope/*.txt")
+    with self.assertRaisesRegex(data.DataError, "matches no file"):
+      documents_lib.open_documents("", "text")
+
+  def test_missing_pyarrow(self):
+    self.write("x.parquet", "")
+    with (
+      unittest.mock.patch.dict(sys.modules, {"pyarrow": None}),
+      self.assertRaisesRegex(data.DataError, r"pip install .dsa-jax\[parquet"),
+    ):
+      self.open("x.parquet")
+
+
+class DataConfigTest(parameterized.TestCase):
+  @parameterized.parameters(
+    dict(heldout_fraction=0.0),
+    dict(heldout_fraction=1.0),
+    dict(heldout_fraction=float("nan")),
+    dict(shuffle_seed=-1),
+  )
+  def test_validates(self, **config):
+    (name,) = config
+    with self.assertRaisesRegex(data.DataError, name):
+      data.DataConfig(**config)
+
+  def test_help(self):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), self.assertRaises(SystemExit):
+      tyro.cli(data.DataConfig, args=["--help"])
+    help_text = re.sub(r"[│\s]+", " ", printed.getvalue())
+    for words in (
+      "Python's standard library",
+      "Field (JSON lines)",
+      "path of a tokenizer.json",
+      "kept out of training",
+      "order of the training documents",
+    ):
+      self.assertIn(words, help_text)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,119 @@
+"""A run's folder: its config, and checkpoints of all that a step changes."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import grain
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from train import config as config_lib
+from train import step as step_lib
+
+# What may differ between a run and its continuation: where things lie, what is
+# logged and saved, and which devices compute.
+_FREE = ("run_dir", "mesh", "checkpoint", "log", "resume", "stop_at")
+
+
+class Checkpoints:
+  """The checkpoints of one run, saved in the background.
+
+  RUN_DIR/config.json is the run's config; RUN_DIR/checkpoints/STEP holds the
+  train state and the data iterator after that step.
+  """
+
+  def __init__(self, cfg: config_lib.TrainConfig):
+    """Opens the folder, and changes nothing there but to begin a new run.
+
+    Raises:
+      ValueError: The folder holds a run and `resume` is off, or holds none and
+        it is on, or holds a run with another config.
+    """
+    self._dir = pathlib.Path(cfg.run_dir).resolve()
+    self._check(cfg)
+    policies: Any = ocp.training.preservation_policies
+    self._checkpointer = ocp.training.Checkpointer(
+      str(self._dir / "checkpoints"),
+      preservation_policy=policies.LatestN(cfg.checkpoint.keep),
+    )
+
+  @property
+  def latest(self) -> int:
+    """The newest checkpoint's step; 0 if there is none."""
+    newest = self._checkpointer.latest
+    return newest.step if newest else 0
+
+  def begin(self, cfg: config_lib.TrainConfig) -> None:
+    """Writes down which run this folder holds."""
+    text = json.dumps(dataclasses.asdict(cfg), indent=2)
+    (self._dir / "config.json").write_text(text + "\n", encoding="utf-8")
+
+  def save(
+    self, state: step_lib.TrainState, step: int, data: grain.DatasetIterator
+  ) -> None:
+    """Copies the state, and writes it while training goes on."""
+    if step > self.latest:
+      self._checkpointer.save_checkpointables_async(
+        step, {"state": state, "data": data}, force=True
+      )
+
+  def restore_state(self, like: step_lib.TrainState) -> step_lib.TrainState:
+    """The newest state, in the shapes and shardings of `like`."""
+    abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, like)
+    loaded = self._checkpointer.load_checkpointables(
+      self.latest, {"state": abstract}
+    )
+    return loaded["state"]
+
+  def restore_data(self, data: grain.DatasetIterator) -> None:
+    """Sets the iterator to where it stood."""
+    self._checkpointer.load_checkpointables(self.latest, {"data": data})
+
+  def close(self) -> None:
+    """Waits until everything is written."""
+    self._checkpointer.close()
+
+  def _check(self, cfg: config_lib.TrainConfig) -> None:
+    file = self._dir / "config.json"
+    if not cfg.resume:
+      if self._dir.exists() and (
+        not self._dir.is_dir() or any(self._dir.iterdir())
+      ):
+        raise ValueError(
+          f"run_dir={cfg.run_dir} is not empty: go on with the run in it by "
+          "--resume, or give another --run-dir."
+        )
+      self._dir.mkdir(parents=True, exist_ok=True)
+      return
+    if not file.exists():
+      raise ValueError(
+        f"--resume: run_dir={cfg.run_dir} holds no run (no config.json); give "
+        "the --run-dir of one, or begin one without --resume."
+      )
+    saved = _flat(json.loads(file.read_text(encoding="utf-8")))
+    now = _flat(json.loads(json.dumps(dataclasses.asdict(cfg))))
+    changed = [
+      f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
+      for name in sorted(saved | now)
+      if name.split(".")[0] not in _FREE and saved.get(name) != now.get(name)
+    ]
+    if changed:
+      raise ValueError(
+        f"--resume: the run in {cfg.run_dir} has another config: "
+        f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
+        "begin a new run."
+      )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": [1]}} -> {"a.b.0": 1}."""
+  if isinstance(tree, list):
+    tree = {str(i): x for i, x in enumerate(tree)}
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  flat = {}
+  for name, child in tree.items():
+    flat |= _flat(child, f"{prefix}.{name}" if prefix else name)
+  return flat

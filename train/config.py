@@ -1,0 +1,258 @@
+"""What a run is: model, data, stages, optimizer, mesh, checkpoints, log.
+
+A run is a Python file in configs/ that defines `config() -> TrainConfig`. Any
+field can be set on the command line. Everything that can be wrong in itself is
+refused here, before anything compiles.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+from typing import Literal
+
+import dsa_jax
+from train import data as data_lib
+
+type Kind = Literal["pretrain", "sparse"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+  """One stage of training; it begins with the parameters of the one before."""
+
+  kind: Kind
+  """pretrain: dense attention, all but the indexer. sparse: DSA; the model by
+  its language loss, the indexer by its KL."""
+  steps: int
+  """Optimizer steps."""
+  seq_len: int
+  """T, tokens of a sequence."""
+  batch_size: int
+  """Sequences of a step, over all devices."""
+  microbatches: int = 1
+  """Parts that a step's batch is computed in, one after the other."""
+  lr_scale: float = 1.0
+  """Multiplies optimizer.peak_lr."""
+  mtp_weight: float = 0.3
+  """Weight of the MTP loss."""
+  balance_weight: float = 1e-4
+  """Weight of the sequence-wise balance loss."""
+  router_bias_rate: float = 1e-3
+  """How far a step moves the routers' biases toward balance."""
+
+  def __post_init__(self):
+    for name in ("steps", "seq_len", "batch_size", "microbatches"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    if self.seq_len < 4:
+      raise ValueError(f"{self.seq_len=} must be at least 4.")
+    if self.batch_size % self.microbatches:
+      raise ValueError(
+        f"{self.batch_size=} must be a multiple of {self.microbatches=}."
+      )
+    for name in (
+      "lr_scale",
+      "mtp_weight",
+      "balance_weight",
+      "router_bias_rate",
+    ):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+
+  @property
+  def attention(self) -> Literal["dense", "sparse"]:
+    return "dense" if self.kind == "pretrain" else "sparse"
+
+  @property
+  def trains_indexer(self) -> bool:
+    return self.kind == "sparse"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW with clipping, and a warm-up, constant, cosine schedule a stage."""
+
+  peak_lr: float
+  """Learning rate of the model between warm-up and decay."""
+  indexer_lr: float = 1e-3
+  """The same of the indexer."""
+  warmup: float = 0.05
+  """Fraction of a stage's steps in which the rate rises from 0."""
+  decay: float = 0.5
+  """Fraction of them, at the end, in which it falls."""
+  final: float = 0.1
+  """Where it falls to, as a fraction of the peak."""
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1
+  """Of matrices; norms have none."""
+  clip_norm: float = 1.0
+  """Largest norm of the model's gradient, and of the indexer's."""
+
+  def __post_init__(self):
+    for name in ("peak_lr", "indexer_lr", "epsilon", "clip_norm"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+    for name in ("warmup", "decay", "final"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f"{name}={getattr(self, name)} must lie in 0..1.")
+    if self.warmup + self.decay > 1:
+      raise ValueError(f"{self.warmup=} and {self.decay=} exceed 1 together.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each axis of the mesh; their product is what is used."""
+
+  data: int = 1
+  """Copies of the model."""
+  fsdp: int = 1
+  """Devices that share each copy's weights."""
+  expert: int = 1
+  """Devices that share the experts (1 for now)."""
+  context: int = 1
+  """Devices that share a sequence (1 for now)."""
+  tensor: int = 1
+  """Devices that share heads, ffn and vocabulary."""
+
+  def __post_init__(self):
+    for axis, size in dataclasses.asdict(self).items():
+      if size < 1:
+        raise ValueError(f"mesh.{axis}={size} must be at least 1.")
+    for axis in ("expert", "context"):
+      if getattr(self, axis) > 1:
+        raise ValueError(
+          f"mesh.{axis}={getattr(self, axis)}: this axis is not supported yet; "
+          "use mesh.data, mesh.fsdp and mesh.tensor."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When to save. The end of a stage and of the run is always saved."""
+
+  every: int = 1000
+  """Steps between checkpoints."""
+  keep: int = 3
+  """How many of the newest stay."""
+
+  def __post_init__(self):
+    if self.every < 1 or self.keep < 1:
+      raise ValueError(f"{self.every=} and {self.keep=} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+  """What to print and write, and when."""
+
+  every: int = 10
+  """Steps between progress lines."""
+  eval_every: int = 1000
+  """Steps between evaluations on held-out text; also at the end of a stage."""
+  eval_batches: int = 8
+  """Batches of an evaluation."""
+  sample_every: int = 1000
+  """Steps between samples of text; also at the end of the run."""
+  sample_prompt: str = "def "
+  """What a sample continues."""
+  sample_tokens: int = 128
+  """Tokens of a sample."""
+  sample_temperature: float = 0.7
+  """0 takes the likeliest token each time."""
+  tensorboard: bool = False
+  """Also write TensorBoard events, to RUN_DIR/tensorboard."""
+
+  def __post_init__(self):
+    for name in (
+      "every",
+      "eval_every",
+      "eval_batches",
+      "sample_every",
+      "sample_tokens",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    if not self.sample_prompt:
+      raise ValueError("sample_prompt is empty; give at least one character.")
+    if self.sample_temperature < 0:
+      raise ValueError(f"{self.sample_temperature=} must be at least 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """A run."""
+
+  run_dir: str
+  """Where checkpoints, metrics and the config go; one run a folder."""
+  model: dsa_jax.ModelConfig
+  stages: tuple[StageConfig, ...]
+  optimizer: OptimizerConfig
+  data: data_lib.DataConfig = data_lib.DataConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
+  seed: int = 0
+  """Of the initial weights, the order of the data, and the samples."""
+  resume: bool = False
+  """Go on from the newest checkpoint in run_dir."""
+  stop_at: int | None = None
+  """Save and stop after this step, as an interruption would."""
+
+  def __post_init__(self):
+    if not self.stages:
+      raise ValueError("stages is empty; a run needs at least one.")
+    if self.seed < 0:
+      raise ValueError(f"{self.seed=} must be at least 0.")
+    if self.stop_at is not None and self.stop_at < 1:
+      raise ValueError(f"{self.stop_at=} must be at least 1.")
+    self._check_mesh()
+
+  def _check_mesh(self):
+    mesh, model = self.mesh, self.model
+    rows = mesh.data * mesh.fsdp * mesh.expert
+    for i, stage in enumerate(self.stages):
+      part = stage.batch_size // stage.microbatches
+      if part % rows:
+        raise ValueError(
+          f"stages.{i}: {part} sequences a microbatch (batch_size over "
+          f"microbatches) do not divide among the {rows} devices of "
+          "mesh.data x fsdp x expert."
+        )
+    for name, axis in (
+      ("num_heads", "tensor"),
+      ("dense_ffn_dim", "tensor"),
+      ("expert_ffn_dim", "tensor"),
+      ("vocab_size", "tensor"),
+      ("embed_dim", "fsdp"),
+    ):
+      value, size = getattr(model, name), getattr(mesh, axis)
+      if value % size:
+        raise ValueError(
+          f"model.{name}={value} does not divide by mesh.{axis}={size}."
+        )
+
+  @property
+  def total_steps(self) -> int:
+    return sum(stage.steps for stage in self.stages)
+
+
+def load(path: str) -> TrainConfig:
+  """What `config()` of a Python file returns.
+
+  Raises:
+    ValueError: There is no such file, or no such function in it.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+    hint = f" There are: {', '.join(known)}." if known else ""
+    raise ValueError(f"--config={path}: there is no such file.{hint}")
+  spec = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
+  if spec is None or spec.loader is None:
+    raise ValueError(f"--config={path} is not a Python file.")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "config"):
+    raise ValueError(f"--config={path} must define `config() -> TrainConfig`.")
+  return module.config()

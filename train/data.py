@@ -1,0 +1,299 @@
+"""Text to packed batches: documents -> tokens -> blocks -> shuffled rows.
+
+Shapes: B batch, T sequence length, R rows of a block, N tokens of a document.
+
+A batch is a dict of four arrays [B, T]:
+  tokens       int32, ids; 0 where padded
+  segment_ids  int32, number of the document in its row, from 1; 0 = padding
+  positions    int32, place in that segment, from 0
+  bytes        float32, UTF-8 bytes that the token stands for. A document's
+               tokens, eos included, share its bytes evenly, so
+               sum(nats) / log(2) / sum(bytes) is bits per byte.
+"""
+
+from collections.abc import Iterator
+from concurrent import futures
+import dataclasses
+import functools
+import itertools
+import sys
+from typing import Any
+
+import grain
+from jaxtyping import Int32
+import numpy as np
+
+from train import documents as documents_lib
+from train import tokenizer as tokenizer_lib
+
+DataError = documents_lib.DataError
+
+type Batch = dict[str, np.ndarray]
+type State = dict[str, Any]
+
+_START = {"document": 0, "used": 0}  # a place, see `_pack`
+
+# Rows are shuffled in blocks of about this many tokens: some hundred source
+# files, or thousands of web pages. Two blocks live, 16 bytes of memory a token.
+_BLOCK_TOKENS = 1 << 21
+
+# Threads that read and tokenise, and how many documents they take at a time.
+_THREADS, _GROUP = 4, 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Which text to train on, and how."""
+
+  source: str = "stdlib"
+  """"stdlib" (the source code of Python's standard library), or globs with
+  commas between them: text files, *.jsonl, *.parquet."""
+  text_field: str = "text"
+  """Field (JSON lines) or column (Parquet) that holds the text."""
+  tokenizer: str = "bytes"
+  """"bytes", or the path of a tokenizer.json."""
+  heldout_fraction: float = 0.02
+  """Fraction of the documents kept out of training, to evaluate on."""
+  shuffle_seed: int = 0
+  """Another seed, another order of the training documents."""
+
+  def __post_init__(self):
+    if not 0 < self.heldout_fraction < 1:
+      raise DataError(f"{self.heldout_fraction=} must lie between 0 and 1.")
+    if self.shuffle_seed < 0:
+      raise DataError(f"{self.shuffle_seed=} must be 0 or more.")
+
+
+class Corpus:
+  """A collection of documents, some of them held out, and its tokenizer.
+
+  Attributes:
+    tokenizer: see `train/tokenizer.py`.
+    train: the documents to train on.
+    heldout: the others, see `documents.split`.
+  """
+
+  tokenizer: tokenizer_lib.Tokenizer
+  train: documents_lib.Subset
+  heldout: documents_lib.Subset
+
+  def __init__(self, config: DataConfig):
+    """Opens and checks everything that `config` names.
+
+    Raises:
+      DataError: see `HfTokenizer`, `open_documents` and `split`.
+    """
+    self._config = config
+    self.tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+    documents = documents_lib.open_documents(config.source, config.text_field)
+    self._num_bytes = documents.num_bytes
+    self.train, self.heldout = documents_lib.split(
+      documents, config.heldout_fraction
+    )
+
+  def __str__(self) -> str:
+    """One line for a log."""
+    return (
+      f"{self._config.source}: {len(self.train):,} documents to train on,"
+      f" {len(self.heldout):,} held out ({self._num_bytes / 1e6:,.1f} MB on"
+      f" disk); tokenizer {self._config.tokenizer}"
+      f" ({self.tokenizer.vocab_size:,} ids)"
+    )
+
+  def batches(
+    self, *, seq_len: int, batch_size: int, seed: int
+  ) -> grain.DatasetIterator[Batch]:
+    """Returns endless training batches [B, T], packed without padding.
+
+    Each epoch lays all training documents end to end in a new order; rows cut
+    this stream every T tokens and are shuffled in blocks. `shuffle_seed` and
+    `seed` (not negative) choose the order. After Orbax or `set_state` restored
+    the iterator, the next batch is exactly the one that would have come.
+
+    Raises:
+      DataError: a size is below 1; or a state of other settings is restored.
+    """
+    seeds = np.random.SeedSequence([self._config.shuffle_seed, seed])
+    seed = int(seeds.generate_state(1)[0])
+    stream = _Stream(texts=self.train, tokenizer=self.tokenizer, seed=seed)
+    rows = self._block_rows(seq_len, batch_size)
+    return _ShuffledBatches(stream, rows, seq_len, batch_size)
+
+  def heldout_batches(
+    self, *, seq_len: int, batch_size: int, max_batches: int
+  ) -> Iterator[Batch]:
+    """Returns the same batches [B, T] of held-out text at each call.
+
+    Documents come from all over the collection, each cut to an equal share of
+    `max_batches` (but not below T), lest a huge one be the whole evaluation:
+    fewer batches may come though text is left. The last is padded.
+
+    Raises:
+      DataError: a size is below 1.
+    """
+    rows = min(self._block_rows(seq_len, batch_size), max_batches * batch_size)
+    share = max_batches * batch_size * seq_len // len(self.heldout)
+    stream = _Stream(
+      texts=self.heldout,
+      tokenizer=self.tokenizer,
+      seed=0,  # always: any prefix of this order is a fair sample
+      stop=len(self.heldout),
+      max_tokens=max(share, seq_len),
+    )
+    batches = _batches_in_order(stream, rows, seq_len, batch_size)
+    return itertools.islice(batches, max_batches)
+
+  def _block_rows(self, seq_len: int, batch_size: int) -> int:
+    if min(seq_len, batch_size) < 1:
+      raise DataError(f"{seq_len=} and {batch_size=} must be at least 1.")
+    # Longer than an epoch, a block would be no better mixed.
+    tokens = min(_BLOCK_TOKENS, self._num_bytes)
+    return batch_size * max(1, tokens // (batch_size * seq_len))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stream:
+  """The documents of one side in random order, epoch after epoch."""
+
+  texts: documents_lib.Source
+  tokenizer: tokenizer_lib.Tokenizer
+  seed: int
+  stop: int = sys.maxsize  # length of the stream
+  max_tokens: int | None = None  # of a document; None: all of them
+
+  def read(self, n: int) -> tuple[Int32[np.ndarray, " N"], float]:
+    """Returns the ids of document `n`, eos last, and the bytes an id is."""
+    epoch, i = divmod(n, len(self.texts))
+    text = self.texts[
+      grain.experimental.index_shuffle(  # a permutation that takes no memory
+        i, len(self.texts) - 1, (self.seed + epoch) % 2**32, rounds=4
+      )
+    ]
+    if not text:
+      return np.zeros(0, np.int32), 0.0
+    ids = self.tokenizer.encode(text)
+    ids = np.append(ids, np.int32(self.tokenizer.eos_id))
+    return ids[: self.max_tokens], len(text.encode()) / len(ids)
+
+
+class _ShuffledBatches(grain.DatasetIterator):
+  """Deals the rows of each block out in random order, as batches [B, T].
+
+  A source file may fill hundreds of rows: dealt in order, a batch would be one
+  file, however well the documents are shuffled. Shuffled rows keep their
+  context whole and need two blocks of memory for a corpus of any size. (To cut
+  the documents before their shuffle would take the length of each, in tokens.)
+
+  The state is the place in the stream where the block begins, and how many of
+  its rows are dealt. A block is always made from its place alone, so a restored
+  iterator cannot differ.
+  """
+
+  _block: Batch | None
+
+  def __init__(self, stream: _Stream, rows: int, seq_len: int, batch_size: int):
+    super().__init__()
+    self._rows, self._batch_size, self._seed = rows, batch_size, stream.seed
+    self._pack = functools.partial(_pack, stream, rows, seq_len)
+    # Makes the next block while this one is dealt. (grain's own prefetching
+    # thread prints a traceback if it lives until Python exits.)
+    self._thread = futures.ThreadPoolExecutor(1, "data-block")
+    self._settings = settings = dict(
+      seed=stream.seed,
+      documents=len(stream.texts),
+      seq_len=seq_len,
+      batch_size=batch_size,
+      block_rows=rows,
+    )
+    self.set_state(dict(place=_START, block=0, dealt=0, settings=settings))
+
+  def __next__(self) -> Batch:
+    state = self._state
+    if self._block is None:
+      self._block, self._end = self._ahead.result()
+      self._ahead = self._thread.submit(self._pack, self._end)
+      rng = np.random.default_rng([self._seed, state["block"]])
+      self._order = rng.permutation(self._rows)
+    rows = self._order[state["dealt"] :][: self._batch_size]
+    batch = {name: array[rows] for name, array in self._block.items()}
+    state["dealt"] += self._batch_size
+    if state["dealt"] == self._rows:
+      state.update(place=self._end, block=state["block"] + 1, dealt=0)
+      self._block = None
+    return batch
+
+  def get_state(self) -> State:
+    return dict(self._state)
+
+  def set_state(self, state: State) -> None:
+    if state["settings"] != self._settings:
+      raise DataError(
+        f"The saved data iterator is of {state['settings']}, this one of"
+        f" {self._settings}: it cannot go on. Restore with the same settings"
+        " and data, or begin anew by not restoring the data iterator."
+      )
+    self._state = dict(state)
+    self._block = None
+    self._ahead = self._thread.submit(self._pack, state["place"])
+
+  def close(self) -> None:
+    self._thread.shutdown()
+    super().close()
+
+
+def _batches_in_order(
+  stream: _Stream, rows: int, seq_len: int, batch_size: int
+) -> Iterator[Batch]:
+  place = _START
+  while True:
+    block, place = _pack(stream, rows, seq_len, place)
+    for row in range(0, rows, batch_size):
+      batch = {k: v[row : row + batch_size] for k, v in block.items()}
+      if not batch["segment_ids"].any():
+        return
+      yield batch
+
+
+def _pack(
+  stream: _Stream, rows: int, seq_len: int, place: State
+) -> tuple[Batch, State]:
+  """Lays documents end to end in a block [R, T], padded where they end.
+
+  Begins at `place`: the next document's number, and how many of its ids are
+  "used", that is, in the block before. Returns also the place where it ends.
+
+  (grain 0.2.18's ConcatThenSplitIterDataset may skip a document once its state
+  went through JSON, hence through Orbax: tuples in it come back as lists.)
+  """
+  size = rows * seq_len
+  tokens = np.zeros(size, np.int32)
+  text_bytes = np.zeros(size, np.float32)
+  starts = np.zeros(size, bool)
+  n, used = place["document"], place["used"]
+  filled = 0
+  with futures.ThreadPoolExecutor(_THREADS, "data-read") as pool:
+    while filled < size and n < stream.stop:
+      group = range(n, min(n + _GROUP, stream.stop))
+      for ids, rate in pool.map(stream.read, group):
+        piece = ids[used : used + size - filled]
+        span = slice(filled, filled + len(piece))
+        tokens[span], text_bytes[span], starts[span][:1] = piece, rate, True
+        filled += len(piece)
+        used += len(piece)
+        if used < len(ids):
+          break
+        n, used = n + 1, 0
+  starts = starts.reshape(rows, seq_len)
+  starts[:, 0] = True  # a document goes on in the next row as a new segment
+  columns = np.arange(seq_len, dtype=np.int32)[None]
+  segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
+  positions = columns - np.maximum.accumulate(starts * columns, axis=1)
+  segment_ids.reshape(-1)[filled:] = 0
+  positions.reshape(-1)[filled:] = 0
+  block = {
+    "tokens": tokens.reshape(rows, seq_len),
+    "segment_ids": segment_ids,
+    "positions": positions,
+    "bytes": text_bytes.reshape(rows, seq_len),
+  }
+  return block, {"document": n, "used": used}

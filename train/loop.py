@@ -1,0 +1,391 @@
+"""The loop: data, step, log, evaluate, sample, save; stage after stage."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dsa_jax
+from dsa_jax import flops
+from dsa_jax import sharding
+from train import checkpoint as checkpoint_lib
+from train import config as config_lib
+from train import data as data_lib
+from train import metrics as metrics_lib
+from train import optimizer as optimizer_lib
+from train import step as step_lib
+
+
+class Diverged(RuntimeError):
+  """The loss is not finite; the checkpoints before it stay."""
+
+
+class Run:
+  """A run, opened and checked, ready to train."""
+
+  def __init__(self, cfg: config_lib.TrainConfig):
+    """Checks everything that can be wrong, before anything compiles.
+
+    Raises:
+      ValueError: The data, the devices or the folder do not fit the config;
+        see `Corpus`, `make_mesh`, `Checkpoints`.
+    """
+    self.cfg = cfg
+    self.corpus = data_lib.Corpus(cfg.data)
+    vocab = self.corpus.tokenizer.vocab_size
+    if cfg.model.vocab_size < vocab:
+      raise ValueError(
+        f"model.vocab_size={cfg.model.vocab_size} is too small for the "
+        f"tokenizer {cfg.data.tokenizer}; give at least {vocab}."
+      )
+    self.mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
+    self.checkpoints = checkpoint_lib.Checkpoints(cfg)
+    self._stop = False
+
+  def train(self) -> None:
+    """Trains to the end, or until stopped; both save.
+
+    Raises:
+      Diverged: The loss is not finite.
+    """
+    cfg = self.cfg
+    self.checkpoints.begin(cfg)
+    done = self.checkpoints.latest
+    self.metrics = metrics_lib.Writer(
+      cfg.run_dir, done + 1, tensorboard=cfg.log.tensorboard
+    )
+    with jax.set_mesh(self.mesh), _signals(self._ask_to_stop):
+      self.model, self._init = step_lib.init(cfg.model, cfg.seed)
+      print(self.summary(), flush=True)
+      state = self._start(done)
+      begin = 0
+      for i, stage in enumerate(cfg.stages):
+        end = begin + stage.steps
+        if done < end and not self._stop:
+          state = self._stage(i, begin, max(done, begin), state)
+        begin = end
+      self.checkpoints.close()
+      self._farewell(state)
+    self.metrics.close()
+
+  def summary(self) -> str:
+    """What is about to run, and what it costs."""
+    cfg, model = self.cfg, self.cfg.model
+    total = metrics_lib.count(flops.total_parameters(model))
+    active = metrics_lib.count(flops.active_parameters(model))
+    devices = jax.devices()[: self.mesh.size]
+    axes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+    lines = [
+      f"run      {cfg.run_dir}",
+      f"model    {total} parameters, {active} active; {model.num_layers} layers"
+      f" ({model.num_dense_layers} dense, {model.num_moe_layers} of"
+      f" {model.num_experts} experts), {model.num_mtp_layers} MTP;"
+      f" {model.dtype} over {model.param_dtype}",
+      f"data     {self.corpus}",
+      f"mesh     {self.mesh.size} x {devices[0].device_kind} ({axes})",
+    ]
+    for i, stage in enumerate(cfg.stages):
+      cost = self._flops_per_token(stage)
+      state = jax.eval_shape(
+        functools.partial(self._fresh, stage), *self._like()
+      )
+      held = sum(_local_bytes(x) for x in jax.tree.leaves(state))
+      tokens = stage.steps * stage.batch_size * stage.seq_len
+      lines.append(
+        f"stage {i}  {stage.kind}: {stage.steps} steps x {stage.batch_size} x"
+        f" {stage.seq_len} = {metrics_lib.count(tokens)} tokens;"
+        f" {stage.attention} attention{f', K {model.top_k}' if stage.kind == 'sparse' else ''};"
+        f" {metrics_lib.count(cost)}FLOP a token; parameters and optimizer"
+        f" {metrics_lib.count(held)}B a device"
+      )
+    return "\n".join(lines)
+
+  def _flops_per_token(self, stage: config_lib.StageConfig) -> float:
+    return flops.training_flops_per_token(
+      self.cfg.model,
+      stage.seq_len,
+      stage.attention,
+      index_loss=stage.trains_indexer,
+    )
+
+  def _like(self) -> Any:
+    return jax.eval_shape(self._init, jax.random.key(0))
+
+  def _fresh(self, stage, params, bias, step=0) -> step_lib.TrainState:
+    """The state in which a stage begins: its optimizer knows nothing yet."""
+    optimizer = optimizer_lib.make_optimizer(self.cfg.optimizer, stage)
+    opt_state = optimizer.init(params)
+    return step_lib.TrainState(jnp.int32(step), params, bias, opt_state)
+
+  def _start(self, done: int) -> step_lib.TrainState:
+    """The initial state, or that of the newest checkpoint."""
+    stages = self.cfg.stages
+    if not done:
+      params, bias = self._init(jax.random.key(self.cfg.seed))
+      return self._fresh(stages[0], params, bias)
+    end = 0
+    for stage in stages:  # the stage that saved it: it knows the optimizer
+      end += stage.steps
+      if done <= end:
+        break
+    make = functools.partial(self._fresh, stage)
+    state = self.checkpoints.restore_state(jax.eval_shape(make, *self._like()))
+    print(f"resumed  after step {done}", flush=True)
+    return state
+
+  def _stage(
+    self, i: int, begin: int, done: int, state: step_lib.TrainState
+  ) -> step_lib.TrainState:
+    """Trains stage `i`, of which steps `begin` to `done` are done."""
+    cfg, stage = self.cfg, self.cfg.stages[i]
+    end = begin + stage.steps
+    batches = self.corpus.batches(
+      seq_len=stage.seq_len,
+      batch_size=stage.batch_size,
+      seed=cfg.seed + i,
+    )
+    if done > begin:
+      self.checkpoints.restore_data(batches)
+    else:
+      fresh = functools.partial(self._fresh, stage, step=done)
+      state = jax.jit(fresh)(state.params, state.router_bias)
+    optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
+    train_step = step_lib.make_train_step(self.model, stage, optimizer)
+    batch = self._put(next(batches), stage.microbatches)
+    train_step = self._compile(train_step, state, batch, stage)
+    log = _StageLog(self, stage, begin, end)
+    evaluate = self._make_evaluate(stage)
+
+    step, pending = done, None
+    while step < end:
+      state, metrics = train_step(state, batch)
+      step += 1
+      # The data of step + 1 is fetched, and the numbers of step - 1 are read,
+      # while the device works on this step.
+      saves = step == end or step % cfg.checkpoint.every == 0
+      stops = self._stop or step == cfg.stop_at
+      if saves or stops:  # before the iterator moves on
+        self.checkpoints.save(state, step, batches)
+      if pending:
+        log(*pending)
+      pending = step, metrics
+      samples = step % cfg.log.sample_every == 0 and step < end
+      evaluates = step == end or step % cfg.log.eval_every == 0
+      if saves or stops or samples or evaluates:
+        log(*pending)
+        pending = None
+      if evaluates:
+        evaluate(step, state, last=step == end)
+      if samples:
+        self._sample(step, state, stage)
+      if saves or stops or samples or evaluates:
+        log.restart_clock()
+      if stops:
+        self._stop = True
+        break
+      if step < end:
+        batch = self._put(next(batches), stage.microbatches)
+    batches.close()
+    return state
+
+  def _put(self, batch: data_lib.Batch, microbatches: int) -> step_lib.Batch:
+    """Rows to devices, cut into microbatches: [A, B / A, T]."""
+    rules = self.cfg.model.rules
+    return {
+      name: jax.device_put(
+        x.reshape(microbatches, -1, x.shape[-1]), rules(None, "batch", "seq")
+      )
+      for name, x in batch.items()
+    }
+
+  def _compile(self, train_step, state, batch, stage):
+    start = time.perf_counter()
+    compiled = train_step.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes if memory else 0
+    print(
+      f"{stage.kind}: compiled in {time.perf_counter() - start:.0f} s,"
+      f" {metrics_lib.count(temporary)}B of temporaries a device",
+      flush=True,
+    )
+    return compiled
+
+  def _make_evaluate(self, stage) -> Callable[..., None]:
+    """Held-out bits per byte, in the stage's way, and at its end in both."""
+    cfg, rows = self.cfg, stage.batch_size // stage.microbatches
+    eval_steps = {
+      attention: step_lib.make_eval_step(self.model, attention)
+      for attention in ("dense", "sparse")
+    }
+
+    def evaluate(step, state, *, last):
+      ways = [stage.attention]
+      if last and stage.attention == "sparse":
+        ways = ["dense", "sparse"]
+      values = {}
+      for attention in ways:
+        sums = [
+          eval_steps[attention](
+            state, {name: x[0] for name, x in self._put(batch, 1).items()}
+          )
+          for batch in self.corpus.heldout_batches(
+            seq_len=stage.seq_len,
+            batch_size=rows,
+            max_batches=cfg.log.eval_batches,
+          )
+        ]
+        nats, num_bytes = np.sum(jax.device_get(sums), 0)
+        values[attention] = metrics_lib.bits_per_byte(
+          float(nats), float(num_bytes)
+        )
+      self.metrics.write(step, "eval", values)
+      line = ", ".join(f"{way} {value:.4f}" for way, value in values.items())
+      print(f"held-out bits/byte after step {step}: {line}", flush=True)
+      self.heldout = values
+
+    return evaluate
+
+  def _sample(self, step, state, stage) -> None:
+    """Prints a continuation of the prompt, by the stage's way of attending."""
+    log, tokenizer = self.cfg.log, self.corpus.tokenizer
+    prompt = tokenizer.encode(log.sample_prompt)
+    # A row for each device that has some, all alike.
+    rows = np.tile(prompt, (self.cfg.model.rules.shards("batch"), 1))
+    tokens = dsa_jax.generate(
+      self.model.merge(state.params, state.router_bias),
+      jax.device_put(rows, self.cfg.model.rules("batch", None)),
+      log.sample_tokens,
+      log.sample_temperature,
+      jax.random.fold_in(jax.random.key(self.cfg.seed), step),
+      attention=stage.attention,
+    )
+    text = tokenizer.decode(np.asarray(tokens)[0])
+    self.metrics.write(step, "sample", {"text": text})
+    framed = "\n".join(f"  | {line}" for line in text.splitlines())
+    print(f"sample after step {step}:\n{framed}", flush=True)
+
+  def _farewell(self, state) -> None:
+    """The last lines: what came of it, where it lies, and what to do next."""
+    cfg, step = self.cfg, int(state.step)
+    if step < cfg.total_steps:
+      print(
+        f"stopped after step {step} of {cfg.total_steps}; saved. Go on with "
+        "the same command and --resume."
+      )
+      return
+    self._sample(step, state, cfg.stages[-1])
+    print(
+      f"done: {step} steps\n"
+      f"  checkpoints  {cfg.run_dir}/checkpoints (newest: {step})\n"
+      f"  metrics      {self.metrics.file}\n"
+      f"  config       {cfg.run_dir}/config.json\n"
+      "next: `make test` proves the parts right; README.md shows how to import "
+      "them; give --data.source='my/*.txt' and another --run-dir to train on "
+      "your own text."
+    )
+
+  def _ask_to_stop(self, signum: int, frame: Any) -> None:
+    del frame
+    if self._stop:
+      sys.exit(128 + signum)
+    print("stopping after this step (again: at once)", file=sys.stderr)
+    self._stop = True
+
+
+class _StageLog:
+  """Reads the metrics of a step, and says how training goes."""
+
+  def __init__(self, run: Run, stage: config_lib.StageConfig, begin, end):
+    self._run, self._stage, self._begin, self._end = run, stage, begin, end
+    self._rate = optimizer_lib.model_schedule(run.cfg.optimizer, stage)
+    self._flops = run._flops_per_token(stage)
+    kind = run.mesh.devices.flat[0]
+    peak = metrics_lib.peak_flops(kind)
+    self._peak = peak and peak * run.mesh.size
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves out the time that was not spent on training."""
+    self._since, self._steps = time.perf_counter(), 0
+
+  def __call__(self, step: int, metrics: step_lib.Metrics) -> None:
+    cfg, stage = self._run.cfg, self._stage
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    self._steps += 1
+    if not np.isfinite(values["lm"]) or not np.isfinite(values["grad_norm"]):
+      raise Diverged(
+        f"step {step}: loss {values['lm']}, gradient norm "
+        f"{values['grad_norm']}. Lower --optimizer.peak-lr; the checkpoints "
+        "before this step are kept."
+      )
+    nats = values["lm"] * values.pop("targets")
+    per_byte = metrics_lib.bits_per_byte(nats, values.pop("bytes"))
+    rate = np.asarray(self._rate(step - 1 - self._begin)).item()
+    values = {
+      "stage": stage.kind,
+      "loss": values.pop("lm"),
+      "bits_per_byte": per_byte,
+      "lr": rate,
+      **values,
+    }
+    if step % cfg.log.every and step != self._end:
+      self._run.metrics.write(step, "train", values)
+      return
+    seconds = (time.perf_counter() - self._since) / self._steps
+    tokens = stage.batch_size * stage.seq_len
+    values["tokens_per_second"] = tokens / seconds
+    values["ms_per_step"] = 1000 * seconds
+    if self._peak:
+      values["mfu"] = self._flops * tokens / seconds / self._peak
+    self._run.metrics.write(step, "train", values)
+    self.restart_clock()
+    left = self._tokens_left(step) / values["tokens_per_second"]
+    parts = [
+      f"step {step:>5}/{cfg.total_steps} {stage.kind}",
+      f"loss {values['loss']:.4f}",
+      f"{per_byte:.3f} bits/byte",
+      *([f"KL {values['index']:.3f}"] if "index" in values else []),
+      f"lr {rate:.1e}",
+      f"{values['tokens_per_second']:,.0f} tokens/s",
+      *([f"MFU {values['mfu']:.1%}"] if "mfu" in values else []),
+      f"{values['ms_per_step']:.0f} ms/step",
+      f"ETA {metrics_lib.duration(left)}",
+    ]
+    print(" | ".join(parts), flush=True)
+
+  def _tokens_left(self, step: int) -> int:
+    """Of this stage and those after it."""
+    left, end = 0, 0
+    for stage in self._run.cfg.stages:
+      end += stage.steps
+      steps = min(max(end - step, 0), stage.steps)
+      left += steps * stage.batch_size * stage.seq_len
+    return left
+
+
+class _signals:
+  """SIGINT and SIGTERM call `handler` inside the context."""
+
+  def __init__(self, handler: Callable[[int, Any], None]):
+    self._handler = handler
+
+  def __enter__(self):
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    self._before = {kind: signal.signal(kind, self._handler) for kind in kinds}
+
+  def __exit__(self, *exc_info):
+    for kind, handler in self._before.items():
+      signal.signal(kind, handler)
+
+
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+  """What a device holds of an array."""
+  shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+  return int(np.prod(shape)) * x.dtype.itemsize

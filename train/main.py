@@ -1,0 +1,57 @@
+"""Trains a model: python -m train.main --config=configs/tiny.py [--OPTION=...].
+
+The config is a Python file that defines `config() -> TrainConfig`; each of its
+fields is an option. With --config=FILE --help, all are listed.
+"""
+
+import pathlib
+import sys
+
+if __package__ in (None, ""):  # run as `python train/main.py`
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import tyro  # noqa: E402
+
+from train import config as config_lib  # noqa: E402
+from train import loop  # noqa: E402
+
+
+def parse(args: list[str]) -> config_lib.TrainConfig:
+  """The config that the command line asks for; exits where it cannot be had."""
+  path, rest = None, []
+  remaining = iter(args)
+  for arg in remaining:
+    if arg == "--config":
+      path = next(remaining, None)
+    elif arg.startswith("--config="):
+      path = arg.removeprefix("--config=")
+    else:
+      rest.append(arg)
+  if path is None:
+    known = ", ".join(
+      sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+    )
+    print(f"{__doc__}\nConfigs here: {known}")
+    sys.exit(0 if "--help" in rest or "-h" in rest else 2)
+  return tyro.cli(
+    config_lib.TrainConfig,
+    prog=f"python -m train.main --config={path}",
+    default=config_lib.load(path),
+    args=rest,
+    config=(tyro.conf.AvoidSubcommands, tyro.conf.ConsolidateSubcommandArgs),
+  )
+
+
+def main() -> None:
+  try:
+    run = loop.Run(parse(sys.argv[1:]))
+  except (ValueError, OSError, ImportError) as e:
+    sys.exit(f"error: {e}")
+  try:
+    run.train()
+  except loop.Diverged as e:
+    sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+  main()

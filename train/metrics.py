@@ -1,0 +1,96 @@
+"""Numbers of a run: to the terminal, to JSONL, and to TensorBoard."""
+
+import json
+import math
+import pathlib
+from typing import Any, Final
+
+import jax
+import tensorboardX
+
+# Peak dense bf16 FLOP/s of a device, by the start of its kind; data sheets.
+_PEAK: Final = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU7x": 2307e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Peak bf16 FLOP/s of a device, None if not known (a CPU's is not)."""
+  for kind, flops in _PEAK.items():
+    if device.device_kind.startswith(kind):
+      return flops
+  return None
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+  """What the text costs, whatever the tokenizer."""
+  return nats / math.log(2) / max(num_bytes, 1)
+
+
+class Writer:
+  """RUN_DIR/metrics.jsonl, one object a line, and TensorBoard if asked for."""
+
+  def __init__(self, run_dir: str, first_step: int, *, tensorboard: bool):
+    """Drops what was written of `first_step` and later: it will come again."""
+    self.file = pathlib.Path(run_dir) / "metrics.jsonl"
+    kept = []
+    if self.file.exists():
+      lines = self.file.read_text(encoding="utf-8").splitlines()
+      kept = [line for line in lines if json.loads(line)["step"] < first_step]
+    text = "".join(line + "\n" for line in kept)
+    self.file.write_text(text, encoding="utf-8")
+    self._out = self.file.open("a", encoding="utf-8", buffering=1)
+    self._board = None
+    if tensorboard:
+      folder = pathlib.Path(run_dir) / "tensorboard"
+      self._board = tensorboardX.SummaryWriter(
+        str(folder), purge_step=first_step
+      )
+
+  def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+    """Writes what was measured after `step`.
+
+    Args:
+      step: Over all stages.
+      kind: "train", "eval" or "sample".
+      values: Numbers or texts by name.
+    """
+    line = {"step": step, "kind": kind, **values}
+    self._out.write(json.dumps(line) + "\n")
+    if self._board is not None:
+      for name, value in values.items():
+        if isinstance(value, (int, float)):
+          self._board.add_scalar(f"{kind}/{name}", value, step)
+        else:
+          self._board.add_text(f"{kind}/{name}", str(value), step)
+
+  def close(self) -> None:
+    self._out.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def duration(seconds: float) -> str:
+  """65 -> "1m05s"."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}h{minutes:02}m"
+  return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def count(number: float) -> str:
+  """1234567 -> "1.23M"."""
+  for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if abs(number) >= size:
+      return f"{number / size:.3g}{unit}"
+  return f"{number:.3g}"

@@ -1,0 +1,196 @@
+"""The training step: pure, compiled once a stage.
+
+Letters: B sequences, T tokens, A microbatches, L layers, E experts.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import optax
+
+import dsa_jax
+from dsa_jax import losses as losses_lib
+from dsa_jax import moe
+from train import config as config_lib
+
+type Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, bytes
+type Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step changes."""
+
+  step: Any  # Int[Array, ""]
+  """Steps done, over all stages."""
+  params: Any
+  router_bias: Any
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The parts of a module: what to merge parameters with."""
+
+  graphdef: Any
+  config: dsa_jax.ModelConfig
+
+  def merge(self, params: Any, router_bias: Any) -> dsa_jax.Transformer:
+    return nnx.merge(self.graphdef, params, router_bias)
+
+
+def split(model: dsa_jax.Transformer) -> tuple[Model, Any, Any]:
+  """The model's structure, its parameters, and its routers' biases."""
+  graphdef, params, bias = nnx.split(model, nnx.Param, moe.RouterBias)
+  return Model(graphdef, model.config), params, bias
+
+
+def init(
+  cfg: dsa_jax.ModelConfig, seed: int
+) -> tuple[Model, Callable[[jax.Array], tuple[Any, Any]]]:
+  """The model's structure, and what makes parameters and biases from a key."""
+
+  def make(key):
+    return dsa_jax.Transformer(cfg, rngs=nnx.Rngs(key))
+
+  model, _, _ = split(nnx.eval_shape(lambda: make(jax.random.key(seed))))
+  return model, jax.jit(lambda key: split(make(key))[1:])
+
+
+def make_train_step(
+  model: Model,
+  stage: config_lib.StageConfig,
+  optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """`train_step(state, batch) -> (state, metrics)`, with `state` donated.
+
+  Each array of the batch is [A, B / A, T]. Losses are means over what the whole
+  batch holds, so that neither A nor padding nor packing changes them:
+    lm: nats over tokens with a next one in their document; mtp: likewise
+    index: KL over queries that see a key, summed over layers
+    balance: over sequences, summed over layers
+  """
+
+  def loss_fn(params, router_bias, batch, counts):
+    losses = model.merge(params, router_bias).losses(
+      batch["tokens"],
+      batch["positions"],
+      batch["segment_ids"],
+      attention=stage.attention,
+      index_loss=stage.trains_indexer,
+    )
+    parts = {"lm": losses.lm.sum() / counts["lm"]}
+    total = parts["lm"]
+    if losses.mtp is not None:
+      parts["mtp"] = losses.mtp.sum() / counts["mtp"]
+      total += stage.mtp_weight * parts["mtp"]
+    if losses.balance is not None:
+      parts["balance"] = losses.balance.sum() / counts["rows"]
+      total += stage.balance_weight * parts["balance"]
+    if losses.index is not None:
+      parts["index"] = losses.index.sum() / counts["queries"]
+      total += parts["index"]
+    load = jnp.zeros((0, 1)) if losses.load is None else losses.load
+    return total, {"losses": parts, "load": load}
+
+  @jax.jit(donate_argnames="state")
+  def train_step(state: TrainState, batch: Batch):
+    segments = batch["segment_ids"]
+    counts = _counts(segments)
+
+    gradient = jax.grad(loss_fn, has_aux=True)
+
+    def microbatch(total, part):
+      new = gradient(state.params, state.router_bias, part, counts)
+      return jax.tree.map(jnp.add, total, new), None
+
+    part = {name: x[0] for name, x in batch.items()}
+    shapes = jax.eval_shape(
+      gradient, state.params, state.router_bias, part, counts
+    )
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes
+    )
+    (grads, aux), _ = jax.lax.scan(microbatch, zeros, batch)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    bias = balance(state.router_bias, aux["load"], stage.router_bias_rate)
+    metrics = {
+      **aux["losses"],
+      "bytes": _next_bytes(batch),
+      "targets": counts["lm"],
+      "grad_norm": optax.global_norm(grads),
+      **_load_metrics(aux["load"]),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, bias, opt_state), metrics
+
+  return train_step
+
+
+def make_eval_step(
+  model: Model, attention: Literal["dense", "sparse"]
+) -> Callable[[TrainState, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+  """Nats of all targets of a batch [B, T], and the bytes they stand for."""
+
+  @jax.jit
+  def eval_step(state: TrainState, batch: Batch):
+    losses = model.merge(state.params, state.router_bias).losses(
+      batch["tokens"],
+      batch["positions"],
+      batch["segment_ids"],
+      attention=attention,
+      index_loss=False,
+    )
+    return losses.lm.sum(), _next_bytes(batch)
+
+  return eval_step
+
+
+def balance(bias: Any, load: Float[Array, "L E"], rate: float) -> Any:
+  """Moves the bias of overloaded experts down and of idle ones up, by `rate`.
+
+  (DeepSeek-V3, 2.1.2.) `load` is over the whole batch. Its layers come in the
+  order of the leaves of `bias`: moe_layers, then mtp.
+  """
+  step = rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+  leaves, treedef = jax.tree.flatten(bias)
+  moved, first = [], 0
+  for leaf in leaves:
+    layers = leaf.size // load.shape[-1]
+    moved.append(leaf + step[first : first + layers].reshape(leaf.shape))
+    first += layers
+  return jax.tree.unflatten(treedef, moved)
+
+
+def _counts(segment_ids: Int[Array, "A B T"]) -> dict[str, jax.Array]:
+  """What the batch holds of all that losses are means over; at least 1."""
+  counts = {
+    "lm": losses_lib.has_target(segment_ids, 1),
+    "mtp": losses_lib.has_target(segment_ids, 2),
+    "queries": segment_ids > 0,
+    "rows": jnp.ones(segment_ids.shape[:2], bool),
+  }
+  return {
+    name: jnp.maximum(marked.sum(dtype=jnp.float32), 1)
+    for name, marked in counts.items()
+  }
+
+
+def _next_bytes(batch: Batch) -> Float[Array, ""]:
+  """UTF-8 bytes of all targets."""
+  has_target = losses_lib.has_target(batch["segment_ids"])
+  return jnp.where(has_target, losses_lib.shift(batch["bytes"], 1), 0).sum()
+
+
+def _load_metrics(load: Float[Array, "L E"]) -> Metrics:
+  """How much the busiest expert of any layer has, 1 being its share."""
+  if not load.size:
+    return {}
+  share = load / jnp.maximum(load.mean(-1, keepdims=True), 1)
+  return {"max_load": share.max()}
