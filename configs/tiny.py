@@ -13,13 +13,13 @@ def config() -> config_lib.TrainConfig:
     model=model_lib.tiny(),
     stages=(
       config_lib.StageConfig(
-        kind="pretrain", steps=300, seq_len=256, batch_size=8
+        kind="pretrain", steps=280, seq_len=256, batch_size=8
       ),
       config_lib.StageConfig(
-        kind="sparse", steps=200, seq_len=256, batch_size=8, lr_scale=0.3
+        kind="sparse", steps=120, seq_len=256, batch_size=8, lr_scale=0.3
       ),
     ),
     optimizer=config_lib.OptimizerConfig(peak_lr=5e-3, indexer_lr=5e-3),
     checkpoint=config_lib.CheckpointConfig(every=100),
-    log=config_lib.LogConfig(eval_every=100, sample_every=250),
+    log=config_lib.LogConfig(eval_every=100, eval_batches=16, sample_every=200),
   )

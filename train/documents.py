@@ -291,7 +291,9 @@ def _glob(source: str) -> list[pathlib.Path]:
 
 def _stdlib_paths() -> list[pathlib.Path]:
   # The tests are left out: they are as long as the library, and odd on purpose.
-  skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+  # So are the encodings, which are tables of characters.
+  skipped = {"site-packages", "dist-packages", "encodings"}
+  skipped |= {"test", "tests", "idle_test"}
   paths: list[pathlib.Path] = []
   for folder, folders, names in os.walk(os.path.dirname(os.__file__)):
     folders[:] = [name for name in folders if name not in skipped]

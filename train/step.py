@@ -124,7 +124,7 @@ def make_train_step(
       **aux["losses"],
       "bytes": _next_bytes(batch),
       "targets": counts["lm"],
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       **_load_metrics(aux["load"]),
     }
     params = optax.apply_updates(state.params, updates)

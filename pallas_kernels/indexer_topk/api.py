@@ -30,8 +30,9 @@ def indexer_topk(
 
   `score[t, s] = sum_j w[t, j] relu(q[t, j] . k[s])` (DeepSeek-V3.2, eq. 1),
   with products and sums in fp32. Equal scores go to the lowest key. The result
-  is the same for every tiling, with and without jit, grad and remat. It has no
-  gradient: the loss computes the scores again.
+  is the same for every tiling, with and without jit, grad and remat, up to
+  scores that differ by no more than the matmul's rounding. It has no gradient:
+  the loss computes the scores again.
 
   Memory: O(T K) and one tile of queries x S, except for `reference`.
 

@@ -11,8 +11,9 @@ For each tile of bT queries:
   5. read the k-th marked key off the words' running popcounts, so that the
      indices come out ascending
 
-No step depends on how keys or queries are tiled, and none rounds differently
-for it: every score is one dot product over I and one sum over M.
+No step depends on how keys or queries are tiled: every score is one dot product
+over I and one sum over M. (Its last bits are the backend's matmul's, which may
+differ with the tile's shape: a choice between scores that close is arbitrary.)
 """
 
 import functools
@@ -61,6 +62,9 @@ def indexer_topk(
     return tiles.join(indices, T), tiles.join(scores, T)
 
   q, k, w = jax.lax.stop_gradient((q, k, w))
+  # Which keys are visible depends on start and end alone. Tied to q, it cannot
+  # be worked out ahead, once for all layers of a model: that would be T x S.
+  q, start, end = jax.lax.optimization_barrier((q, start, end))
   return tiles.map_rows(row, q, k, w.astype(jnp.float32), start, end)
 
 

@@ -15,6 +15,7 @@ def indexer_topk(
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`. Holds [B, T, M, S] in memory."""
   f32, S = jnp.float32, k.shape[1]
+  q, k, w = jax.lax.stop_gradient((q, k, w))
   logits_BTMS = jnp.einsum("BTMI,BSI->BTMS", q, k, preferred_element_type=f32)
   scores_BTS = jnp.einsum(
     "BTMS,BTM->BTS", jax.nn.relu(logits_BTMS), w.astype(f32)
@@ -23,11 +24,9 @@ def indexer_topk(
   visible_BTS = (key >= start[..., None]) & (key < end[..., None])
   scores_BTS = jnp.where(visible_BTS, scores_BTS, -jnp.inf)
 
-  # Highest first; a stable sort leaves equal scores in the order of their keys.
+  # Visible first, then highest; a stable sort leaves ties in the order of keys.
   # (-0.0 equals 0.0 here, which lax.top_k would deny.)
-  chosen_BTK = jnp.argsort(scores_BTS, descending=True, stable=True)[
-    ..., :top_k
-  ]
+  chosen_BTK = jnp.lexsort((-scores_BTS, ~visible_BTS))[..., :top_k]
   chosen_BTK = jnp.where(
     jnp.take_along_axis(visible_BTS, chosen_BTK, -1), chosen_BTK, S
   )

@@ -5,6 +5,7 @@ backward pass, so that no more than one tile of them exists.
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
@@ -42,6 +43,7 @@ def sparse_indexer_loss(
       tiles.split(q, bT),
       tiles.split(lse, bT),
     )
+    k_index = k_index.astype(jnp.float32)  # its gradient is summed over tiles
     return tiles.join(jax.lax.map(lambda xs: tile(*xs, k_index, kv), tiled), T)
 
   q, kv, lse = jax.lax.stop_gradient((q, kv, lse))

@@ -40,7 +40,8 @@ def sparse_indexer_loss(
   similarity_BTMK = jnp.einsum(
     "BTMI,BTKI->BTMK",
     q_index,
-    take(k_index, safe_BTK),
+    # From fp32, so that the gradient of a key is summed in fp32.
+    take(k_index.astype(f32), safe_BTK).astype(q_index.dtype),
     preferred_element_type=f32,
   )
   scores_BTK = jnp.einsum(

@@ -87,8 +87,11 @@ def _vjp_backward(latent_rank, scale, query_tile, residuals, cotangents):
   bT = _query_tile(q, indices, query_tile)
   # d logits = weights * (d weights - delta), where d lse enters as -delta does.
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  delta = delta - d_lse
-  lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a dead row: weights of 0
+  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most
+  # functions of it send back no finite number.
+  dead = jnp.isneginf(lse)
+  delta = jnp.where(dead, 0.0, delta - d_lse)
+  lse = jnp.where(dead, jnp.inf, lse)
 
   def tile(d_kv, xs, kv):
     q, indices, d_out, lse, delta = xs

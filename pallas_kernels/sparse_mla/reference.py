@@ -16,7 +16,9 @@ def sparse_mla(
   f32, S = jnp.float32, kv.shape[1]
   valid_BTK = (indices >= 0) & (indices < S)
   safe_BTK = jnp.where(valid_BTK, indices, 0)
-  kv_BTKD = jax.vmap(lambda rows, chosen: rows[chosen])(kv, safe_BTK)
+  take = jax.vmap(lambda rows, chosen: rows[chosen])
+  # From fp32, so that the gradient of a key is summed in fp32.
+  kv_BTKD = take(kv.astype(f32), safe_BTK).astype(kv.dtype)
   logits_BTNK = scale * jnp.einsum(
     "BTND,BTKD->BTNK", q, kv_BTKD, preferred_element_type=f32
   )

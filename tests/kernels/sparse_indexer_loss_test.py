@@ -25,11 +25,11 @@ OPS = {
   "reference": reference.sparse_indexer_loss,
   "chunked": chunked_xla.sparse_indexer_loss,
 }
-TILED = {  # one by one, odd, a power of two, larger than T
+TILED = {  # one by one, odd, larger than T; by default, a power of two
   f"tile {tile}": functools.partial(
     chunked_xla.sparse_indexer_loss, query_tile=tile
   )
-  for tile in (1, 5, 16, 64)
+  for tile in (1, 5, 64)
 }
 
 
@@ -81,8 +81,10 @@ def loops(q_index, k_index, w, indices, q, kv, lse, d_loss):
 class SparseIndexerLossTest(chex.TestCase):
   def assert_close(self, actual, expected, rtol=2e-6, atol=2e-6):
     """Row by row; `atol` is for terms of size one that cancel."""
-    names = "loss", "d_q_index", "d_k_index", "d_w"
-    for name, x, y in zip(names, actual, expected):
+    with self.subTest("loss"):
+      np.testing.assert_allclose(actual[0], expected[0], rtol, atol)
+    names = "d_q_index", "d_k_index", "d_w"
+    for name, x, y in zip(names, actual[1:], expected[1:]):
       with self.subTest(name):
         rows.assert_close(x, y, rtol, atol)
 
@@ -110,7 +112,7 @@ class SparseIndexerLossTest(chex.TestCase):
     loss, *gradients = compiled(op)(*args)
     expected_loss, *expected = loops(*args)
     self.assertEqual(loss.dtype, jnp.float32)
-    rows.assert_close(loss, expected_loss, 2e-6, 2e-6)
+    np.testing.assert_allclose(loss, expected_loss, 2e-6, 2e-6)
     for x, y, like in zip(gradients, expected, args):
       self.assertEqual(x.dtype, like.dtype)
       rows.assert_close(x, y, 2**-6, 2**-8)

@@ -1,0 +1,181 @@
+"""The command line: every bad input is a clear error before compiling."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.train import runs
+from train import checkpoint
+from train import config as config_lib
+from train import loop
+from train import main
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def call(monkeypatch, *args):
+  """Runs the program up to training; gives what it would train."""
+  trained = []
+  monkeypatch.setattr(loop.Run, "train", lambda run: trained.append(run))
+  monkeypatch.setattr(sys, "argv", ["main.py", *args])
+  main.main()
+  return trained[0]
+
+
+def refused(monkeypatch, capsys, *args):
+  """What it says on leaving with an error."""
+  with pytest.raises(SystemExit) as error:
+    call(monkeypatch, *args)
+  assert error.value.code not in (0, None)
+  out, err = capsys.readouterr()
+  text = error.value.code if isinstance(error.value.code, str) else ""
+  return " ".join((out + err + text).replace("│", " ").split())
+
+
+TINY = "--config=configs/tiny.py"
+
+
+@pytest.mark.parametrize(
+  ("args", "says"),
+  [
+    (["--config=configs/tyni.py"], ["configs/tyni.py", "configs/tiny.py"]),
+    ([], ["--config", "configs/tiny.py"]),
+    ([TINY, "--optimiser.peak_lr=3"], ["--optimizer.peak-lr"]),
+    ([TINY, "--optimizer.peak_lr=fast"], ["peak-lr", "fast"]),
+    ([TINY, "--optimizer.peak_lr=0"], ["peak_lr=0", "above 0"]),
+    ([TINY, "--optimizer.decay=0.99"], ["decay", "warmup"]),
+    ([TINY, "--model.rope_head_dim=15"], ["rope_head_dim=15", "even"]),
+    ([TINY, "--model.top_k=0"], ["top_k=0", "at least 1"]),
+    ([TINY, "--model.num_heads=0"], ["num_heads=0"]),
+    ([TINY, "--model.index_head_dim=8"], ["index_head_dim=8", "16"]),
+    ([TINY, "--model.num_dense_layers=5"], ["num_dense_layers=5"]),
+    ([TINY, "--model.expert_groups=3"], ["num_experts=8", "expert_groups=3"]),
+    ([TINY, "--model.experts_per_token=7"], ["experts_per_token=7"]),
+    ([TINY, "--model.vocab_size=200"], ["vocab_size=200", "257"]),
+    ([TINY, "--mesh.tensor=3"], ["num_heads=4", "tensor=3"]),
+    ([TINY, "--mesh.data=3"], ["8 sequences", "3 devices"]),
+    ([TINY, "--mesh.context=2"], ["context=2", "not supported yet"]),
+    ([TINY, "--mesh.data=8", "--mesh.tensor=4"], ["32 devices", "there are 8"]),
+    ([TINY, "--stages.0.microbatches=3"], ["batch_size=8", "microbatches=3"]),
+    ([TINY, "--stages.0.steps=0"], ["steps=0"]),
+    ([TINY, "--data.source=/nowhere/*.txt"], ["/nowhere/*.txt"]),
+    ([TINY, "--data.tokenizer=none.json"], ["none.json"]),
+    ([TINY, "--resume", "--run-dir=/nowhere"], ["/nowhere", "no run"]),
+  ],
+)
+def test_refuses(monkeypatch, capsys, tmp_path, args, says):
+  if not any("run-dir" in arg for arg in args) and TINY in args:
+    args = [*args, f"--run-dir={tmp_path}/run"]
+  text = refused(monkeypatch, capsys, *args)
+  for part in says:
+    assert part in text, text
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "content"), [("a.txt", b""), ("a.txt", b"caf\xe9 " * 9)]
+)
+def test_refuses_bad_text(monkeypatch, capsys, tmp_path, name, content):
+  (tmp_path / name).write_bytes(content)
+  text = refused(
+    monkeypatch,
+    capsys,
+    TINY,
+    f"--data.source={tmp_path}/*.txt",
+    f"--run-dir={tmp_path}/run",
+  )
+  assert name in text or str(tmp_path) in text
+  assert not (tmp_path / "run").exists()
+
+
+class TestRunFolder:
+  @pytest.fixture
+  def cfg(self, tmp_path):
+    runs.write_text(tmp_path)
+    cfg = runs.config(tmp_path)
+    checkpoint.Checkpoints(cfg).begin(cfg)
+    return cfg
+
+  def test_one_folder_holds_one_run(self, cfg):
+    before = (pathlib.Path(cfg.run_dir) / "config.json").read_text()
+    with pytest.raises(ValueError, match="--resume"):
+      loop.Run(cfg)
+    assert (pathlib.Path(cfg.run_dir) / "config.json").read_text() == before
+
+  def test_files_of_others_are_left_alone(self, cfg, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    other = dataclasses.replace(cfg, run_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="not empty"):
+      loop.Run(other)
+
+  def test_another_config_does_not_go_on(self, cfg):
+    other = dataclasses.replace(
+      cfg,
+      resume=True,
+      seed=3,
+      optimizer=dataclasses.replace(cfg.optimizer, peak_lr=0.5),
+    )
+    with pytest.raises(ValueError, match="optimizer.peak_lr is 0.5, was 0.01"):
+      loop.Run(other)
+
+  def test_other_logging_does(self, cfg):
+    other = dataclasses.replace(
+      cfg, resume=True, log=dataclasses.replace(cfg.log, every=1)
+    )
+    loop.Run(other)
+
+  def test_the_config_is_written_down(self, cfg):
+    text = (pathlib.Path(cfg.run_dir) / "config.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def test_options_reach_the_config(monkeypatch, tmp_path):
+  run = call(
+    monkeypatch,
+    TINY,
+    "--optimizer.peak_lr=0.125",
+    "--stages.1.steps",
+    "7",
+    "--model.yarn.factor=2",
+    f"--run-dir={tmp_path}/run",
+  )
+  assert run.cfg.optimizer.peak_lr == 0.125
+  assert run.cfg.stages[1].steps == 7
+  assert run.cfg.stages[0].kind == "pretrain"
+  assert run.cfg.model.yarn.factor == 2.0
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.py")))
+def test_every_config_is_valid_and_sees_further_than_k(config):
+  cfg = config_lib.load(str(config))
+  for stage in cfg.stages:
+    if stage.kind == "sparse":
+      assert stage.seq_len >= 4 * cfg.model.top_k
+
+
+@pytest.mark.parametrize("program", [["-m", "train.main"], ["train/main.py"]])
+def test_both_ways_to_start_teach_the_options(program):
+  result = subprocess.run(
+    [sys.executable, *program, TINY, "--help"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  for word in (
+    "--optimizer.peak-lr",
+    "--stages.1.steps",
+    "--resume",
+    "warm-up",
+  ):
+    assert word in result.stdout

@@ -1,0 +1,73 @@
+"""A run small enough for tests, on text of its own."""
+
+import dataclasses
+import json
+import pathlib
+import random
+
+from dsa_jax import config as model_lib
+from train import config as config_lib
+from train import data as data_lib
+
+MODEL = dataclasses.replace(
+  model_lib.tiny(),
+  embed_dim=32,
+  num_layers=2,
+  num_heads=2,
+  nope_head_dim=8,
+  rope_head_dim=8,
+  value_head_dim=8,
+  q_rank=16,
+  kv_rank=16,
+  index_heads=2,
+  index_head_dim=16,
+  top_k=8,
+  dense_ffn_dim=48,
+  expert_ffn_dim=16,
+  num_experts=4,
+  num_mtp_layers=1,
+  init_std=0.1,
+)
+
+
+def write_text(folder: pathlib.Path) -> None:
+  """Documents of words, the same on every machine."""
+  rng = random.Random(0)
+  words = "the a of to sparse dense key query index token layer expert".split()
+  for i in range(12):
+    text = " ".join(rng.choice(words) for _ in range(150))
+    (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+
+
+def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
+  """Four dense steps, then four sparse ones, with T = 4 K."""
+  return config_lib.TrainConfig(
+    run_dir=str(folder / run),
+    model=MODEL,
+    data=data_lib.DataConfig(source=f"{folder}/*.txt", heldout_fraction=0.2),
+    stages=(
+      config_lib.StageConfig(
+        kind="pretrain", steps=4, seq_len=32, batch_size=4, microbatches=2
+      ),
+      config_lib.StageConfig(
+        kind="sparse", steps=4, seq_len=32, batch_size=4, microbatches=2
+      ),
+    ),
+    optimizer=config_lib.OptimizerConfig(peak_lr=1e-2, indexer_lr=1e-2),
+    checkpoint=config_lib.CheckpointConfig(every=100, keep=2),
+    log=config_lib.LogConfig(
+      every=2,
+      eval_every=100,
+      eval_batches=1,
+      sample_every=100,
+      sample_tokens=4,
+      sample_prompt="the ",
+    ),
+  )
+
+
+def lines(run_dir: str, kind: str) -> list[dict]:
+  """What metrics.jsonl has of one kind."""
+  text = (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+  parsed = [json.loads(line) for line in text.splitlines()]
+  return [line for line in parsed if line["kind"] == kind]

@@ -1,0 +1,243 @@
+"""The training step: accumulation, balancing, partitions, the memory law."""
+
+import dataclasses
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax import moe
+from dsa_jax import sharding
+from tests.train import runs
+from train import config as config_lib
+from train import optimizer as optimizer_lib
+from train import step as step_lib
+
+OPTIMIZER = config_lib.OptimizerConfig(peak_lr=1e-2, warmup=0.0)
+
+
+def stage(kind="sparse", **kwargs):
+  sizes = dict(steps=10, seq_len=32, batch_size=8) | kwargs
+  return config_lib.StageConfig(kind=kind, **sizes)
+
+
+def batch(rows=8, length=32, seed=0):
+  """Rows of two documents and padding, of uneven lengths."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, 256, (rows, length)).astype(np.int32)
+  segments = np.zeros((rows, length), np.int32)
+  positions = np.zeros((rows, length), np.int32)
+  for row in range(rows):
+    first, second = 5 + row, length - row
+    segments[row, :first], segments[row, first:second] = 1, 2
+    positions[row, :first] = np.arange(first)
+    positions[row, first:second] = np.arange(second - first)
+  return {
+    "tokens": tokens,
+    "segment_ids": segments,
+    "positions": positions,
+    "bytes": np.ones((rows, length), np.float32),
+  }
+
+
+def start(stage_cfg, model_cfg=runs.MODEL, optimizer_cfg=OPTIMIZER):
+  """The step and the state it begins with."""
+  model, init = step_lib.init(model_cfg, 0)
+  optimizer = optimizer_lib.make_optimizer(optimizer_cfg, stage_cfg)
+  params, bias = init(jax.random.key(0))
+  state = step_lib.TrainState(
+    jnp.int32(0), params, bias, optimizer.init(params)
+  )
+  return step_lib.make_train_step(model, stage_cfg, optimizer), state
+
+
+def cut(arrays, microbatches):
+  return {
+    name: x.reshape(microbatches, -1, x.shape[-1]) for name, x in arrays.items()
+  }
+
+
+def assert_close_each(actual, expected, tolerance):
+  """Every tensor by its own scale."""
+  for (path, a), e in zip(
+    jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)
+  ):
+    scale = np.abs(e).max()
+    np.testing.assert_allclose(
+      a, e, atol=tolerance * scale, rtol=0, err_msg=jax.tree_util.keystr(path)
+    )
+
+
+def adam_states(opt_state):
+  """The Adam state of each partition."""
+  is_adam = lambda s: hasattr(s, "mu")  # noqa: E731
+  found = jax.tree.leaves(opt_state, is_leaf=is_adam)
+  return [s for s in found if is_adam(s)]
+
+
+class AccumulationTest(chex.TestCase):
+  def test_parts_of_a_batch_equal_the_whole(self):
+    results = []
+    for parts in (1, 2):  # 1 x 8 sequences and 2 x 4, of uneven lengths
+      train_step, state = start(stage(microbatches=parts))
+      state, metrics = train_step(state, cut(batch(), parts))
+      # Adam's first moment after one step is a tenth of the clipped gradient.
+      moments = [s.mu for s in adam_states(state.opt_state)]
+      results.append((moments, metrics, state.router_bias))
+    (one, metrics, bias), (other, other_metrics, other_bias) = results
+    self.assertLen(one, 2)
+    assert_close_each(other, one, 1e-5)
+    chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-5)
+    chex.assert_trees_all_equal(other_bias, bias)
+
+
+class RouterBiasTest(chex.TestCase):
+  def test_moves_against_the_load(self):
+    bias = {
+      "moe_layers": jnp.zeros((1, 4)),
+      "mtp": jnp.ones((4,)),
+    }
+    load = jnp.array([[4.0, 0, 2, 2], [0, 8.0, 0, 0]])
+    moved = step_lib.balance(bias, load, 0.1)
+    np.testing.assert_allclose(moved["moe_layers"], [[-0.1, 0.1, 0, 0]])
+    np.testing.assert_allclose(moved["mtp"], [1.1, 0.9, 1.1, 1.1])
+
+  def test_the_state_has_its_layers_in_the_order_of_the_loads(self):
+    model, init = step_lib.init(runs.MODEL, 0)
+    _, bias = init(jax.random.key(0))
+    names = [
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_leaves_with_path(bias)
+    ]
+    self.assertLen(names, 2)
+    self.assertIn("moe_layers", names[0])
+    self.assertIn("mtp", names[1])
+    self.assertEqual(
+      {
+        type(b)
+        for b in jax.tree.leaves(
+          bias, is_leaf=lambda b: isinstance(b, moe.RouterBias)
+        )
+      },
+      {moe.RouterBias},
+    )
+
+
+class StageTest(chex.TestCase):
+  def test_pretraining_leaves_the_indexer_and_holds_nothing_for_it(self):
+    train_step, state = start(stage("pretrain"))
+    before = jax.tree.map(np.array, state.params)
+    (adam,) = adam_states(state.opt_state)
+    for path, _ in jax.tree_util.tree_leaves_with_path(adam.mu):
+      self.assertNotIn("indexer", jax.tree_util.keystr(path))
+    for _ in range(2):
+      state, _ = train_step(state, cut(batch(), 1))
+    changed = jax.tree.map(
+      lambda a, b: bool((a != b).any()), before, state.params
+    )
+    for path, moved in jax.tree_util.tree_leaves_with_path(changed):
+      name = jax.tree_util.keystr(path)
+      self.assertEqual(moved, "indexer" not in name, name)
+
+  def test_the_indexer_has_its_own_rate_and_clipping(self):
+    states = []
+    for lr in (1e-3, 1e-2):
+      optimizer_cfg = dataclasses.replace(OPTIMIZER, indexer_lr=lr)
+      train_step, state = start(stage(), optimizer_cfg=optimizer_cfg)
+      states.append(train_step(state, cut(batch(), 1))[0].params)
+    for (path, one), other in zip(
+      jax.tree_util.tree_leaves_with_path(states[0]),
+      jax.tree.leaves(states[1]),
+    ):
+      name = jax.tree_util.keystr(path)
+      self.assertEqual(bool((one == other).all()), "indexer" not in name, name)
+
+  def test_the_schedule(self):
+    cfg = config_lib.OptimizerConfig(
+      peak_lr=1.0, warmup=0.2, decay=0.5, final=0.1
+    )
+    rate = optimizer_lib.schedule(cfg, 2.0, 10)
+    values = [float(rate(i)) for i in range(11)]
+    np.testing.assert_allclose(values[:3], [2 / 3, 4 / 3, 2], rtol=1e-6)
+    np.testing.assert_allclose(values[3:6], 2, rtol=1e-6)
+    cosine = [0.1 + 0.9 * (1 + np.cos(np.pi * i / 5)) / 2 for i in range(6)]
+    np.testing.assert_allclose(values[5:], 2 * np.array(cosine), rtol=1e-5)
+
+
+class MemoryLawTest(chex.TestCase):
+  """No buffer of the compiled training step is as large as T x S."""
+
+  @parameterized.parameters("pretrain", "sparse")
+  def test_no_buffer_has_queries_times_keys(self, kind):
+    # A prime, and so large that nothing else of this model amounts to T x T.
+    T = 1031
+    model_cfg = dataclasses.replace(runs.MODEL, num_mtp_layers=0, num_layers=3)
+    train_step, state = start(stage(kind, seq_len=T, batch_size=1), model_cfg)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+      lowered = train_step.lower(state, cut(batch(1, T), 1))
+      text = lowered.compile().as_text()
+    finally:
+      jax.config.update("jax_disable_most_optimizations", True)
+    self.assertIn(f"[1,{T},", text)
+    self.assertEqual(square_buffers(text, T), set())
+
+  def test_the_check_finds_a_square(self):
+    square = jax.jit(lambda x: jnp.sin(x[:, None] * x[None]).sum(0))
+    text = square.lower(jnp.ones(1031)).compile().as_text()
+    self.assertNotEmpty(square_buffers(text, 1031))
+
+
+def square_buffers(hlo: str, T: int) -> set[str]:
+  """Shapes of at least T x T elements; also of a type narrower than its use."""
+  shapes = re.findall(r"\b[a-z]+[0-9]*\[([\d,]+)\]", hlo)
+  return {
+    dims
+    for dims in set(shapes)
+    if np.prod([int(size) for size in dims.split(",")]) >= T * T
+  }
+
+
+class MeshTest(chex.TestCase):
+  """Losses and gradients on a mesh are those on one device."""
+
+  MODEL = dataclasses.replace(runs.MODEL, num_mtp_layers=0)
+
+  def on(self, mesh):
+    with jax.set_mesh(mesh):
+      model, init = step_lib.init(self.MODEL, 0)
+      params, bias = init(jax.random.key(0))
+      arrays = {
+        name: jax.device_put(x, self.MODEL.rules("batch", None))
+        for name, x in batch().items()
+      }
+
+      def loss_fn(params, arrays):
+        losses = model.merge(params, bias).losses(
+          arrays["tokens"],
+          arrays["positions"],
+          arrays["segment_ids"],
+          attention="sparse",
+          index_loss=True,
+        )
+        total = losses.lm.sum() + losses.index.sum() + losses.balance.sum()
+        return total, losses.load
+
+      grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+      return jax.device_get(grad(params, arrays))
+
+  def test_losses_and_gradients_are_the_same(self):
+    (loss, load), grads = self.on(sharding.make_mesh())
+    for axes in (dict(data=2, fsdp=2), dict(data=2, fsdp=2, tensor=2)):
+      (other, other_load), other_grads = self.on(sharding.make_mesh(**axes))
+      np.testing.assert_allclose(other, loss, rtol=1e-6)
+      np.testing.assert_array_equal(other_load, load)
+      assert_close_each(other_grads, grads, 1e-5)
+
+
+if __name__ == "__main__":
+  absltest.main()
