@@ -191,9 +191,10 @@ class MLA(nnx.Module):
     )
     if not frame.index_loss:
       return out_BTNU, None
+    heads_axis = rules.mesh_axes("heads")
     compare = sharding.local(
       lambda *inputs: pallas_kernels.sparse_indexer_loss(
-        *inputs, scale, rules.mesh_axes("heads")
+        *inputs, scale, heads_axis
       ),
       in_specs=(
         rules("batch", "seq", "index_heads", None),

@@ -5,6 +5,7 @@ them, J experts a token, R = B T J rows.
 """
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -133,7 +134,7 @@ class MoE(nnx.Module):
     per_token = rules("batch", "seq", None)
     into, out = rules(None, None, "ffn"), rules(None, "ffn", None)
     routed = sharding.local(
-      self._routed,
+      functools.partial(self._routed, ffn_axis=rules.mesh_axes("ffn")),
       in_specs=(per_token, per_token, per_token, into, into, out),
       out_specs=per_token,
     )
@@ -143,7 +144,9 @@ class MoE(nnx.Module):
     )
     return y_BTD if self.shared is None else y_BTD + self.shared(x), stats
 
-  def _routed(self, x, experts_BTJ, weights_BTJ, gate_EDF, up_EDF, down_EFD):
+  def _routed(
+    self, x, experts_BTJ, weights_BTJ, gate_EDF, up_EDF, down_EFD, *, ffn_axis
+  ):
     """Sorts the tokens by expert, multiplies, and puts them back."""
     B, T, J = experts_BTJ.shape
     expert_R = experts_BTJ.reshape(-1)
@@ -157,5 +160,4 @@ class MoE(nnx.Module):
     place_R = jnp.argsort(order_R)
     y_BTJD = y_RD[place_R].reshape(B, T, J, -1)
     y_BTD = jnp.einsum("BTJD,BTJ->BTD", y_BTJD, weights_BTJ.astype(x.dtype))
-    shards = self.cfg.rules.mesh_axes("ffn")
-    return jax.lax.psum(y_BTD, shards) if shards else y_BTD
+    return jax.lax.psum(y_BTD, ffn_axis) if ffn_axis else y_BTD

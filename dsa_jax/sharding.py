@@ -39,7 +39,10 @@ class ShardingRules:
     return P(*(self.mesh_axes(axis) for axis in axes))
 
   def mesh_axes(self, axis: str | None) -> MeshAxes:
-    """The axes of the mesh in context that shard a logical axis."""
+    """The axes of the mesh in context that shard a logical axis.
+
+    Inside `local` there are none: what a psum there needs is asked for outside.
+    """
     names = None if axis is None else getattr(self, axis)
     if names is None:
       return None
