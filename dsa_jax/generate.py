@@ -20,7 +20,7 @@ def generate(
   model: transformer.Transformer,
   tokens: frame_lib.Ids,
   max_new_tokens: int,
-  temperature: float = 0.0,
+  temperature: int | float = 0.0,
   rng: jax.Array | None = None,
   *,
   pad_id: int | None = None,

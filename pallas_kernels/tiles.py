@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 # What the largest temporary of one tile may take. A CPU's tile should stay in
 # the cache of one core; an accelerator's must be large enough to fill the chip.
-_CPU_BYTES = 2 << 20
+_CPU_BYTES = 4 << 20
 _ACCELERATOR_BYTES = 128 << 20
 # However small the op, a tile is a part of it, so that memory grows with T + S.
 _FEWEST_TILES = 4

@@ -59,9 +59,17 @@ class Checkpoints:
         step, {"state": state, "data": data}, force=True
       )
 
-  def restore_state(self, like: step_lib.TrainState) -> step_lib.TrainState:
-    """The newest state, in the shapes and shardings of `like`."""
-    abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, like)
+  def restore_state(
+    self, like: step_lib.TrainState, mesh: jax.sharding.Mesh
+  ) -> step_lib.TrainState:
+    """The newest state, in the shapes and specs of `like`, on `mesh`."""
+
+    def on_mesh(x):
+      spec = x.sharding.spec if x.sharding else jax.P()
+      sharding = jax.NamedSharding(mesh, spec)
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    abstract = jax.tree.map(on_mesh, like)
     loaded = self._checkpointer.load_checkpointables(
       self.latest, {"state": abstract}
     )
@@ -71,9 +79,12 @@ class Checkpoints:
     """Sets the iterator to where it stood."""
     self._checkpointer.load_checkpointables(self.latest, {"data": data})
 
+  def wait(self) -> None:
+    """Until everything is written."""
+    self._checkpointer.wait()
+
   def close(self) -> None:
-    """Waits until everything is written."""
-    self._checkpointer.close()
+    self._checkpointer.close()  # waits, too
 
   def _check(self, cfg: config_lib.TrainConfig) -> None:
     file = self._dir / "config.json"

@@ -1,6 +1,7 @@
 """The loop: data, step, log, evaluate, sample, save; stage after stage."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -61,7 +62,12 @@ class Run:
     self.metrics = metrics_lib.Writer(
       cfg.run_dir, done + 1, tensorboard=cfg.log.tensorboard
     )
-    with jax.set_mesh(self.mesh), _signals(self._ask_to_stop):
+    with (
+      contextlib.closing(self.metrics),
+      contextlib.closing(self.checkpoints),
+      jax.set_mesh(self.mesh),
+      _signals(self._ask_to_stop),
+    ):
       self.model, self._init = step_lib.init(cfg.model, cfg.seed)
       print(self.summary(), flush=True)
       state = self._start(done)
@@ -71,9 +77,8 @@ class Run:
         if done < end and not self._stop:
           state = self._stage(i, begin, max(done, begin), state)
         begin = end
-      self.checkpoints.close()
+      self.checkpoints.wait()
       self._farewell(state)
-    self.metrics.close()
 
   def summary(self) -> str:
     """What is about to run, and what it costs."""
@@ -98,10 +103,11 @@ class Run:
       )
       held = sum(_local_bytes(x) for x in jax.tree.leaves(state))
       tokens = stage.steps * stage.batch_size * stage.seq_len
+      keys = f", K {model.top_k}" if stage.attention == "sparse" else ""
       lines.append(
         f"stage {i}  {stage.kind}: {stage.steps} steps x {stage.batch_size} x"
         f" {stage.seq_len} = {metrics_lib.count(tokens)} tokens;"
-        f" {stage.attention} attention{f', K {model.top_k}' if stage.kind == 'sparse' else ''};"
+        f" {stage.attention} attention{keys};"
         f" {metrics_lib.count(cost)}FLOP a token; parameters and optimizer"
         f" {metrics_lib.count(held)}B a device"
       )
@@ -136,7 +142,8 @@ class Run:
       if done <= end:
         break
     make = functools.partial(self._fresh, stage)
-    state = self.checkpoints.restore_state(jax.eval_shape(make, *self._like()))
+    like = jax.eval_shape(make, *self._like())
+    state = self.checkpoints.restore_state(like, self.mesh)
     print(f"resumed  after step {done}", flush=True)
     return state
 

@@ -79,7 +79,7 @@ class Writer:
       self._board.close()
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
   """65 -> "1m05s"."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
@@ -88,7 +88,7 @@ def duration(seconds: float) -> str:
   return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
-def count(number: float) -> str:
+def count(number: int | float) -> str:
   """1234567 -> "1.23M"."""
   for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
     if abs(number) >= size:
