@@ -23,7 +23,7 @@ train: $(READY)  ## train configs/tiny.py, small enough for a laptop's CPU
 	$(PYTHON) -m train.main --config=configs/tiny.py $(ARGS)
 
 test: $(READY)  ## run the tests, but for the slow ones
-	$(PYTHON) -m pytest -n 2 -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist=loadfile -m "not slow" $(ARGS)
 
 # pytest exits with 5 where it selects no test. Having no slow test is fine;
 # having none at all is not, so only this target accepts it.

@@ -67,7 +67,7 @@ def make_train_step(
   model: Model,
   stage: config_lib.StageConfig,
   optimizer: optax.GradientTransformation,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
   """`train_step(state, batch) -> (state, metrics)`, with `state` donated.
 
   Each array of the batch is [A, B / A, T]. Losses are means over what the whole

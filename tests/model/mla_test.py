@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import dsa_jax
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import mla
@@ -77,6 +78,17 @@ class MLATest(chex.TestCase):
     np.testing.assert_allclose(sparse[:, :8], dense[:, :8], atol=1e-5)
     for t in range(12, 32):
       self.assertGreater(np.abs(sparse - dense)[:, t].max(), 1e-3)
+
+  def test_alone_as_a_function_of_its_parameters(self):
+    graphdef, params = nnx.split(self.layer)
+
+    @jax.jit
+    def attend(params, x):
+      frame = dsa_jax.make_frame(CONFIG, x.shape[:2], attention="sparse")
+      return nnx.merge(graphdef, params)(x, frame).y
+
+    expected = run("dense", self.layer, self.x, None, None)
+    np.testing.assert_allclose(attend(params, self.x), expected, atol=1e-5)
 
   def test_the_scale_is_that_of_the_expanded_width(self):
     mscale = 0.1 * np.log(8.0) + 1

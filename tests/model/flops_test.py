@@ -1,0 +1,68 @@
+"""Counts of parameters and FLOPs."""
+
+import dataclasses
+
+from absl.testing import absltest
+import chex
+from flax import nnx
+import jax
+import numpy as np
+
+import dsa_jax
+from dsa_jax import config as config_lib
+from dsa_jax import flops
+from tests.model import models
+
+
+class FlopsTest(chex.TestCase):
+  def test_parameters_are_those_of_the_module(self):
+    for cfg in (models.CONFIG, config_lib.tiny()):
+      model = nnx.eval_shape(
+        lambda cfg=cfg: dsa_jax.Transformer(cfg, rngs=nnx.Rngs(0))
+      )
+      params = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
+      counted = sum(
+        leaf.size
+        for path, leaf in params
+        if "scale_D" not in str(path) and "bias_D" not in str(path)
+      )
+      self.assertEqual(flops.total_parameters(cfg), counted)
+
+  def test_the_released_model(self):
+    # "671B total parameters with 37B activated", and 14B (here without another
+    # embedding and head, 1.9B) in the MTP layer; the indexers are new: 0.9B.
+    cfg = dataclasses.replace(config_lib.v32_671b(), num_mtp_layers=0)
+    layer = flops.layer_parameters(cfg)
+    indexers = 61 * layer.indexer
+    self.assertAlmostEqual(
+      (flops.total_parameters(cfg) - indexers) / 1e9, 671, delta=0.5
+    )
+    self.assertAlmostEqual(
+      (flops.active_parameters(cfg) - indexers) / 1e9, 36.6, delta=0.5
+    )
+    mtp = flops.total_parameters(config_lib.v32_671b())
+    self.assertAlmostEqual(
+      (mtp - flops.total_parameters(cfg)) / 1e9, 11.6, delta=0.2
+    )
+
+  def test_dense_attention_grows_with_t_and_sparse_with_k(self):
+    cfg = config_lib.v32_671b()
+
+    def cost(seq_len, attention):
+      return flops.training_flops_per_token(
+        cfg, seq_len, attention, index_loss=False
+      )
+
+    # Twice the keys, on average, cost 6 N (2 H + R) more for each.
+    width = 62 * 6 * 128 * (128 + 64 + 128)
+    grown = cost(131072, "dense") - cost(65536, "dense")
+    np.testing.assert_allclose(grown, 32768 * width, rtol=1e-6)
+    # Sparse attention itself is flat: what grows is the indexer's scores.
+    grown = cost(131072, "sparse") - cost(65536, "sparse")
+    scores = 62 * 32768 * 2 * 64 * 128
+    np.testing.assert_allclose(grown, scores, rtol=0.12)
+    self.assertLess(cost(131072, "sparse"), cost(131072, "dense") / 3)
+
+
+if __name__ == "__main__":
+  absltest.main()
