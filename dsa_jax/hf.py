@@ -129,7 +129,10 @@ def load_hf(
   folder = pathlib.Path(folder)
   tensors = _Tensors(folder)
   raw = _read_json(folder / "config.json")
-  cfg = _model_config(raw, dtype, tensors.names)
+  try:
+    cfg = _model_config(raw, dtype, tensors.names)
+  except KeyError as e:
+    raise ValueError(f"{folder}/config.json lacks the key {e}.") from e
   model = nnx.eval_shape(lambda: transformer.Transformer(cfg, rngs=nnx.Rngs(0)))
   graphdef, state = nnx.split(model)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(state)

@@ -76,8 +76,15 @@ class Checkpoints:
     return loaded["state"]
 
   def restore_data(self, data: grain.DatasetIterator) -> None:
-    """Sets the iterator to where it stood."""
-    self._checkpointer.load_checkpointables(self.latest, {"data": data})
+    """Sets the iterator to where it stood.
+
+    Raises:
+      DataError: The data are not those of the checkpoint.
+    """
+    try:
+      self._checkpointer.load_checkpointables(self.latest, {"data": data})
+    except KeyError as e:  # Orbax's, around the iterator's own reason
+      raise e.__cause__ or e from None
 
   def wait(self) -> None:
     """Until everything is written."""

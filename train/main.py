@@ -13,6 +13,7 @@ if __package__ in (None, ""):  # run as `python train/main.py`
 import tyro  # noqa: E402
 
 from train import config as config_lib  # noqa: E402
+from train import data as data_lib  # noqa: E402
 from train import loop  # noqa: E402
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     sys.exit(f"error: {e}")
   try:
     run.train()
-  except loop.Diverged as e:
+  except (loop.Diverged, data_lib.DataError) as e:
     sys.exit(f"error: {e}")
 
 

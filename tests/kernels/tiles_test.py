@@ -24,7 +24,7 @@ class TilesTest(chex.TestCase):
   ):
     with mock.patch.object(jax, "default_backend", return_value=backend):
       size = tiles.tile_size(length, bytes_per_item, largest=256)
-    budget = {"cpu": 2 << 20, "gpu": 128 << 20}[backend]
+    budget = {"cpu": 4 << 20, "gpu": 128 << 20}[backend]
     bound = min(budget // bytes_per_item, length // 4, 256)
     self.assertEqual(size.bit_count(), 1)
     self.assertLessEqual(size, max(bound, 1))

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +27,10 @@ def tensors():
   return load_file(GOLDEN / "model.safetensors")
 
 
+def parameters(model):
+  return nnx.to_pure_dict(nnx.state(model))
+
+
 def edit(folder, **keys):
   file = folder / "config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | keys))
@@ -36,15 +41,15 @@ def test_several_files_in_bfloat16(folder, tensors):
   for i, part in enumerate((names[::2], names[1::2])):
     half = {n: tensors[n].astype(jnp.bfloat16) for n in part}
     save_file(half, folder / f"model-0000{i + 1}-of-00002.safetensors")
-  model = dsa_jax.load_hf(folder, dtype=jnp.bfloat16)
-  head = model.head.w_DV[...]
+  arrays = parameters(dsa_jax.load_hf(folder, dtype=jnp.bfloat16))
+  head = arrays["head"]["w_DV"]
   assert head.dtype == jnp.bfloat16
   expected = tensors["lm_head.weight"].astype(jnp.bfloat16).T
   np.testing.assert_array_equal(head, expected)
   # The router's bias and the indexer's head weights stay in fp32.
-  ffn = model.moe_layers.ffn
-  assert ffn.router.bias_E[...].dtype == jnp.float32
-  assert model.moe_layers.attention.indexer.w_DM.dtype == jnp.float32
+  layers = arrays["moe_layers"]
+  assert layers["ffn"]["router"]["bias_E"].dtype == jnp.float32
+  assert layers["attention"]["indexer"]["w_DM"].dtype == jnp.float32
 
 
 def test_the_dtype_of_the_config_is_the_default(folder, tensors):
@@ -64,13 +69,13 @@ def test_mtp_is_read_where_it_is(folder, tensors):
     more[f"{mtp}{name}.weight"] = np.float32(rng.normal(size=64))
   more[mtp + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
   save_file(more, folder / "model.safetensors")
-  model = dsa_jax.load_hf(folder)
-  join = np.asarray(model.mtp.join_XDD[...])
+  mtp_arrays = parameters(dsa_jax.load_hf(folder))["mtp"]
+  join = np.asarray(mtp_arrays["join_XDD"])
   np.testing.assert_array_equal(
     np.concatenate(list(join)), more[mtp + "eh_proj.weight"].T
   )
   np.testing.assert_array_equal(
-    model.mtp.block.ffn.router.w_DE[...],
+    mtp_arrays["block"]["ffn"]["router"]["w_DE"],
     2 * tensors["model.layers.3.mlp.gate.weight"].T,
   )
 
