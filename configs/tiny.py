@@ -16,7 +16,7 @@ def config() -> config_lib.TrainConfig:
         kind="pretrain", steps=280, seq_len=256, batch_size=8
       ),
       config_lib.StageConfig(
-        kind="sparse", steps=120, seq_len=256, batch_size=8, lr_scale=0.3
+        kind="sparse", steps=100, seq_len=256, batch_size=8, lr_scale=0.3
       ),
     ),
     optimizer=config_lib.OptimizerConfig(peak_lr=5e-3, indexer_lr=5e-3),

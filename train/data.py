@@ -124,9 +124,9 @@ class Corpus:
   ) -> Iterator[Batch]:
     """Returns the same batches [B, T] of held-out text at each call.
 
-    Documents come from all over the collection, each cut to an equal share of
-    `max_batches` (but not below T), lest a huge one be the whole evaluation:
-    fewer batches may come though text is left. The last is padded.
+    Documents come from all over the collection, each cut to its middle, an
+    equal share of `max_batches` (but not below T), lest a huge one be the whole
+    evaluation: fewer batches may come though text is left. The last is padded.
 
     Raises:
       DataError: a size is below 1.
@@ -173,7 +173,11 @@ class _Stream:
       return np.zeros(0, np.int32), 0.0
     ids = self.tokenizer.encode(text)
     ids = np.append(ids, np.int32(self.tokenizer.eos_id))
-    return ids[: self.max_tokens], len(text.encode()) / len(ids)
+    rate = len(text.encode()) / len(ids)
+    # From the middle: a document's beginning is not like the rest of it.
+    kept = min(len(ids), self.max_tokens or len(ids))
+    first = (len(ids) - kept) // 2
+    return ids[first : first + kept], rate
 
 
 class _ShuffledBatches(grain.DatasetIterator):
