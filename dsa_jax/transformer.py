@@ -130,9 +130,9 @@ class Transformer(nnx.Module):
     """What training needs; the logits never exist for a whole sequence.
 
     Args:
-      tokens: As of a call, like the next two.
-      positions: .
-      segment_ids: .
+      tokens: As of a call, like `positions` and `segment_ids`.
+      positions: See `tokens`.
+      segment_ids: See `tokens`.
       attention: "sparse" or "dense".
       index_loss: Also compute the indexer's loss (sparse attention only).
     """

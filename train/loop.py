@@ -255,7 +255,6 @@ class Run:
       self.metrics.write(step, "eval", values)
       line = ", ".join(f"{way} {value:.4f}" for way, value in values.items())
       print(f"held-out bits/byte after step {step}: {line}", flush=True)
-      self.heldout = values
 
     return evaluate
 

@@ -39,7 +39,6 @@ class Model:
   """The parts of a module: what to merge parameters with."""
 
   graphdef: Any
-  config: dsa_jax.ModelConfig
 
   def merge(self, params: Any, router_bias: Any) -> dsa_jax.Transformer:
     return nnx.merge(self.graphdef, params, router_bias)
@@ -48,7 +47,7 @@ class Model:
 def split(model: dsa_jax.Transformer) -> tuple[Model, Any, Any]:
   """The model's structure, its parameters, and its routers' biases."""
   graphdef, params, bias = nnx.split(model, nnx.Param, moe.RouterBias)
-  return Model(graphdef, model.config), params, bias
+  return Model(graphdef), params, bias
 
 
 def init(

@@ -40,15 +40,8 @@ def indexer_topk(
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`.
 
-  Args:
-    q: As there, like all the rest.
-    k: .
-    w: .
-    start: .
-    end: .
-    top_k: .
-    query_tile: Queries a tile; by default what fits the tile budget.
-    key_tile: Keys scored at a time, likewise. Neither changes the result.
+  `query_tile` and `key_tile` are the queries of a tile and the keys scored at a
+  time; by default what fits the tile budget. Neither changes the result.
   """
   T, S, M = q.shape[1], k.shape[1], q.shape[2]
   bT = query_tile or tiles.tile_size(T, 8 * S, largest=128)
