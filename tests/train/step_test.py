@@ -194,7 +194,7 @@ class MemoryLawTest(chex.TestCase):
 
 
 def square_buffers(hlo: str, T: int) -> set[str]:
-  """Shapes of at least T x T elements; also of a type narrower than its use."""
+  """Shapes, of any type, of at least T x T elements."""
   shapes = re.findall(r"\b[a-z]+[0-9]*\[([\d,]+)\]", hlo)
   return {
     dims
