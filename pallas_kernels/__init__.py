@@ -10,6 +10,9 @@ Every query sees one contiguous range of keys [start, end). This one contract
 covers causal attention, packed documents, padding (an empty range), decoding.
 """
 
+from pallas_kernels.dense_indexer_loss import (
+  dense_indexer_loss as dense_indexer_loss,
+)
 from pallas_kernels.dense_mla import dense_mla as dense_mla
 from pallas_kernels.indexer_topk import indexer_topk as indexer_topk
 from pallas_kernels.sparse_indexer_loss import (

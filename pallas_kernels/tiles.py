@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 # What the largest temporary of one tile may take. A CPU's tile should stay in
 # the cache of one core; an accelerator's must be large enough to fill the chip.
@@ -17,6 +18,8 @@ _CPU_BYTES = 4 << 20
 _ACCELERATOR_BYTES = 128 << 20
 # However small the op, a tile is a part of it, so that memory grows with T + S.
 _FEWEST_TILES = 4
+# The side of a tile of queries x keys, at most.
+_PAIR_SIDE = 256
 
 
 def tile_size(length: int, bytes_per_item: int, largest: int = 1024) -> int:
@@ -25,6 +28,27 @@ def tile_size(length: int, bytes_per_item: int, largest: int = 1024) -> int:
   budget = _CPU_BYTES if on_cpu else _ACCELERATOR_BYTES
   size = min(budget // bytes_per_item, length // _FEWEST_TILES, largest)
   return 1 << max(size, 1).bit_length() - 1
+
+
+def pair_tiles(T: int, S: int, bytes_per_pair: int) -> tuple[int, int]:
+  """Sizes bT and bS for an op on pairs of a query and a key, about square."""
+  bT = tile_size(T, bytes_per_pair * _PAIR_SIDE, largest=_PAIR_SIDE)
+  return bT, tile_size(S, bytes_per_pair * bT, largest=_PAIR_SIDE)
+
+
+def seen_keys(
+  start: Int[Array, " bT"], end: Int[Array, " bT"], bS: int
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+  """The range of key tiles that at least one of these queries sees."""
+  alive = start < end
+  first = jnp.min(jnp.where(alive, start, jnp.iinfo(start.dtype).max))
+  last = jnp.max(jnp.where(alive, end, 0))
+  return first // bS, -(-last // bS)
+
+
+def pad_keys(x: jax.Array, bS: int) -> jax.Array:
+  """[S, ...] -> [nS bS, ...]: fills the last tile of keys with zeros."""
+  return jnp.pad(x, [(0, -x.shape[0] % bS)] + [(0, 0)] * (x.ndim - 1))
 
 
 def split(x: jax.Array, tile: int, fill: Any = 0) -> jax.Array:

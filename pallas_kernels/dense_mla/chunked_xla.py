@@ -33,17 +33,8 @@ def dense_mla(
 
 
 def _tile_sizes(q, k, query_tile, key_tile):
-  (_, T, N, _), S = q.shape, k.shape[1]
-  bT = query_tile or tiles.tile_size(T, 4 * N * 256, largest=256)
-  return bT, key_tile or tiles.tile_size(S, 4 * N * bT, largest=256)
-
-
-def _key_tiles(start, end, bS):
-  """The range of key tiles that at least one of these queries sees."""
-  alive = start < end
-  first = jnp.min(jnp.where(alive, start, jnp.iinfo(start.dtype).max))
-  last = jnp.max(jnp.where(alive, end, 0))
-  return first // bS, -(-last // bS)
+  bT, bS = tiles.pair_tiles(q.shape[1], k.shape[1], 4 * q.shape[2])
+  return query_tile or bT, key_tile or bS
 
 
 def _logits(q, k, start, end, i, scale):
@@ -58,10 +49,6 @@ def _logits(q, k, start, end, i, scale):
 
 def _slice(x, i, bS):
   return jax.lax.dynamic_slice_in_dim(x, i * bS, bS)
-
-
-def _pad_keys(x, bS):
-  return jnp.pad(x, [(0, -x.shape[0] % bS), (0, 0), (0, 0)])
 
 
 def _vjp_forward(q, k, v, start, end, scale, query_tile, key_tile):
@@ -86,7 +73,7 @@ def _vjp_forward(q, k, v, start, end, scale, query_tile, key_tile):
       return keep * out_NTU + out, new_top, sum_NT1
 
     N, U = v.shape[1:]
-    first, last = _key_tiles(start, end, bS)
+    first, last = tiles.seen_keys(start, end, bS)
     out_NTU, top_NT1, sum_NT1 = jax.lax.fori_loop(
       first,
       last,
@@ -103,7 +90,7 @@ def _vjp_forward(q, k, v, start, end, scale, query_tile, key_tile):
     return out_NTU.swapaxes(0, 1).astype(q.dtype), lse_NT.T
 
   def row(q, k, v, start, end):
-    k, v = _pad_keys(k, bS), _pad_keys(v, bS)
+    k, v = tiles.pad_keys(k, bS), tiles.pad_keys(v, bS)
     tiled = [tiles.split(x, bT) for x in (q, start, end)]
     out, lse = jax.lax.map(lambda xs: tile(*xs, k, v), tiled)
     return tiles.join(out, T), tiles.join(lse, T)
@@ -156,14 +143,14 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
       d_v = add(d_v, product("NTS,TNU->SNU", weights_NTS, d_out))
       return d_q, d_k, d_v
 
-    first, last = _key_tiles(start, end, bS)
+    first, last = tiles.seen_keys(start, end, bS)
     d_q, d_k, d_v = jax.lax.fori_loop(
       first, last, key_tile, (jnp.zeros(q.shape, f32), *d_keys)
     )
     return (d_k, d_v), d_q.astype(q.dtype)
 
   def row(q, k, v, start, end, d_out, lse, delta):
-    k, v = _pad_keys(k, bS), _pad_keys(v, bS)
+    k, v = tiles.pad_keys(k, bS), tiles.pad_keys(v, bS)
     tiled = [tiles.split(x, bT) for x in (q, start, end, d_out, lse, delta)]
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     (d_k, d_v), d_q = jax.lax.scan(

@@ -2,7 +2,7 @@
 
 from typing import Final, Literal
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_indexer_loss import chunked_xla
@@ -26,6 +26,7 @@ def sparse_indexer_loss(
   lse: Float[Array, "B T N"],
   scale: float,
   heads_axis: str | tuple[str, ...] | None = None,
+  measure: Bool[Array, ""] | bool = True,
   *,
   implementation: Implementation | None = None,
 ) -> Float[Array, "B T"]:
@@ -33,8 +34,9 @@ def sparse_indexer_loss(
 
   `KL(p[t] || softmax(I[t]))` over the chosen keys, where p is the mean over
   heads of the main attention's weights there and I the index scores
-  (DeepSeek-V3.2, eq. 4). In fp32. Its gradient to I is exactly softmax(I) - p.
-  Nothing flows into `q`, `kv` and `lse`. Work and memory are O(T K), except for
+  (DeepSeek-V3.2, eq. 4). In fp32. Its gradient to I is exactly softmax(I) - p,
+  times that of the result. Nothing flows into `q`, `kv` and `lse`. Work is
+  O(T K); memory is the gradients and one tile of queries, except for
   `reference`'s gathered copy.
 
   Args:
@@ -48,6 +50,8 @@ def sparse_indexer_loss(
     scale: As given to `sparse_mla`.
     heads_axis: The mesh axes that shard N, inside a shard_map: the target is
       summed over them.
+    measure: Whether to compute the result. If not, it is 0, and the gradient,
+      which does not need it, is the same. May be decided as the program runs.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 
@@ -68,4 +72,5 @@ def sparse_indexer_loss(
     lse,
     scale,
     heads_axis,
+    measure,
   )

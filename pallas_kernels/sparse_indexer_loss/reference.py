@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def sparse_indexer_loss(
@@ -15,6 +15,7 @@ def sparse_indexer_loss(
   lse: Float[Array, "B T N"],
   scale: float,
   heads_axis: str | tuple[str, ...] | None = None,
+  measure: Bool[Array, ""] | bool = True,
 ) -> Float[Array, "B T"]:
   """See `api.sparse_indexer_loss`. Holds [B, T, K, C+R] in memory."""
   f32, S = jnp.float32, kv.shape[1]
@@ -56,4 +57,5 @@ def sparse_indexer_loss(
   used_BTK = valid_BTK & (target_BTK > 0)
   log_target_BTK = jnp.log(jnp.where(used_BTK, target_BTK, 1.0))
   gap_BTK = log_target_BTK - jnp.where(used_BTK, log_index_BTK, 0.0)
-  return jnp.where(used_BTK, target_BTK * gap_BTK, 0.0).sum(-1)
+  loss_BT = jnp.where(used_BTK, target_BTK * gap_BTK, 0.0).sum(-1)
+  return loss_BT - jax.lax.stop_gradient(jnp.where(measure, 0.0, loss_BT))

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dense_indexer_loss import api as dense_indexer_loss
 from pallas_kernels.dense_mla import api as dense_mla
 from pallas_kernels.indexer_topk import api as indexer_topk
 from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
@@ -53,6 +54,11 @@ def sparse_indexer_loss_step(op, q_index, k_index, w, q, kv, lse, indices):
   return jax.value_and_grad(f, argnums=(0, 1, 2))(q_index, k_index, w)
 
 
+def dense_indexer_loss_step(op, q_index, k_index, w, q, k, lse, start, end):
+  f = lambda *index: jnp.sum(op(*index, start, end, q, k, lse, SCALE))
+  return jax.value_and_grad(f, argnums=(0, 1, 2))(q_index, k_index, w)
+
+
 def shapes(op, T, S):
   """Of a step's float32 arguments and of its int32 arguments."""
   index = [(B, T, M, I), (B, S, I), (B, T, M)]
@@ -63,6 +69,10 @@ def shapes(op, T, S):
     "sparse_mla": (absorbed, [(B, T, K)]),
     "dense_mla": (expanded, [(B, T), (B, T)]),
     "sparse_indexer_loss": (index + absorbed, [(B, T, K)]),
+    "dense_indexer_loss": (
+      index + [expanded[0], expanded[1], expanded[3]],
+      [(B, T), (B, T)],
+    ),
   }[op]
 
 
@@ -71,6 +81,7 @@ STEPS = {
   "sparse_mla": (sparse_mla, sparse_mla_step),
   "dense_mla": (dense_mla, dense_mla_step),
   "sparse_indexer_loss": (sparse_indexer_loss, sparse_indexer_loss_step),
+  "dense_indexer_loss": (dense_indexer_loss, dense_indexer_loss_step),
 }
 
 

@@ -3,6 +3,8 @@
 Letters as in `pallas_kernels`. Gradients are written out by hand.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -139,26 +141,69 @@ def sparse_indexer_loss(
   d_loss: ArrayLike,
 ) -> Arrays:
   """Loss [B, T], and the gradients to q_index, k_index and w."""
-  q_index, k_index, w = _float64(q_index, k_index, w)
-  q, kv, lse, d_loss = _float64(q, kv, lse, d_loss)
-  (B, T, M, _), N = q_index.shape, q.shape[2]
+  q, kv, lse = _float64(q, kv, lse)
+  N = q.shape[2]
+
+  def target(b, t):
+    keys = _valid(np.asarray(indices)[b, t], kv.shape[1])
+    p = np.zeros(len(keys))
+    for n in range(N):
+      p += np.exp(scale * (kv[b, keys] @ q[b, t, n]) - lse[b, t, n])
+    return keys, p / p.sum()
+
+  return _indexer_loss(q_index, k_index, w, d_loss, target)
+
+
+def dense_indexer_loss(
+  q_index: ArrayLike,
+  k_index: ArrayLike,
+  w: ArrayLike,
+  start: ArrayLike,
+  end: ArrayLike,
+  q: ArrayLike,
+  k: ArrayLike,
+  lse: ArrayLike,
+  scale: float,
+  d_loss: ArrayLike,
+) -> Arrays:
+  """Loss [B, T], and the gradients to q_index, k_index and w."""
+  q, k, lse = _float64(q, k, lse)
+  start_BT, end_BT = np.asarray(start).tolist(), np.asarray(end).tolist()
+  N, S = q.shape[2], k.shape[1]
+
+  def target(b, t):
+    keys = [s for s in range(S) if start_BT[b][t] <= s < end_BT[b][t]]
+    p = np.zeros(len(keys))
+    for n in range(N):
+      p += np.exp(scale * (k[b, keys, n] @ q[b, t, n]) - lse[b, t, n]) / N
+    return keys, p
+
+  return _indexer_loss(q_index, k_index, w, d_loss, target)
+
+
+def _indexer_loss(
+  q_index: ArrayLike,
+  k_index: ArrayLike,
+  w: ArrayLike,
+  d_loss: ArrayLike,
+  target: Callable[[int, int], tuple[list[int], np.ndarray]],
+) -> Arrays:
+  """`target(b, t)`: the keys that count, and the distribution to learn."""
+  q_index, k_index, w, d_loss = _float64(q_index, k_index, w, d_loss)
+  B, T, M, _ = q_index.shape
   loss = np.zeros((B, T))
   d_q, d_k, d_w = (np.zeros_like(x) for x in (q_index, k_index, w))
   for b, t in np.ndindex(B, T):
-    valid = _valid(np.asarray(indices)[b, t], kv.shape[1])
-    if not valid:
+    keys, p_K = target(b, t)
+    if not keys:
       continue
-    target = np.zeros(len(valid))
-    for n in range(N):
-      target += np.exp(scale * (kv[b, valid] @ q[b, t, n]) - lse[b, t, n])
-    target /= target.sum()
-    similarity = k_index[b, valid] @ q_index[b, t].T  # [K, M]
+    similarity = k_index[b, keys] @ q_index[b, t].T  # [K, M]
     scores = np.maximum(similarity, 0.0) @ w[b, t]
     log_index = scores - np.logaddexp.reduce(scores)
-    for p, log_q in zip(target, log_index):
+    for p, log_q in zip(p_K, log_index):
       loss[b, t] += p * (np.log(p) - log_q) if p > 0 else 0.0
-    d_scores = d_loss[b, t] * (np.exp(log_index) - target)
-    for place, s in enumerate(valid):
+    d_scores = d_loss[b, t] * (np.exp(log_index) - p_K)
+    for place, s in enumerate(keys):
       for m in range(M):
         if similarity[place, m] > 0:
           d_similarity = d_scores[place] * w[b, t, m]

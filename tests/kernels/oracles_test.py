@@ -92,3 +92,24 @@ class OraclesTest(chex.TestCase):
 
     xs = [q_index, k_index, w]
     self.assert_gradients(value, xs, op(*xs)[1:])
+
+  def test_dense_indexer_loss(self):
+    N, M, I, HR = inputs.N, inputs.M, inputs.I, inputs.H + inputs.R
+    q_index, k_index, w = self.normals((T, M, I), (S, I), (T, M))
+    q, k, d_loss = self.normals((T, N, HR), (S, N, HR), (T,))
+    start, end = inputs.ranges("causal", T, S)
+    no_values = np.zeros((inputs.B, S, N, 1)), np.zeros((inputs.B, T, N, 1))
+    _, lse, *_ = oracles.dense_mla(
+      q, k, no_values[0], start, end, inputs.SCALE, no_values[1], q[..., 0]
+    )
+
+    def op(q_index, k_index, w):
+      return oracles.dense_indexer_loss(
+        q_index, k_index, w, start, end, q, k, lse, inputs.SCALE, d_loss
+      )
+
+    def value(q_index, k_index, w):
+      return np.sum(op(q_index, k_index, w)[0] * d_loss)
+
+    xs = [q_index, k_index, w]
+    self.assert_gradients(value, xs, op(*xs)[1:])

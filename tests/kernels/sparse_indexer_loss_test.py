@@ -33,11 +33,13 @@ TILED = {  # one by one, odd, larger than T; by default, a power of two
 }
 
 
-def value_and_vjp(op, q_index, k_index, w, indices, q, kv, lse, d_loss):
+def value_and_vjp(
+  op, q_index, k_index, w, indices, q, kv, lse, d_loss, measure=True
+):
   """The loss, and the gradients to q_index, k_index, w, and to q, kv, lse."""
   loss, pullback = jax.vjp(
     lambda q_index, k_index, w, q, kv, lse: op(
-      q_index, k_index, w, indices, q, kv, lse, SCALE
+      *(q_index, k_index, w, indices, q, kv, lse, SCALE), measure=measure
     ),
     *(q_index, k_index, w, q, kv, lse),
   )
@@ -200,6 +202,36 @@ class SparseIndexerLossTest(chex.TestCase):
     args = q_index, k_index, w, indices, q, kv, lse, d_loss
     self.assert_close(compiled(op)(*args), loops(*args), 1e-3, 0.1)
 
+  @parameterized.parameters(*OPS)
+  def test_the_gradient_to_the_scores(self, op):
+    """One index head and q.k = the scores: their gradient is (t - p) d_loss."""
+    _, _, _, indices, q, kv, lse, d_loss = make_inputs("packed")
+    scores_BTS = 3 + jnp.abs(inputs.normal(7, B, T, S))  # relu lets all pass
+    args = scores_BTS[:, :, None, :], jnp.broadcast_to(jnp.eye(S), (B, S, S))
+    w = jnp.ones((B, T, 1), jnp.float32)
+    _, d_scores_BTS, *_ = compiled(op)(*args, w, indices, q, kv, lse, d_loss)
+    chosen_BTS = (np.asarray(indices)[..., None] == np.arange(S)).any(2)
+    softmax = np.where(
+      chosen_BTS, np.exp(np.asarray(scores_BTS, np.float64)), 0
+    )
+    softmax /= np.maximum(softmax.sum(-1, keepdims=True), 1e-30)
+    logits = SCALE * np.einsum("btnd,bsd->btns", q, kv).astype(np.float64)
+    finite_lse = np.where(np.isfinite(lse), lse, 0)
+    p = np.exp(logits - finite_lse[..., None]).mean(2) * chosen_BTS
+    expected = (softmax - p) * np.asarray(d_loss)[..., None]
+    np.testing.assert_allclose(
+      d_scores_BTS[:, :, 0], expected, rtol=0, atol=1e-6
+    )
+
+  @parameterized.parameters(*OPS)
+  def test_measured_only_when_asked(self, op):
+    args = make_inputs()
+    loss, *gradients = compiled(op)(*args, measure=jnp.bool(False))
+    expected_loss, *expected = compiled(op)(*args, measure=jnp.bool(True))
+    np.testing.assert_array_equal(loss, 0)
+    self.assertGreater(expected_loss.sum(), 1)
+    chex.assert_trees_all_equal(gradients, expected)
+
   @parameterized.parameters(("reference", "a"), ("chunked", ("a", "b")))
   def test_heads_may_be_sharded(self, op, axes):
     *args, d_loss = make_inputs()
@@ -208,9 +240,9 @@ class SparseIndexerLossTest(chex.TestCase):
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
 
-      def sharded(*args):
+      def sharded(*args, measure):
         return jax.shard_map(
-          lambda *args: OPS[op](*args, SCALE, axes),
+          lambda *args: OPS[op](*args, SCALE, axes, measure),
           in_specs=specs,
           out_specs=P(),
           check_vma=False,

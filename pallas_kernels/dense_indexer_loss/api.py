@@ -1,0 +1,78 @@
+"""Public entry point: picks an implementation."""
+
+from typing import Final, Literal
+
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.dense_indexer_loss import chunked_xla
+from pallas_kernels.dense_indexer_loss import reference
+
+type Implementation = Literal["chunked_xla", "reference"]
+
+IMPLEMENTATIONS: Final = {
+  "chunked_xla": chunked_xla.dense_indexer_loss,
+  "reference": reference.dense_indexer_loss,
+}
+
+
+def dense_indexer_loss(
+  q_index: Float[Array, "B T M I"],
+  k_index: Float[Array, "B S I"],
+  w: Float[Array, "B T M"],
+  start: Int[Array, "B T"],
+  end: Int[Array, "B T"],
+  q: Float[Array, "B T N HR"],
+  k: Float[Array, "B S N HR"],
+  lse: Float[Array, "B T N"],
+  scale: float,
+  heads_axis: str | tuple[str, ...] | None = None,
+  measure: Bool[Array, ""] | bool = True,
+  *,
+  implementation: Implementation | None = None,
+) -> Float[Array, "B T"]:
+  """How far each query's index scores are from what dense attention does.
+
+  `KL(p[t] || softmax(I[t]))` over all keys in [start, end), where p is the mean
+  over heads of the attention's weights and I the index scores (DeepSeek-V3.2,
+  eq. 3). In fp32. Its gradient to I is exactly softmax(I) - p, times that of
+  the result. Nothing flows into `q`, `k` and `lse`. Memory is O(T + S) and one
+  tile of queries x keys, except for `reference`.
+
+  Args:
+    q_index: Index queries, as given to `indexer_topk`.
+    k_index: Index keys.
+    w: Head weights.
+    start: The first key that a query sees.
+    end: One past the last key it sees; `start >= end` sees none.
+    q: Expanded queries, as given to `dense_mla`.
+    k: Expanded keys, likewise.
+    lse: What `dense_mla` returned for them: with it, p sums to 1.
+    scale: As given to `dense_mla`.
+    heads_axis: The mesh axes that shard N, inside a shard_map: the target is
+      averaged over them.
+    measure: Whether to compute the result. If not, it is 0, and the gradient,
+      which does not need it, is the same. May be decided as the program runs.
+    implementation: `None` takes the fastest that supports these inputs on this
+      backend. A name takes that one, or raises `NotImplementedError`.
+
+  Returns:
+    The divergence of each query, nats, at least 0 up to rounding; 0 for a query
+    that sees no key.
+  """
+  return dispatch.call(
+    "dense_indexer_loss",
+    IMPLEMENTATIONS,
+    implementation,
+    q_index,
+    k_index,
+    w,
+    start,
+    end,
+    q,
+    k,
+    lse,
+    scale,
+    heads_axis,
+    measure,
+  )
