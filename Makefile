@@ -10,7 +10,7 @@ PYTHONS ?= python3.13 python3.12 python3
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format clean
+.PHONY: help setup train demo test test-slow lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' \
@@ -21,6 +21,9 @@ setup: $(READY)  ## make .venv and install everything into it
 
 train: $(READY)  ## train configs/tiny.py, small enough for a laptop's CPU
 	$(PYTHON) -m train.main --config=configs/tiny.py $(ARGS)
+
+demo: $(READY)  ## turn a tiny dense model sparse, and print what it is worth
+	$(PYTHON) -m train.lifecycle --config=configs/tiny_lifecycle.py $(ARGS)
 
 test: $(READY)  ## run the tests, but for the slow ones
 	$(PYTHON) -m pytest -n 2 --dist=loadfile -m "not slow" $(ARGS)

@@ -10,6 +10,7 @@ from train import config as config_lib
 def config() -> config_lib.TrainConfig:
   return config_lib.TrainConfig(
     run_dir="runs/peer_cpu",
+    init_from="random",  # only its speed is of interest
     model=model_lib.ModelConfig(
       vocab_size=512,
       embed_dim=128,

@@ -32,6 +32,8 @@ class LayerOutput:
   """The keys that sparse attention read."""
   index_loss: Float[Array, "*L B T"] | None
   """The indexer's loss, if asked for."""
+  recall: Float[Array, "*L B Q"] | None
+  """How much attention the selected keys hold, likewise."""
   router: moe.RouterStats | None
   """What balancing needs; None for a dense MLP."""
 
@@ -64,7 +66,11 @@ class Block(nnx.Module):
     else:
       y = self.ffn(self.ffn_norm(x))
     output = LayerOutput(
-      attended.cache, attended.selected, attended.index_loss, stats
+      attended.cache,
+      attended.selected,
+      attended.index_loss,
+      attended.recall,
+      stats,
     )
     return x + y, output
 

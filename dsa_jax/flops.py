@@ -69,7 +69,8 @@ def training_flops_per_token(
   seq_len: int,
   attention: frame_lib.Attention,
   *,
-  index_loss: bool,
+  trains_model: bool,
+  trains_indexer: bool,
 ) -> float:
   """FLOPs of a training step for each token of a causal sequence.
 
@@ -77,22 +78,31 @@ def training_flops_per_token(
     cfg: The model's config.
     seq_len: T.
     attention: "sparse" adds the indexer's scores of all keys, and attends to K.
-    index_loss: Add the indexer's loss on the K keys, and its training.
+    trains_model: If not, the model runs forward only, without its head.
+    trains_indexer: Add the indexer's loss on what the attention reads, and its
+      gradient.
   """
   layer, blocks = layer_parameters(cfg), cfg.num_layers + cfg.num_mtp_layers
   head = cfg.vocab_size * cfg.embed_dim
-  trained = active_parameters(cfg) - blocks * layer.indexer
-  trained += cfg.num_mtp_layers * head  # MTP goes through the head again
+  body = active_parameters(cfg) - blocks * layer.indexer - head
+  model = 2 * body
+  if trains_model:  # MTP goes through the head again
+    model = 6 * (body + head * (1 + cfg.num_mtp_layers))
+  passes = 3 if trains_model else 1  # forward, and twice that backward
   N, C, R = cfg.num_heads, cfg.kv_rank, cfg.rope_head_dim
+  score = 2 * cfg.index_heads * cfg.index_head_dim
   visible = (seq_len + 1) / 2  # keys, on average over a sequence
   if attention == "dense":
-    width = cfg.nope_head_dim + R + cfg.value_head_dim
-    return 6 * trained + blocks * 6 * visible * N * width
-  K = min(cfg.top_k, seq_len)
-  read = K - K * (K - 1) / (2 * seq_len)  # the first K queries see fewer
-  score = 2 * cfg.index_heads * cfg.index_head_dim
-  sparse = 6 * read * N * (2 * C + R)
-  sparse += visible * score + 2 * layer.indexer
-  if index_loss:  # the target; the scores of K keys, forward and backward
-    sparse += 2 * read * N * (C + R) + 3 * read * score + 4 * layer.indexer
-  return 6 * trained + blocks * sparse
+    read, key_width = visible, cfg.nope_head_dim + R
+    attend = 2 * read * N * (key_width + cfg.value_head_dim)
+    index = 0.0
+  else:
+    K = min(cfg.top_k, seq_len)
+    read = K - K * (K - 1) / (2 * seq_len)  # the first K queries see fewer
+    key_width = C + R
+    attend = 2 * read * N * (key_width + C)
+    index = visible * score + 2 * layer.indexer
+  if trains_indexer:  # the target; the scores of the keys read, both ways
+    index += 2 * read * N * key_width + 3 * read * score
+    index += (4 if attention == "sparse" else 6) * layer.indexer
+  return model + blocks * (passes * attend + index)

@@ -33,12 +33,14 @@ class Frame:
   """One past the last key that it sees."""
   offset: Int[Array, ""]
   """Where these tokens stand in the cache, if there is one."""
+  measure: Bool[Array, ""]
+  """Whether to measure the index loss and recall; it may be seldom."""
   attention: Attention = dataclasses.field(
     default="sparse", metadata={"static": True}
   )
   """All visible keys, or the indexer's K."""
   index_loss: bool = dataclasses.field(default=False, metadata={"static": True})
-  """Compare the indexer with the attention."""
+  """Teach the indexer what the attention does, and measure how it fares."""
 
   @property
   def valid(self) -> Bool[Array, "B T"]:
@@ -62,6 +64,7 @@ def make_frame(
   *,
   attention: Attention = "sparse",
   index_loss: bool = False,
+  measure: Bool[Array, ""] | bool = True,
   offset: Int[Array, ""] | None = None,
   first: Int[Array, " B"] | None = None,
 ) -> Frame:
@@ -74,20 +77,18 @@ def make_frame(
     segment_ids: The document of each token; one document is one run of equal
       numbers, and 0 is padding, which sees nothing. By default one document.
     attention: "sparse" reads K chosen keys a query, "dense" all of them.
-    index_loss: Also compute the indexer's loss (sparse attention only).
+    index_loss: Compare the indexer with the attention: over the K keys if that
+      is sparse, over all visible ones if it is dense.
+    measure: Whether to compute the value of the index loss, and recall. Its
+      gradient does not need it.
     offset: Tokens that the cache already holds.
     first: Where each row of the cache begins.
 
   Raises:
-    ValueError: `attention` is unknown, `index_loss` without sparse attention,
-      or segments with a cache.
+    ValueError: `attention` is unknown, or segments with a cache.
   """
   if attention not in ("dense", "sparse"):
     raise ValueError(f'{attention=} must be "dense" or "sparse".')
-  if index_loss and attention != "sparse":
-    raise ValueError(
-      f"index_loss is there for sparse attention, not {attention=}."
-    )
   if offset is not None and segment_ids is not None:
     raise ValueError(
       "segment_ids: a cache holds one document a row; pass none."
@@ -115,6 +116,7 @@ def make_frame(
     start=start,
     end=end,
     offset=jnp.int32(0) if offset is None else offset,
+    measure=jnp.asarray(measure),
     attention=attention,
     index_loss=index_loss,
   )

@@ -23,18 +23,16 @@ import pallas_kernels
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Selection:
-  """What the indexer chose, and what it scored with."""
+class Scoring:
+  """What a score is made of: `I[t, s] = sum_m w[t, m] relu(q[t, m] . k[s])`."""
 
-  indices: Int[Array, "B T K"]
-  """The chosen keys, ascending, then -1."""
   q_BTMI: Float[Array, "B T M I"]
   k_BSI: Float[Array, "B S I"]
   w_BTM: Float[Array, "B T M"]
 
 
 class Indexer(nnx.Module):
-  """Chooses the K keys that each query attends to (DeepSeek-V3.2, eq. 1-2)."""
+  """Scores keys, and chooses those to attend to (DeepSeek-V3.2, eq. 1-2)."""
 
   def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     D, Q, M, I = cfg.embed_dim, cfg.q_rank, cfg.index_heads, cfg.index_head_dim
@@ -55,8 +53,8 @@ class Indexer(nnx.Module):
     q_latent: Float[Array, "B T Q"],
     frame: frame_lib.Frame,
     cached: Float[Array, "B S I"] | None = None,
-  ) -> Selection:
-    """Scores and selects; the trunk gets no gradient from here.
+  ) -> Scoring:
+    """Index queries, keys and weights; the trunk gets no gradient from here.
 
     Args:
       x: The attention's normalised input.
@@ -102,13 +100,22 @@ class Indexer(nnx.Module):
     )
     w_BTM = w_BTM * (cfg.index_heads * cfg.index_head_dim) ** -0.5
 
+    return Scoring(q_BTMI, k_BSI, w_BTM)
+
+  def select(
+    self,
+    scoring: Scoring,
+    start: Int[Array, "B T"],
+    end: Int[Array, "B T"],
+  ) -> Int[Array, "B T K"]:
+    """The K best of the keys [start, end), ascending, then -1."""
+    cfg, rules = self.cfg, self.cfg.rules
+    K = min(cfg.top_k, scoring.k_BSI.shape[1])
     per_query = rules("batch", "seq")
     select = sharding.local(
-      lambda *inputs: pallas_kernels.indexer_topk(
-        *inputs, min(cfg.top_k, k_BSI.shape[1])
-      )[0],
+      lambda *inputs: pallas_kernels.indexer_topk(*inputs, K)[0],
       in_specs=(
-        heads,
+        rules("batch", "seq", "index_heads", None),
         rules("batch", None, None),
         rules("batch", "seq", "index_heads"),
         per_query,
@@ -116,7 +123,6 @@ class Indexer(nnx.Module):
       ),
       out_specs=rules("batch", "seq", None),
     )
-    indices = select(q_BTMI, k_BSI, w_BTM, frame.start, frame.end)
+    indices = select(scoring.q_BTMI, scoring.k_BSI, scoring.w_BTM, start, end)
     # Kept by remat: choosing again could choose otherwise.
-    indices = checkpoint_name(indices, "indexer_topk")
-    return Selection(indices, q_BTMI, k_BSI, w_BTM)
+    return checkpoint_name(indices, "indexer_topk")

@@ -5,6 +5,7 @@ head width without position, R with, U value width, Q query rank, C latent rank.
 """
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 import jax
@@ -16,6 +17,7 @@ from dsa_jax import frame as frame_lib
 from dsa_jax import indexer as indexer_lib
 from dsa_jax import norms
 from dsa_jax import parameter
+from dsa_jax import recall
 from dsa_jax import rope
 from dsa_jax import sharding
 import pallas_kernels
@@ -44,6 +46,8 @@ class AttentionOutput:
   """The keys that were read; None if all were."""
   index_loss: Float[Array, "B T"] | None
   """KL of each query's attention from its index scores, if asked for."""
+  recall: Float[Array, "B Q"] | None
+  """Of a sample of the queries, likewise; see recall.py."""
 
 
 def softmax_scale(cfg: config_lib.ModelConfig) -> float:
@@ -112,29 +116,38 @@ class MLA(nnx.Module):
     cached, cached_index = (cache.kv, cache.k_index) if cache else (None, None)
     kv_BSX = frame.extend(cached, kv_BTX)
 
-    selected_BTK = index_loss_BT = None
+    scoring: Any = None
+    selected_BTK = index_loss_BT = recall_BQ = None
+    if frame.attention == "sparse" or frame.index_loss:
+      scoring = self.indexer(x, q_latent, frame, cached_index)
     if frame.attention == "sparse":
-      selection = self.indexer(x, q_latent, frame, cached_index)
-      selected_BTK = selection.indices
-      cache = cache and LayerCache(kv_BSX, selection.k_BSI)
+      selected_BTK = self.indexer.select(scoring, frame.start, frame.end)
       out_BTNU, index_loss_BT = self._sparse(
-        q_nope_BTNH, q_rope_BTNR, kv_BSX, selection, frame
+        q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
       )
     else:
-      out_BTNU = self._dense(q_nope_BTNH, q_rope_BTNR, kv_BSX, frame)
-      cache = cache and LayerCache(kv_BSX, cache.k_index)
+      out_BTNU, index_loss_BT = self._dense(
+        q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, frame
+      )
+    if frame.index_loss:
+      recall_BQ = self._recall(
+        q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
+      )
+    if cache is not None:
+      k_index = cache.k_index if scoring is None else scoring.k_BSI
+      cache = LayerCache(kv_BSX, k_index)
     y_BTD = jnp.einsum(
       "BTNU,NUD->BTD",
       out_BTNU,
       self.out_NUD[...].astype(dtype),
       out_sharding=per_token,
     )
-    return AttentionOutput(y_BTD, cache, selected_BTK, index_loss_BT)
+    return AttentionOutput(y_BTD, cache, selected_BTK, index_loss_BT, recall_BQ)
 
-  def _dense(self, q_nope_BTNH, q_rope_BTNR, kv_BSX, frame):
+  def _dense(self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, frame):
     """Expanded: keys `[c Wuk; kr]` and values `c Wuv` for each head."""
     cfg, rules = self.cfg, self.cfg.rules
-    C, dtype = cfg.kv_rank, cfg.dtype
+    C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
     c_BSC, kr_BSR = kv_BSX[..., :C], kv_BSX[..., C:]
     queries = rules("batch", "seq", "heads", None)
     keys = rules("batch", None, "heads", None)
@@ -149,40 +162,47 @@ class MLA(nnx.Module):
       (*kr_BSR.shape[:2], cfg.num_heads, cfg.rope_head_dim),
       out_sharding=keys,
     )
+    q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], -1)
+    k_BSNX = jnp.concatenate([k_nope_BSNH, kr_BSNR], -1)
+    ranges = frame.start, frame.end
     per_query = rules("batch", "seq")
+    per_head = rules("batch", "seq", "heads")
     attend = sharding.local(
-      lambda *inputs: pallas_kernels.dense_mla(*inputs, softmax_scale(cfg))[0],
+      lambda *inputs: pallas_kernels.dense_mla(*inputs, scale),
       in_specs=(queries, keys, keys, per_query, per_query),
-      out_specs=queries,
+      out_specs=(queries, per_head),
     )
-    return attend(
-      jnp.concatenate([q_nope_BTNH, q_rope_BTNR], -1),
-      jnp.concatenate([k_nope_BSNH, kr_BSNR], -1),
-      v_BSNU,
-      frame.start,
-      frame.end,
+    out_BTNU, lse_BTN = attend(q_BTNX, k_BSNX, v_BSNU, *ranges)
+    if not frame.index_loss:
+      return out_BTNU, None
+    index_loss_BT = self._compare(
+      pallas_kernels.dense_indexer_loss,
+      scoring,
+      ranges,
+      (per_query, per_query),
+      (q_BTNX, k_BSNX, lse_BTN),
+      (queries, keys, per_head),
+      frame,
     )
+    return out_BTNU, index_loss_BT
 
-  def _sparse(self, q_nope_BTNH, q_rope_BTNR, kv_BSX, selection, frame):
+  def _sparse(
+    self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
+  ):
     """Absorbed: queries go to the latent's space, results come back from it."""
     cfg, rules = self.cfg, self.cfg.rules
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
     queries = rules("batch", "seq", "heads", None)
     keys = rules("batch", None, None)
     per_query = rules("batch", "seq", None)
-    q_BTNC = jnp.einsum(
-      "BTNH,CNH->BTNC",
-      q_nope_BTNH,
-      self.k_b_CNH[...].astype(dtype),
-      out_sharding=queries,
-    )
-    q_BTNX = jnp.concatenate([q_BTNC, q_rope_BTNR], -1)
+    per_head = rules("batch", "seq", "heads")
+    q_BTNX = self._absorb(q_nope_BTNH, q_rope_BTNR)
     attend = sharding.local(
       lambda *inputs: pallas_kernels.sparse_mla(*inputs, C, scale),
       in_specs=(queries, keys, per_query),
-      out_specs=(queries, rules("batch", "seq", "heads")),
+      out_specs=(queries, per_head),
     )
-    out_BTNC, lse_BTN = attend(q_BTNX, kv_BSX, selection.indices)
+    out_BTNC, lse_BTN = attend(q_BTNX, kv_BSX, selected_BTK)
     out_BTNU = jnp.einsum(
       "BTNC,CNU->BTNU",
       out_BTNC,
@@ -191,28 +211,95 @@ class MLA(nnx.Module):
     )
     if not frame.index_loss:
       return out_BTNU, None
-    heads_axis = rules.mesh_axes("heads")
+    index_loss_BT = self._compare(
+      pallas_kernels.sparse_indexer_loss,
+      scoring,
+      (selected_BTK,),
+      (per_query,),
+      (q_BTNX, kv_BSX, lse_BTN),
+      (queries, keys, per_head),
+      frame,
+    )
+    return out_BTNU, index_loss_BT
+
+  def _absorb(self, q_nope_BTNH, q_rope_BTNR):
+    """Queries of the latent's space, `[q Wuk; qr]`, C+R wide."""
+    q_BTNC = jnp.einsum(
+      "BTNH,CNH->BTNC",
+      q_nope_BTNH,
+      self.k_b_CNH[...].astype(self.cfg.dtype),
+      out_sharding=self.cfg.rules("batch", "seq", "heads", None),
+    )
+    return jnp.concatenate([q_BTNC, q_rope_BTNR], -1)
+
+  def _compare(
+    self, op, scoring, keys, key_specs, attention, attention_specs, frame
+  ):
+    """The indexer's loss, by one op or the other."""
+    rules = self.cfg.rules
+    scale, heads_axis = softmax_scale(self.cfg), rules.mesh_axes("heads")
     compare = sharding.local(
-      lambda *inputs: pallas_kernels.sparse_indexer_loss(
-        *inputs, scale, heads_axis
-      ),
+      lambda measure, *inputs: op(*inputs, scale, heads_axis, measure),
       in_specs=(
+        rules(),
         rules("batch", "seq", "index_heads", None),
-        keys,
+        rules("batch", None, None),
         rules("batch", "seq", "index_heads"),
-        per_query,
-        queries,
-        keys,
-        rules("batch", "seq", "heads"),
+        *key_specs,
+        *attention_specs,
       ),
       out_specs=rules("batch", "seq"),
     )
-    index_loss_BT = compare(
-      selection.q_BTMI,
-      selection.k_BSI,
-      selection.w_BTM,
-      selection.indices,
+    return compare(
+      frame.measure,
+      scoring.q_BTMI,
+      scoring.k_BSI,
+      scoring.w_BTM,
+      *keys,
       # The target is a constant: the trunk learns nothing from the indexer.
-      *jax.lax.stop_gradient((q_BTNX, kv_BSX, lse_BTN)),
+      *jax.lax.stop_gradient(attention),
     )
-    return out_BTNU, index_loss_BT
+
+  def _recall(
+    self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
+  ):
+    """Of a sample of the queries, and only if it is to be measured."""
+    cfg, rules = self.cfg, self.cfg.rules
+    C, scale = cfg.kv_rank, softmax_scale(cfg)
+    heads_axis = rules.mesh_axes("heads")
+    start, end = recall.sample(frame.start), recall.sample(frame.end)
+    per_query = rules("batch", "seq")
+    measure = sharding.local(
+      lambda *inputs: recall.recall(*inputs, C, scale, heads_axis),
+      in_specs=(
+        rules("batch", "seq", "heads", None),
+        rules("batch", None, None),
+        rules("batch", "seq", None),
+        per_query,
+        per_query,
+      ),
+      out_specs=per_query,
+    )
+
+    def measured(inputs):
+      q_nope_BQNH, q_rope_BQNR, kv_BSX, scoring, selected_BQK = inputs
+      if selected_BQK is None:  # dense attention: it has not chosen
+        selected_BQK = self.indexer.select(scoring, start, end)
+      q_BQNX = self._absorb(q_nope_BQNH, q_rope_BQNR)
+      return measure(q_BQNX, kv_BSX, selected_BQK, start, end)
+
+    inputs = (
+      recall.sample(q_nope_BTNH),
+      recall.sample(q_rope_BTNR),
+      kv_BSX,
+      indexer_lib.Scoring(
+        recall.sample(scoring.q_BTMI),
+        scoring.k_BSI,
+        recall.sample(scoring.w_BTM),
+      ),
+      None if selected_BTK is None else recall.sample(selected_BTK),
+    )
+    nothing = jnp.zeros(start.shape, jnp.float32, out_sharding=per_query)
+    return jax.lax.cond(
+      frame.measure, measured, lambda _: nothing, jax.lax.stop_gradient(inputs)
+    )

@@ -151,13 +151,15 @@ class MoE(nnx.Module):
     B, T, J = experts_BTJ.shape
     expert_R = experts_BTJ.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True)
-    x_RD = x.reshape(B * T, -1)[order_R // J]
+    # As permutations, without atomic additions in the gradient.
+    permute = dict(mode="promise_in_bounds", unique_indices=True)
+    x_RD = jnp.repeat(x.reshape(B * T, -1), J, 0).at[order_R].get(**permute)
     sizes_E = jnp.bincount(expert_R, length=self.cfg.num_experts)
     matmul = grouped_matmul.grouped_matmul
     h_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E))
     h_RF = h_RF * matmul(x_RD, up_EDF, sizes_E)
     y_RD = matmul(h_RF, down_EFD, sizes_E)
     place_R = jnp.argsort(order_R)
-    y_BTJD = y_RD[place_R].reshape(B, T, J, -1)
+    y_BTJD = y_RD.at[place_R].get(**permute).reshape(B, T, J, -1)
     y_BTD = jnp.einsum("BTJD,BTJ->BTD", y_BTJD, weights_BTJ.astype(x.dtype))
     return jax.lax.psum(y_BTD, ffn_axis) if ffn_axis else y_BTD

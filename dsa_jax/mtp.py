@@ -11,7 +11,6 @@ from dsa_jax import block
 from dsa_jax import config as config_lib
 from dsa_jax import embed
 from dsa_jax import frame as frame_lib
-from dsa_jax import losses
 from dsa_jax import norms
 from dsa_jax import parameter
 
@@ -37,7 +36,7 @@ class MTP(nnx.Module):
   def __call__(
     self,
     embedder: embed.Embed,
-    tokens: Int[Array, "B T"],
+    next_tokens: Int[Array, "B T"],
     hidden: Float[Array, "B T D"],
     frame: frame_lib.Frame,
   ) -> tuple[Float[Array, "B T D"], block.LayerOutput]:
@@ -45,12 +44,12 @@ class MTP(nnx.Module):
 
     Args:
       embedder: The trunk's.
-      tokens: As given to the trunk.
+      next_tokens: Those after the trunk's; 0 where a document ends.
       hidden: The trunk's output after its final norm.
       frame: As given to the trunk.
     """
     cfg = self.cfg
-    next_BTD = embedder(losses.shift(tokens, 1))
+    next_BTD = embedder(next_tokens)
     both_XBTD = jnp.stack([self.embed_norm(next_BTD), self.hidden_norm(hidden)])
     x_BTD = jnp.einsum(
       "XBTD,XDE->BTE",

@@ -9,7 +9,8 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from dsa_jax import block
 from dsa_jax import cache as cache_lib
@@ -19,6 +20,8 @@ from dsa_jax import frame as frame_lib
 from dsa_jax import losses as losses_lib
 from dsa_jax import mtp as mtp_lib
 from dsa_jax import norms
+from dsa_jax import recall
+from dsa_jax import sharding
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +32,19 @@ class Losses:
   Layers are in the model's order, the MTP block last; Lmoe have experts.
   """
 
-  lm: Float[Array, "B T"]
-  """Nats of the next token; 0 where there is none in the document."""
+  lm: Float[Array, "B T"] | None
+  """Nats of the next token; 0 where there is none in the document. None if not
+  asked for."""
   mtp: Float[Array, "B T"] | None
-  """Nats of the one after it, likewise; None without MTP."""
+  """Nats of the one after it, likewise; None also without MTP."""
   index: Float[Array, "L B T"] | None
-  """KL of each layer's attention from its indexer; None if not asked for."""
+  """KL of each layer's attention from its indexer; None if not asked for, 0 if
+  not measured."""
+  recall: Float[Array, "L B Q"] | None
+  """How much of the attention the selected keys hold, on a sample of Q queries
+  (see recall.py); None and 0 likewise."""
+  recall_queries: Bool[Array, "B Q"] | None
+  """Those of them that see more than K keys; the others say nothing."""
   balance: Float[Array, "Lmoe B"] | None
   """Sequence-wise balance loss of each expert layer, if there are any."""
   load: Float[Array, "Lmoe E"] | None
@@ -115,7 +125,7 @@ class Transformer(nnx.Module):
       self.head(x),
       jnp.concatenate([*hidden[:-1], hidden[-1][:-1], x[None]]),
       _join(selected),
-      self._losses(tokens, segment_ids, frame, x, outputs),
+      self._losses(tokens, segment_ids, frame, x, outputs, lm_loss=True),
     )
 
   def losses(
@@ -125,7 +135,9 @@ class Transformer(nnx.Module):
     segment_ids: frame_lib.Ids | None = None,
     *,
     attention: frame_lib.Attention,
+    lm_loss: bool,
     index_loss: bool,
+    measure: Bool[Array, ""] | bool = True,
   ) -> Losses:
     """What training needs; the logits never exist for a whole sequence.
 
@@ -134,7 +146,10 @@ class Transformer(nnx.Module):
       positions: See `tokens`.
       segment_ids: See `tokens`.
       attention: "sparse" or "dense".
-      index_loss: Also compute the indexer's loss (sparse attention only).
+      lm_loss: Compute the language losses.
+      index_loss: Compute the indexer's loss and recall.
+      measure: Whether that loss and recall are computed as numbers. The loss's
+        gradient is there without it.
     """
     frame = frame_lib.make_frame(
       self.config,
@@ -143,9 +158,32 @@ class Transformer(nnx.Module):
       segment_ids,
       attention=attention,
       index_loss=index_loss,
+      measure=measure,
     )
     x, outputs, _ = self._trunk(tokens, frame)
-    return self._losses(tokens, segment_ids, frame, x, outputs)
+    return self._losses(tokens, segment_ids, frame, x, outputs, lm_loss=lm_loss)
+
+  def predict(
+    self,
+    tokens: frame_lib.Ids,
+    at: Int[Array | np.ndarray, "B P"],
+    positions: frame_lib.Ids | None = None,
+    segment_ids: frame_lib.Ids | None = None,
+    *,
+    attention: frame_lib.Attention = "sparse",
+  ) -> Float[Array, "B P V"]:
+    """Logits of the token that follows each place of `at`, and no others."""
+    frame = frame_lib.make_frame(
+      self.config, tokens.shape, positions, segment_ids, attention=attention
+    )
+    rules = self.config.rules
+    per_place = rules("batch", None, None)
+    pick = sharding.local(
+      lambda x, at: jnp.take_along_axis(x, at[..., None], 1),
+      in_specs=(per_place, rules("batch", None)),
+      out_specs=per_place,
+    )
+    return self.head(pick(self._trunk(tokens, frame)[0], jnp.asarray(at)))
 
   def decode(
     self, tokens: frame_lib.Ids, cache: cache_lib.Cache
@@ -192,7 +230,7 @@ class Transformer(nnx.Module):
       first += length
     return self.final_norm(x), outputs, hidden
 
-  def _losses(self, tokens, segment_ids, frame, x, outputs):
+  def _losses(self, tokens, segment_ids, frame, x, outputs, *, lm_loss):
     tokens = jnp.asarray(tokens)
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
@@ -203,16 +241,24 @@ class Transformer(nnx.Module):
       loss = losses_lib.cross_entropy(self.head, x, targets)
       return jnp.where(losses_lib.has_target(segment_ids, ahead), loss, 0.0)
 
-    lm, mtp = nats(x, 1), None
+    lm, mtp = nats(x, 1) if lm_loss else None, None
     if self.mtp is not None:
-      x, output = self.mtp(self.embed, tokens, x, frame)
-      mtp = nats(x, 2)
+      # A document's last token has no next one, whatever stands there.
+      next_BT = losses_lib.shift(tokens, 1)
+      next_BT = jnp.where(losses_lib.has_target(segment_ids), next_BT, 0)
+      x, output = self.mtp(self.embed, next_BT, x, frame)
+      mtp = nats(x, 2) if lm_loss else None
       outputs = [*outputs, jax.tree.map(lambda y: y[None], output)]
+    sampled = recall.sample(
+      recall.chooses(frame.start, frame.end, self.config.top_k)
+    )
     routers = [o.router for o in outputs if o.router is not None]
     return Losses(
       lm,
       mtp,
       _join([o.index_loss for o in outputs if frame.index_loss]),
+      _join([o.recall for o in outputs if frame.index_loss]),
+      sampled if frame.index_loss else None,
       _join([r.balance_loss for r in routers]),
       _join([r.load for r in routers]),
     )

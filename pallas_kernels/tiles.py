@@ -6,6 +6,7 @@ batch, and for each row over tiles of `bT` queries (and `bS` keys); the letters
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -16,16 +17,23 @@ from jaxtyping import Array, Int
 # the cache of one core; an accelerator's must be large enough to fill the chip.
 _CPU_BYTES = 4 << 20
 _ACCELERATOR_BYTES = 128 << 20
+_ACCELERATOR_TIMES = 16
+_ROWS = "rows"  # the axis of batch rows that run at once
 # However small the op, a tile is a part of it, so that memory grows with T + S.
 _FEWEST_TILES = 4
-# The side of a tile of queries x keys, at most.
+# The side of a tile of queries x keys, at most, on a CPU.
 _PAIR_SIDE = 256
 
 
 def tile_size(length: int, bytes_per_item: int, largest: int = 1024) -> int:
-  """A power of two: how many of `length` queries (or keys) make one tile."""
-  on_cpu = jax.default_backend() == "cpu"
-  budget = _CPU_BYTES if on_cpu else _ACCELERATOR_BYTES
+  """A power of two: how many of `length` queries (or keys) make one tile.
+
+  At most `largest` on a CPU. An accelerator takes many times that: below some
+  millions of numbers, it spends its time on launching kernels.
+  """
+  budget = _CPU_BYTES
+  if jax.default_backend() != "cpu":
+    budget, largest = _ACCELERATOR_BYTES, _ACCELERATOR_TIMES * largest
   size = min(budget // bytes_per_item, length // _FEWEST_TILES, largest)
   return 1 << max(size, 1).bit_length() - 1
 
@@ -39,10 +47,14 @@ def pair_tiles(T: int, S: int, bytes_per_pair: int) -> tuple[int, int]:
 def seen_keys(
   start: Int[Array, " bT"], end: Int[Array, " bT"], bS: int
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-  """The range of key tiles that at least one of these queries sees."""
+  """The range of key tiles that at least one of these queries sees.
+
+  Inside `map_rows`, of all the rows that run at once: they walk together.
+  """
   alive = start < end
   first = jnp.min(jnp.where(alive, start, jnp.iinfo(start.dtype).max))
   last = jnp.max(jnp.where(alive, end, 0))
+  first, last = jax.lax.pmin(first, _ROWS), jax.lax.pmax(last, _ROWS)
   return first // bS, -(-last // bS)
 
 
@@ -64,6 +76,19 @@ def join(x: jax.Array, length: int) -> jax.Array:
   return x.reshape(-1, *x.shape[2:])[:length]
 
 
-def map_rows(row: Callable[..., Any], *arrays: jax.Array) -> Any:
-  """Applies `row` to one batch row after another: [B, ...] -> [B, ...]."""
-  return jax.lax.map(lambda row_arrays: row(*row_arrays), arrays)
+def map_rows(
+  row: Callable[..., Any], *arrays: jax.Array, tile_bytes: int
+) -> Any:
+  """Applies `row` to each batch row: [B, ...] -> [B, ...].
+
+  One after another on a CPU. An accelerator takes as many at once as its budget
+  holds tiles of `tile_bytes`.
+  """
+  B, group = arrays[0].shape[0], 1
+  if jax.default_backend() != "cpu":
+    fitting = max(_ACCELERATOR_BYTES // tile_bytes, 1)
+    group = math.gcd(B, 1 << fitting.bit_length() - 1)
+  rows = jax.vmap(row, axis_name=_ROWS)
+  groups = [x.reshape(B // group, group, *x.shape[1:]) for x in arrays]
+  results = jax.lax.map(lambda xs: rows(*xs), groups)
+  return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), results)

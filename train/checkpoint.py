@@ -34,9 +34,13 @@ class Checkpoints:
     self._dir = pathlib.Path(cfg.run_dir).resolve()
     self._check(cfg)
     policies: Any = ocp.training.preservation_policies
+    keep = [
+      policies.LatestN(cfg.checkpoint.keep),
+      policies.CustomSteps(cfg.stage_ends),
+    ]
     self._checkpointer = ocp.training.Checkpointer(
       str(self._dir / "checkpoints"),
-      preservation_policy=policies.LatestN(cfg.checkpoint.keep),
+      preservation_policy=policies.AnyPreservationPolicy(keep),
     )
 
   @property
@@ -63,15 +67,8 @@ class Checkpoints:
     self, like: step_lib.TrainState, mesh: jax.sharding.Mesh
   ) -> step_lib.TrainState:
     """The newest state, in the shapes and specs of `like`, on `mesh`."""
-
-    def on_mesh(x):
-      spec = x.sharding.spec if x.sharding else jax.P()
-      sharding = jax.NamedSharding(mesh, spec)
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    abstract = jax.tree.map(on_mesh, like)
     loaded = self._checkpointer.load_checkpointables(
-      self.latest, {"state": abstract}
+      self.latest, {"state": _on_mesh(like, mesh)}
     )
     return loaded["state"]
 
@@ -123,6 +120,85 @@ class Checkpoints:
         f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
         "begin a new run."
       )
+
+
+class Origin:
+  """A checkpoint of another run, to begin with its parameters."""
+
+  def __init__(self, cfg: config_lib.TrainConfig):
+    """Finds what `init_from` names, and compares it with the model.
+
+    Raises:
+      ValueError: There is no checkpoint, it lacks parameters of the model, or
+        has them in other shapes.
+    """
+    self._path = _find(cfg.init_from or "")
+    saved: Any = ocp.checkpointables_metadata(str(self._path)).metadata["state"]
+    _, init = step_lib.init(cfg.model, cfg.seed)
+    params, _ = jax.eval_shape(init, jax.random.key(cfg.seed))
+    has, needs = _shapes(saved["params"]), _shapes(params)
+    missing = sorted(needs.keys() - has.keys())
+    if missing and all("/indexer/" in name for name in missing):
+      raise ValueError(
+        f"init_from={self._path} has no indexer ({missing[0]} and "
+        f"{len(missing) - 1} more are missing), so that there is none to train "
+        "or to choose keys by; begin with a checkpoint of a model that has one."
+      )
+    for name, shape in needs.items():
+      if has.get(name) != shape:
+        found = f"{has[name]} there" if name in has else "missing there"
+        raise ValueError(
+          f"init_from={self._path} holds another model: {name} is {found}, "
+          f"{shape} here. Give this run that model, or another --init-from."
+        )
+
+  def __str__(self) -> str:
+    return str(self._path)
+
+  def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Parameters and router biases, in the shapes of `like`, on `mesh`."""
+    params, bias = _on_mesh(like, mesh)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # no optimizer state
+    with context:
+      loaded: Any = ocp.load_checkpointables(
+        str(self._path), {"state": {"params": params, "router_bias": bias}}
+      )
+    return loaded["state"]["params"], loaded["state"]["router_bias"]
+
+
+def _find(init_from: str) -> pathlib.Path:
+  """The checkpoint that a run's folder, or a checkpoint's, stands for."""
+  path = pathlib.Path(init_from).resolve()
+  steps = [p for p in path.glob("checkpoints/*") if p.name.isdigit()]
+  found = max(steps, key=lambda p: int(p.name), default=path)
+  if not ocp.is_orbax_checkpoint(str(found)):
+    raise ValueError(
+      f"{init_from=} is no run with a checkpoint, and no checkpoint; give a "
+      "run's folder, or RUN_DIR/checkpoints/STEP."
+    )
+  return found
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+  """Shape of each parameter by its name, a/b/c."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  names = ([k.key for k in path if hasattr(k, "key")] for path, _ in leaves)
+  return {
+    "/".join(n for n in name if n != "value"): tuple(leaf.shape)
+    for name, (_, leaf) in zip(names, leaves)
+  }
+
+
+def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """The same shapes, with their specs on `mesh`."""
+
+  def on_mesh(x):
+    spec = x.sharding.spec if x.sharding else jax.P()
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(on_mesh, tree)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

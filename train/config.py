@@ -7,13 +7,14 @@ refused here, before anything compiles.
 
 import dataclasses
 import importlib.util
+import itertools
 import pathlib
 from typing import Literal
 
 import dsa_jax
 from train import data as data_lib
 
-type Kind = Literal["pretrain", "sparse"]
+type Kind = Literal["pretrain", "extend", "warmup", "sparse"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,9 @@ class StageConfig:
   """One stage of training; it begins with the parameters of the one before."""
 
   kind: Kind
-  """pretrain: dense attention, all but the indexer. sparse: DSA; the model by
+  """pretrain: dense attention without YaRN; trains all but the indexer. extend:
+  the same with YaRN, for longer sequences. warmup: dense attention; trains the
+  indexer alone, by its KL to that attention. sparse: DSA; trains the model by
   its language loss, the indexer by its KL."""
   steps: int
   """Optimizer steps."""
@@ -33,6 +36,8 @@ class StageConfig:
   """Parts that a step's batch is computed in, one after the other."""
   lr_scale: float = 1.0
   """Multiplies optimizer.peak_lr."""
+  indexer_lr_scale: float = 1.0
+  """Multiplies optimizer.indexer_lr."""
   mtp_weight: float = 0.3
   """Weight of the MTP loss."""
   balance_weight: float = 1e-4
@@ -52,6 +57,7 @@ class StageConfig:
       )
     for name in (
       "lr_scale",
+      "indexer_lr_scale",
       "mtp_weight",
       "balance_weight",
       "router_bias_rate",
@@ -61,11 +67,15 @@ class StageConfig:
 
   @property
   def attention(self) -> Literal["dense", "sparse"]:
-    return "dense" if self.kind == "pretrain" else "sparse"
+    return "sparse" if self.kind == "sparse" else "dense"
+
+  @property
+  def trains_model(self) -> bool:
+    return self.kind != "warmup"
 
   @property
   def trains_indexer(self) -> bool:
-    return self.kind == "sparse"
+    return self.kind in ("warmup", "sparse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,12 +140,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """When to save. The end of a stage and of the run is always saved."""
+  """When to save. The end of each stage is always saved, and stays."""
 
   every: int = 1000
   """Steps between checkpoints."""
   keep: int = 3
-  """How many of the newest stay."""
+  """How many of the newest stay, besides."""
 
   def __post_init__(self):
     if self.every < 1 or self.keep < 1:
@@ -147,9 +157,10 @@ class LogConfig:
   """What to print and write, and when."""
 
   every: int = 10
-  """Steps between progress lines."""
+  """Steps between progress lines, and between measurements of the indexer."""
   eval_every: int = 1000
-  """Steps between evaluations on held-out text; also at the end of a stage."""
+  """Steps between evaluations on held-out text, and of retrieval if that is
+  trained. At the end of a stage, in both ways of attending."""
   eval_batches: int = 8
   """Batches of an evaluation."""
   sample_every: int = 1000
@@ -192,6 +203,10 @@ class TrainConfig:
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
+  init_from: str | None = None
+  """Begin with the parameters of another run: its folder (the newest checkpoint
+  there), or one of its checkpoints, RUN_DIR/checkpoints/STEP. "random" lets a
+  stage that continues a model begin with random weights."""
   seed: int = 0
   """Of the initial weights, the order of the data, and the samples."""
   resume: bool = False
@@ -206,7 +221,37 @@ class TrainConfig:
       raise ValueError(f"{self.seed=} must be at least 0.")
     if self.stop_at is not None and self.stop_at < 1:
       raise ValueError(f"{self.stop_at=} must be at least 1.")
+    self._check_stages()
     self._check_mesh()
+
+  def _check_stages(self):
+    model, yarn, first = self.model, self.model.yarn, self.stages[0]
+    if first.kind != "pretrain" and self.init_from is None:
+      raise ValueError(
+        f"stages.0 is {first.kind}, which continues a trained model, but there "
+        "is none: give --init-from=RUN_DIR of the run that trained it, put a "
+        "pretrain stage before it, or, to begin with random weights all the "
+        "same, give --init-from=random."
+      )
+    context = round(yarn.factor * yarn.original_context)
+    for i, stage in enumerate(self.stages):
+      if stage.trains_indexer and model.top_k > stage.seq_len:
+        raise ValueError(
+          f"stages.{i} ({stage.kind}): model.top_k={model.top_k} exceeds "
+          f"seq_len={stage.seq_len}: there would be nothing to choose. Lower "
+          "model.top_k or raise seq_len."
+        )
+      if stage.kind == "extend" and yarn.factor == 1:
+        raise ValueError(
+          f"stages.{i} (extend) turns YaRN on, but {yarn.factor=} leaves it "
+          "off: set model.yarn.factor above 1, or make it a pretrain stage."
+        )
+      if stage.kind == "extend" and stage.seq_len > context:
+        raise ValueError(
+          f"stages.{i} (extend): seq_len={stage.seq_len} exceeds the {context} "
+          f"tokens of {yarn.factor=} x {yarn.original_context=}; raise "
+          "model.yarn.factor."
+        )
 
   def _check_mesh(self):
     mesh, model = self.mesh, self.model
@@ -232,9 +277,21 @@ class TrainConfig:
           f"model.{name}={value} does not divide by mesh.{axis}={size}."
         )
 
+  def stage_model(self, stage: StageConfig) -> dsa_jax.ModelConfig:
+    """The model as a stage runs it: pretraining knows no YaRN yet."""
+    if stage.kind != "pretrain":
+      return self.model
+    yarn = dataclasses.replace(self.model.yarn, factor=1.0)
+    return dataclasses.replace(self.model, yarn=yarn)
+
+  @property
+  def stage_ends(self) -> tuple[int, ...]:
+    """The last step of each stage, counted over all."""
+    return tuple(itertools.accumulate(stage.steps for stage in self.stages))
+
   @property
   def total_steps(self) -> int:
-    return sum(stage.steps for stage in self.stages)
+    return self.stage_ends[-1]
 
 
 def load(path: str) -> TrainConfig:

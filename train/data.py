@@ -1,5 +1,8 @@
 """Text to packed batches: documents -> tokens -> blocks -> shuffled rows.
 
+Some rows of a block may have their text turned into the filler of retrieval
+documents, see `train/retrieval.py`.
+
 Shapes: B batch, T sequence length, R rows of a block, N tokens of a document.
 
 A batch is a dict of four arrays [B, T]:
@@ -24,6 +27,7 @@ from jaxtyping import Int32
 import numpy as np
 
 from train import documents as documents_lib
+from train import retrieval as retrieval_lib
 from train import tokenizer as tokenizer_lib
 
 DataError = documents_lib.DataError
@@ -56,6 +60,8 @@ class DataConfig:
   """Fraction of the documents kept out of training, to evaluate on."""
   shuffle_seed: int = 0
   """Another seed, another order of the training documents."""
+  retrieval: retrieval_lib.RetrievalConfig = retrieval_lib.RetrievalConfig()
+  """Synthetic key-value retrieval, mixed into the training rows."""
 
   def __post_init__(self):
     if not 0 < self.heldout_fraction < 1:
@@ -90,6 +96,7 @@ class Corpus:
     self.train, self.heldout = documents_lib.split(
       documents, config.heldout_fraction
     )
+    self._planter = retrieval_lib.Planter(config.retrieval, self.tokenizer)
 
   def __str__(self) -> str:
     """One line for a log."""
@@ -109,15 +116,25 @@ class Corpus:
     this stream every T tokens and are shuffled in blocks. `shuffle_seed` and
     `seed` (not negative) choose the order. After Orbax or `set_state` restored
     the iterator, the next batch is exactly the one that would have come.
+    `retrieval.fraction` of the rows have pairs planted in their text.
 
     Raises:
-      DataError: a size is below 1; or a state of other settings is restored.
+      DataError: a size is below 1, or too small for retrieval; or a state of
+        other settings is restored.
     """
     seeds = np.random.SeedSequence([self._config.shuffle_seed, seed])
     seed = int(seeds.generate_state(1)[0])
     stream = _Stream(texts=self.train, tokenizer=self.tokenizer, seed=seed)
     rows = self._block_rows(seq_len, batch_size)
-    return _ShuffledBatches(stream, rows, seq_len, batch_size)
+    retrieval = self._config.retrieval
+    if retrieval.fraction:
+      least = self._planter.least_tokens(1)
+      if min(seq_len, retrieval.min_tokens) < least:
+        raise DataError(
+          f"{seq_len=} and {retrieval.min_tokens=} must be at least {least}, a"
+          " pair and its question; raise them, or set retrieval.fraction=0."
+        )
+    return _ShuffledBatches(stream, self._planter, rows, seq_len, batch_size)
 
   def heldout_batches(
     self, *, seq_len: int, batch_size: int, max_batches: int
@@ -132,16 +149,47 @@ class Corpus:
       DataError: a size is below 1.
     """
     rows = min(self._block_rows(seq_len, batch_size), max_batches * batch_size)
-    share = max_batches * batch_size * seq_len // len(self.heldout)
-    stream = _Stream(
+    stream = self._heldout_stream(max_batches * batch_size, seq_len)
+    stream = dataclasses.replace(stream, stop=len(self.heldout))
+    batches = _batches_in_order(stream, rows, seq_len, batch_size)
+    return itertools.islice(batches, max_batches)
+
+  @property
+  def least_probe_tokens(self) -> int:
+    """The shortest length of `retrieval_probes`."""
+    return self._planter.least_tokens(len(retrieval_lib.DEPTHS))
+
+  def retrieval_probes(
+    self, *, seq_len: int, batch_size: int, length: int
+  ) -> Iterator[retrieval_lib.Probes]:
+    """Returns the same probes [B, T] of held-out text at each call.
+
+    `retrieval.eval_rows` rows, rounded up to full batches. Each holds one
+    document of `length` tokens, padded to T, whatever `retrieval.fraction` is.
+
+    Raises:
+      DataError: a size is below 1, or the pairs or T do not fit `length`.
+    """
+    self._block_rows(seq_len, batch_size)
+    least = self.least_probe_tokens
+    if not least <= length <= seq_len:
+      raise DataError(
+        f"{length=} must be in [{least}, {seq_len=}]: probes ask for"
+        f" {len(retrieval_lib.DEPTHS)} pairs and are padded to the sequence."
+      )
+    batches = -(-self._config.retrieval.eval_rows // batch_size)
+    stream = self._heldout_stream(batches * batch_size, length)
+    batch_shape = (batch_size, length)
+    return _probes(stream, self._planter, batches, batch_shape, seq_len)
+
+  def _heldout_stream(self, rows: int, seq_len: int) -> "_Stream":
+    """Returns the held-out documents, an equal share of the rows from each."""
+    return _Stream(
       texts=self.heldout,
       tokenizer=self.tokenizer,
       seed=0,  # always: any prefix of this order is a fair sample
-      stop=len(self.heldout),
-      max_tokens=max(share, seq_len),
+      max_tokens=max(rows * seq_len // len(self.heldout), seq_len),
     )
-    batches = _batches_in_order(stream, rows, seq_len, batch_size)
-    return itertools.islice(batches, max_batches)
 
   def _block_rows(self, seq_len: int, batch_size: int) -> int:
     if min(seq_len, batch_size) < 1:
@@ -189,33 +237,47 @@ class _ShuffledBatches(grain.DatasetIterator):
   the documents before their shuffle would take the length of each, in tokens.)
 
   The state is the place in the stream where the block begins, and how many of
-  its rows are dealt. A block is always made from its place alone, so a restored
-  iterator cannot differ.
+  its rows are dealt. A block is always made from its place and number alone, so
+  a restored iterator cannot differ.
   """
 
   _block: Batch | None
 
-  def __init__(self, stream: _Stream, rows: int, seq_len: int, batch_size: int):
+  def __init__(
+    self,
+    stream: _Stream,
+    planter: retrieval_lib.Planter,
+    rows: int,
+    seq_len: int,
+    batch_size: int,
+  ):
     super().__init__()
     self._rows, self._batch_size, self._seed = rows, batch_size, stream.seed
-    self._pack = functools.partial(_pack, stream, rows, seq_len)
+    self._make = functools.partial(_make_block, stream, planter, rows, seq_len)
     # Makes the next block while this one is dealt. (grain's own prefetching
     # thread prints a traceback if it lives until Python exits.)
     self._thread = futures.ThreadPoolExecutor(1, "data-block")
-    self._settings = settings = dict(
+    self._settings: State = dict(
       seed=stream.seed,
       documents=len(stream.texts),
       seq_len=seq_len,
       batch_size=batch_size,
       block_rows=rows,
     )
-    self.set_state(dict(place=_START, block=0, dealt=0, settings=settings))
+    if planter.config.fraction:
+      retrieval: State = dataclasses.asdict(planter.config)
+      del retrieval["eval_rows"]  # may change: no training row hangs on it
+      self._settings["retrieval"] = retrieval
+    start = dict(place=_START, block=0, dealt=0, settings=self._settings)
+    self.set_state(start)
 
   def __next__(self) -> Batch:
     state = self._state
     if self._block is None:
       self._block, self._end = self._ahead.result()
-      self._ahead = self._thread.submit(self._pack, self._end)
+      self._ahead = self._thread.submit(
+        self._make, self._end, state["block"] + 1
+      )
       rng = np.random.default_rng([self._seed, state["block"]])
       self._order = rng.permutation(self._rows)
     rows = self._order[state["dealt"] :][: self._batch_size]
@@ -238,11 +300,48 @@ class _ShuffledBatches(grain.DatasetIterator):
       )
     self._state = dict(state)
     self._block = None
-    self._ahead = self._thread.submit(self._pack, state["place"])
+    self._ahead = self._thread.submit(
+      self._make, state["place"], state["block"]
+    )
 
   def close(self) -> None:
     self._thread.shutdown()
     super().close()
+
+
+def _make_block(
+  stream: _Stream,
+  planter: retrieval_lib.Planter,
+  rows: int,
+  seq_len: int,
+  place: State,
+  number: int,
+) -> tuple[Batch, State]:
+  """Packs block `number`, see `_pack`, and plants pairs in its first rows."""
+  block, end = _pack(stream, rows, seq_len, place)
+  # Of all rows so far, the fraction: right even if a block has but one row.
+  share = planter.config.fraction * rows
+  planted = int(share * (number + 1)) - int(share * number)
+  # The 1 sets it apart from the rng that shuffles the block.
+  rng = np.random.default_rng([stream.seed, number, 1])
+  for row in range(planted):
+    arrays = planter.plant(block["tokens"][row], block["bytes"][row], rng)
+    for name, array in arrays.items():
+      block[name][row] = array
+  return block, end
+
+
+def _probes(
+  stream: _Stream,
+  planter: retrieval_lib.Planter,
+  batches: int,
+  batch_shape: tuple[int, int],  # [B, length of a document]
+  seq_len: int,
+) -> Iterator[retrieval_lib.Probes]:
+  rng, place = np.random.default_rng(batch_shape[1]), _START
+  for _ in range(batches):
+    block, place = _pack(stream, *batch_shape, place)
+    yield planter.probes(block["tokens"], seq_len, rng)
 
 
 def _batches_in_order(

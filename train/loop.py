@@ -19,6 +19,7 @@ from dsa_jax import sharding
 from train import checkpoint as checkpoint_lib
 from train import config as config_lib
 from train import data as data_lib
+from train import evaluation
 from train import metrics as metrics_lib
 from train import optimizer as optimizer_lib
 from train import step as step_lib
@@ -47,6 +48,9 @@ class Run:
         f"tokenizer {cfg.data.tokenizer}; give at least {vocab}."
       )
     self.mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
+    self.origin = None
+    if cfg.init_from not in (None, "random"):
+      self.origin = checkpoint_lib.Origin(cfg)
     self.checkpoints = checkpoint_lib.Checkpoints(cfg)
     self._stop = False
 
@@ -68,15 +72,13 @@ class Run:
       jax.set_mesh(self.mesh),
       _signals(self._ask_to_stop),
     ):
-      self.model, self._init = step_lib.init(cfg.model, cfg.seed)
+      _, self._init = step_lib.init(cfg.model, cfg.seed)
       print(self.summary(), flush=True)
       state = self._start(done)
-      begin = 0
-      for i, stage in enumerate(cfg.stages):
-        end = begin + stage.steps
+      for i, end in enumerate(cfg.stage_ends):
+        begin = end - cfg.stages[i].steps
         if done < end and not self._stop:
           state = self._stage(i, begin, max(done, begin), state)
-        begin = end
       self.checkpoints.wait()
       self._farewell(state)
 
@@ -118,7 +120,8 @@ class Run:
       self.cfg.model,
       stage.seq_len,
       stage.attention,
-      index_loss=stage.trains_indexer,
+      trains_model=stage.trains_model,
+      trains_indexer=stage.trains_indexer,
     )
 
   def _like(self) -> Any:
@@ -127,21 +130,23 @@ class Run:
   def _fresh(self, stage, params, bias, step=0) -> step_lib.TrainState:
     """The state in which a stage begins: its optimizer knows nothing yet."""
     optimizer = optimizer_lib.make_optimizer(self.cfg.optimizer, stage)
-    opt_state = optimizer.init(params)
+    trained, _ = optimizer_lib.split(params, stage)
+    opt_state = optimizer.init(trained)
     return step_lib.TrainState(jnp.int32(step), params, bias, opt_state)
 
   def _start(self, done: int) -> step_lib.TrainState:
     """The initial state, or that of the newest checkpoint."""
-    stages = self.cfg.stages
+    cfg = self.cfg
+    if not done and self.origin is not None:
+      params, bias = self.origin.restore(self._like(), self.mesh)
+      print(f"begins   with the parameters of {self.origin}", flush=True)
+      return self._fresh(cfg.stages[0], params, bias)
     if not done:
-      params, bias = self._init(jax.random.key(self.cfg.seed))
-      return self._fresh(stages[0], params, bias)
-    end = 0
-    for stage in stages:  # the stage that saved it: it knows the optimizer
-      end += stage.steps
-      if done <= end:
-        break
-    make = functools.partial(self._fresh, stage)
+      params, bias = self._init(jax.random.key(cfg.seed))
+      return self._fresh(cfg.stages[0], params, bias)
+    # The stage that saved it knows what its optimizer holds.
+    saved = next(s for s, end in zip(cfg.stages, cfg.stage_ends) if done <= end)
+    make = functools.partial(self._fresh, saved)
     like = jax.eval_shape(make, *self._like())
     state = self.checkpoints.restore_state(like, self.mesh)
     print(f"resumed  after step {done}", flush=True)
@@ -164,11 +169,16 @@ class Run:
       fresh = functools.partial(self._fresh, stage, step=done)
       state = jax.jit(fresh)(state.params, state.router_bias)
     optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
-    train_step = step_lib.make_train_step(self.model, stage, optimizer)
+    model, _ = step_lib.init(cfg.stage_model(stage), cfg.seed)
+    train_step = step_lib.make_train_step(
+      model, stage, optimizer, cfg.log.every
+    )
     batch = self._put(next(batches), stage.microbatches)
     train_step = self._compile(train_step, state, batch, stage)
     log = _StageLog(self, stage, begin, end)
-    evaluate = self._make_evaluate(stage)
+    evaluate = evaluation.Evaluation(
+      cfg, stage, model, self.corpus, self.metrics, self._put_rows
+    )
 
     step, pending = done, None
     while step < end:
@@ -191,7 +201,7 @@ class Run:
       if evaluates:
         evaluate(step, state, last=step == end)
       if samples:
-        self._sample(step, state, stage)
+        self._sample(step, state, stage, model)
       if saves or stops or samples or evaluates:
         log.restart_clock()
       if stops:
@@ -212,6 +222,11 @@ class Run:
       for name, x in batch.items()
     }
 
+  def _put_rows(self, x: np.ndarray) -> jax.Array:
+    """An array [B, ...] with its rows over the devices."""
+    unsharded = (None,) * (x.ndim - 1)
+    return jax.device_put(x, self.cfg.model.rules("batch", *unsharded))
+
   def _compile(self, train_step, state, batch, stage):
     start = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()
@@ -224,48 +239,14 @@ class Run:
     )
     return compiled
 
-  def _make_evaluate(self, stage) -> Callable[..., None]:
-    """Held-out bits per byte, in the stage's way, and at its end in both."""
-    cfg, rows = self.cfg, stage.batch_size // stage.microbatches
-    eval_steps = {
-      attention: step_lib.make_eval_step(self.model, attention)
-      for attention in ("dense", "sparse")
-    }
-
-    def evaluate(step, state, *, last):
-      ways = [stage.attention]
-      if last and stage.attention == "sparse":
-        ways = ["dense", "sparse"]
-      values = {}
-      for attention in ways:
-        sums = [
-          eval_steps[attention](
-            state, {name: x[0] for name, x in self._put(batch, 1).items()}
-          )
-          for batch in self.corpus.heldout_batches(
-            seq_len=stage.seq_len,
-            batch_size=rows,
-            max_batches=cfg.log.eval_batches,
-          )
-        ]
-        nats, num_bytes = np.sum(jax.device_get(sums), 0)
-        values[attention] = metrics_lib.bits_per_byte(
-          float(nats), float(num_bytes)
-        )
-      self.metrics.write(step, "eval", values)
-      line = ", ".join(f"{way} {value:.4f}" for way, value in values.items())
-      print(f"held-out bits/byte after step {step}: {line}", flush=True)
-
-    return evaluate
-
-  def _sample(self, step, state, stage) -> None:
+  def _sample(self, step, state, stage, model) -> None:
     """Prints a continuation of the prompt, by the stage's way of attending."""
     log, tokenizer = self.cfg.log, self.corpus.tokenizer
     prompt = tokenizer.encode(log.sample_prompt)
     # A row for each device that has some, all alike.
     rows = np.tile(prompt, (self.cfg.model.rules.shards("batch"), 1))
     tokens = dsa_jax.generate(
-      self.model.merge(state.params, state.router_bias),
+      model.merge(state.params, state.router_bias),
       jax.device_put(rows, self.cfg.model.rules("batch", None)),
       log.sample_tokens,
       log.sample_temperature,
@@ -286,7 +267,9 @@ class Run:
         "the same command and --resume."
       )
       return
-    self._sample(step, state, cfg.stages[-1])
+    last = cfg.stages[-1]
+    model, _ = step_lib.init(cfg.stage_model(last), cfg.seed)
+    self._sample(step, state, last, model)
     print(
       f"done: {step} steps\n"
       f"  checkpoints  {cfg.run_dir}/checkpoints (newest: {step})\n"
@@ -310,7 +293,7 @@ class _StageLog:
 
   def __init__(self, run: Run, stage: config_lib.StageConfig, begin, end):
     self._run, self._stage, self._begin, self._end = run, stage, begin, end
-    self._rate = optimizer_lib.model_schedule(run.cfg.optimizer, stage)
+    self._rate = optimizer_lib.rate(run.cfg.optimizer, stage)
     self._flops = run._flops_per_token(stage)
     kind = run.mesh.devices.flat[0]
     peak = metrics_lib.peak_flops(kind)
@@ -323,24 +306,16 @@ class _StageLog:
 
   def __call__(self, step: int, metrics: step_lib.Metrics) -> None:
     cfg, stage = self._run.cfg, self._stage
-    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    metrics = jax.device_get(metrics)
     self._steps += 1
-    if not np.isfinite(values["lm"]) or not np.isfinite(values["grad_norm"]):
+    norm, loss = float(metrics["grad_norm"]), float(metrics.get("lm", 0.0))
+    if not np.isfinite(loss) or not np.isfinite(norm):
       raise Diverged(
-        f"step {step}: loss {values['lm']}, gradient norm "
-        f"{values['grad_norm']}. Lower --optimizer.peak-lr; the checkpoints "
-        "before this step are kept."
+        f"step {step}: loss {loss}, gradient norm {norm}. Lower "
+        f"--optimizer.{'peak' if stage.trains_model else 'indexer'}-lr; the "
+        "checkpoints before this step are kept."
       )
-    nats = values["lm"] * values.pop("targets")
-    per_byte = metrics_lib.bits_per_byte(nats, values.pop("bytes"))
-    rate = np.asarray(self._rate(step - 1 - self._begin)).item()
-    values = {
-      "stage": stage.kind,
-      "loss": values.pop("lm"),
-      "bits_per_byte": per_byte,
-      "lr": rate,
-      **values,
-    }
+    values = {"stage": stage.kind, **self._values(step, metrics)}
     if step % cfg.log.every and step != self._end:
       self._run.metrics.write(step, "train", values)
       return
@@ -353,18 +328,47 @@ class _StageLog:
     self._run.metrics.write(step, "train", values)
     self.restart_clock()
     left = self._tokens_left(step) / values["tokens_per_second"]
+    shown = {
+      "loss": "loss {:.4f}",
+      "bits_per_byte": "{:.3f} bits/byte",
+      "index": "KL {:.3f}",
+      "recall": "recall {:.1%}",
+      "lr": "lr {:.1e}",
+      "tokens_per_second": "{:,.0f} tokens/s",
+      "mfu": "MFU {:.1%}",
+      "ms_per_step": "{:.0f} ms/step",
+    }
     parts = [
       f"step {step:>5}/{cfg.total_steps} {stage.kind}",
-      f"loss {values['loss']:.4f}",
-      f"{per_byte:.3f} bits/byte",
-      *([f"KL {values['index']:.3f}"] if "index" in values else []),
-      f"lr {rate:.1e}",
-      f"{values['tokens_per_second']:,.0f} tokens/s",
-      *([f"MFU {values['mfu']:.1%}"] if "mfu" in values else []),
-      f"{values['ms_per_step']:.0f} ms/step",
+      *(form.format(values[k]) for k, form in shown.items() if k in values),
       f"ETA {metrics_lib.duration(left)}",
     ]
     print(" | ".join(parts), flush=True)
+
+  def _values(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What is known of every step, and of the indexer where it was measured."""
+    layers = {
+      name: metrics.pop(name).tolist()
+      for name in ("index_per_layer", "recall_per_layer")
+      if name in metrics
+    }
+    values = {name: float(x) for name, x in metrics.items()}
+    num_bytes, targets = values.pop("bytes"), values.pop("targets")
+    if "lm" in values:
+      values["loss"] = loss = values.pop("lm")
+      values["bits_per_byte"] = metrics_lib.bits_per_byte(
+        loss * targets, num_bytes
+      )
+    values["lr"] = np.asarray(self._rate(step - 1 - self._begin)).item()
+    if layers and step % self._run.cfg.log.every == 0:
+      values["index"] = sum(layers["index_per_layer"])
+      values["index_per_layer"] = layers["index_per_layer"]
+      # NaN where no query of the batch had more than K keys to choose from.
+      recall = layers["recall_per_layer"]
+      if np.isfinite(recall).all():
+        values["recall"] = sum(recall) / len(recall)
+        values["recall_per_layer"] = recall
+    return values
 
   def _tokens_left(self, step: int) -> int:
     """Of this stage and those after it."""

@@ -17,7 +17,9 @@ from train import data as data_lib  # noqa: E402
 from train import loop  # noqa: E402
 
 
-def parse(args: list[str]) -> config_lib.TrainConfig:
+def parse(
+  args: list[str], program: str = "train.main", doc: str | None = __doc__
+) -> config_lib.TrainConfig:
   """The config that the command line asks for; exits where it cannot be had."""
   path, rest = None, []
   remaining = iter(args)
@@ -32,11 +34,11 @@ def parse(args: list[str]) -> config_lib.TrainConfig:
     known = ", ".join(
       sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
     )
-    print(f"{__doc__}\nConfigs here: {known}")
+    print(f"{doc}\nConfigs here: {known}")
     sys.exit(0 if "--help" in rest or "-h" in rest else 2)
   return tyro.cli(
     config_lib.TrainConfig,
-    prog=f"python -m train.main --config={path}",
+    prog=f"python -m {program} --config={path}",
     default=config_lib.load(path),
     args=rest,
     config=(tyro.conf.AvoidSubcommands, tyro.conf.ConsolidateSubcommandArgs),

@@ -61,7 +61,7 @@ class Writer:
 
     Args:
       step: Over all stages.
-      kind: "train", "eval" or "sample".
+      kind: "train", "eval", "retrieval" or "sample".
       values: Numbers or texts by name.
     """
     line = {"step": step, "kind": kind, **values}

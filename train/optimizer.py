@@ -11,19 +11,47 @@ from train import config as config_lib
 def make_optimizer(
   cfg: config_lib.OptimizerConfig, stage: config_lib.StageConfig
 ) -> optax.GradientTransformation:
-  """The optimizer of one stage; what the stage does not train has no state."""
-  indexer = optax.set_to_zero()
+  """The optimizer of what a stage trains: see `split`."""
+  rates = {}
+  if stage.trains_model:
+    rates["model"] = schedule(cfg, cfg.peak_lr * stage.lr_scale, stage.steps)
   if stage.trains_indexer:
-    indexer = _adamw(cfg, schedule(cfg, cfg.indexer_lr, stage.steps))
-  model = _adamw(cfg, model_schedule(cfg, stage))
-  return optax.partition({"model": model, "indexer": indexer}, label)
+    peak = cfg.indexer_lr * stage.indexer_lr_scale
+    rates["indexer"] = schedule(cfg, peak, stage.steps)
+  return optax.partition(
+    {part: _adamw(cfg, rate) for part, rate in rates.items()}, label
+  )
 
 
-def model_schedule(
+def split(params: Any, stage: config_lib.StageConfig) -> tuple[Any, Any]:
+  """The parameters that a stage trains, and the others; None in their place."""
+  trained = {"model": stage.trains_model, "indexer": stage.trains_indexer}
+  labels = label(params)
+  return (
+    jax.tree.map(lambda x, part: x if trained[part] else None, params, labels),
+    jax.tree.map(lambda x, part: None if trained[part] else x, params, labels),
+  )
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+  """Undoes `split`."""
+  return jax.tree.map(
+    lambda x, y: y if x is None else x,
+    trained,
+    frozen,
+    is_leaf=lambda x: x is None,
+  )
+
+
+def rate(
   cfg: config_lib.OptimizerConfig, stage: config_lib.StageConfig
 ) -> optax.Schedule:
-  """The model's learning rate, by steps since the stage began."""
-  return schedule(cfg, cfg.peak_lr * stage.lr_scale, stage.steps)
+  """The learning rate to show, by steps since the stage began: the model's, or
+  the indexer's where that alone is trained."""
+  peak = cfg.indexer_lr * stage.indexer_lr_scale
+  if stage.trains_model:
+    peak = cfg.peak_lr * stage.lr_scale
+  return schedule(cfg, peak, stage.steps)
 
 
 def schedule(

@@ -5,6 +5,7 @@ Letters: B sequences, T tokens, A microbatches, L layers, E experts.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, Literal
 
 from flax import nnx
@@ -17,6 +18,7 @@ import dsa_jax
 from dsa_jax import losses as losses_lib
 from dsa_jax import moe
 from train import config as config_lib
+from train import optimizer as optimizer_lib
 
 type Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, bytes
 type Metrics = dict[str, jax.Array]
@@ -66,87 +68,123 @@ def make_train_step(
   model: Model,
   stage: config_lib.StageConfig,
   optimizer: optax.GradientTransformation,
+  measure_every: int = 1,
 ) -> jax.stages.Wrapped:
   """`train_step(state, batch) -> (state, metrics)`, with `state` donated.
+
+  Only what the stage trains is differentiated, and all else stays bit for bit.
 
   Each array of the batch is [A, B / A, T]. Losses are means over what the whole
   batch holds, so that neither A nor padding nor packing changes them:
     lm: nats over tokens with a next one in their document; mtp: likewise
     index: KL over queries that see a key, summed over layers
     balance: over sequences, summed over layers
+  The KL and recall of each layer ("index_per_layer", "recall_per_layer") are
+  measured in one step of `measure_every`; in the others they are 0.
   """
 
-  def loss_fn(params, router_bias, batch, counts):
+  def loss_fn(trained, frozen, router_bias, batch, counts, measure):
+    params = optimizer_lib.merge(trained, frozen)
     losses = model.merge(params, router_bias).losses(
       batch["tokens"],
       batch["positions"],
       batch["segment_ids"],
       attention=stage.attention,
+      lm_loss=stage.trains_model,
       index_loss=stage.trains_indexer,
+      measure=measure,
     )
-    parts = {"lm": losses.lm.sum() / counts["lm"]}
-    total = parts["lm"]
+    parts, total = {}, jnp.float32(0)
+    if losses.lm is not None:
+      parts["lm"] = losses.lm.sum() / counts["lm"]
+      total += parts["lm"]
     if losses.mtp is not None:
       parts["mtp"] = losses.mtp.sum() / counts["mtp"]
       total += stage.mtp_weight * parts["mtp"]
-    if losses.balance is not None:
+    if losses.balance is not None and stage.trains_model:
       parts["balance"] = losses.balance.sum() / counts["rows"]
       total += stage.balance_weight * parts["balance"]
     if losses.index is not None:
-      parts["index"] = losses.index.sum() / counts["queries"]
-      total += parts["index"]
+      parts["index_per_layer"] = losses.index.sum((1, 2)) / counts["queries"]
+      total += parts["index_per_layer"].sum()
     load = jnp.zeros((0, 1)) if losses.load is None else losses.load
-    return total, {"losses": parts, "load": load}
+    return total, {"parts": parts, "load": load, "recall": recall(losses)}
 
   @jax.jit(donate_argnames="state")
   def train_step(state: TrainState, batch: Batch):
     segments = batch["segment_ids"]
     counts = _counts(segments)
+    measure = (state.step + 1) % measure_every == 0
+    trained, frozen = optimizer_lib.split(state.params, stage)
 
-    gradient = jax.grad(loss_fn, has_aux=True)
+    # As a jit of its own it is traced once, for its shapes and for the scan.
+    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
+
+    def constants(part):
+      return trained, frozen, state.router_bias, part, counts, measure
 
     def microbatch(total, part):
-      new = gradient(state.params, state.router_bias, part, counts)
+      new = gradient(*constants(part))
       return jax.tree.map(jnp.add, total, new), None
 
     part = {name: x[0] for name, x in batch.items()}
-    shapes = jax.eval_shape(
-      gradient, state.params, state.router_bias, part, counts
-    )
+    shapes = jax.eval_shape(gradient, *constants(part))
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes
     )
     (grads, aux), _ = jax.lax.scan(microbatch, zeros, batch)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    bias = balance(state.router_bias, aux["load"], stage.router_bias_rate)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = optimizer_lib.merge(optax.apply_updates(trained, updates), frozen)
+    bias = state.router_bias
+    if stage.trains_model:
+      bias = balance(bias, aux["load"], stage.router_bias_rate)
     metrics = {
-      **aux["losses"],
+      **aux["parts"],
       "bytes": _next_bytes(batch),
       "targets": counts["lm"],
       "grad_norm": optax.tree.norm(grads),
       **_load_metrics(aux["load"]),
     }
-    params = optax.apply_updates(state.params, updates)
+    if aux["recall"] is not None:
+      held, queries = aux["recall"]
+      metrics["recall_per_layer"] = (
+        held / queries
+      )  # NaN where none can be asked
     return TrainState(state.step + 1, params, bias, opt_state), metrics
 
   return train_step
 
 
+def recall(losses: Any) -> tuple[jax.Array, jax.Array] | None:
+  """Sum of each layer's recall over the queries that count; their number."""
+  if losses.recall is None:
+    return None
+  counted = losses.recall_queries
+  held = jnp.where(counted, losses.recall, 0.0).sum((1, 2))
+  return held, counted.sum(dtype=jnp.float32)
+
+
+@functools.lru_cache  # stages of one model share what is compiled
 def make_eval_step(
   model: Model, attention: Literal["dense", "sparse"]
-) -> Callable[[TrainState, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
-  """Nats of all targets of a batch [B, T], and the bytes they stand for."""
+) -> Callable[[TrainState, Batch], dict[str, Any]]:
+  """Sums over a batch [B, T]: nats of its targets, the bytes they stand for,
+  and of sparse attention each layer's recall and the number of its queries."""
 
   @jax.jit
   def eval_step(state: TrainState, batch: Batch):
-    losses = model.merge(state.params, state.router_bias).losses(
+    losses: Any = model.merge(state.params, state.router_bias).losses(
       batch["tokens"],
       batch["positions"],
       batch["segment_ids"],
       attention=attention,
-      index_loss=False,
+      lm_loss=True,
+      index_loss=attention == "sparse",
     )
-    return losses.lm.sum(), _next_bytes(batch)
+    sums = {"nats": losses.lm.sum(), "bytes": _next_bytes(batch)}
+    if (held := recall(losses)) is not None:
+      sums["recall"], sums["queries"] = held
+    return sums
 
   return eval_step
 

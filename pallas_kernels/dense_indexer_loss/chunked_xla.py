@@ -68,8 +68,11 @@ class _Op:
       T = per_query[0].shape[0]
       return carry, jax.tree.map(lambda y: tiles.join(y, T), ys)
 
+    tile_bytes = 4 * self.bT * self.bS * max(q_index.shape[2], q.shape[2])
     return tiles.map_rows(
-      row, k_index, k, q_index, w, start, end, q, lse, *more
+      row,
+      *(k_index, k, q_index, w, start, end, q, lse, *more),
+      tile_bytes=tile_bytes,
     )
 
   def scores(self, i, q_index, w, start, end, k_index):

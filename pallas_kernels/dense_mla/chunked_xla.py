@@ -96,7 +96,9 @@ def _vjp_forward(q, k, v, start, end, scale, query_tile, key_tile):
     return tiles.join(out, T), tiles.join(lse, T)
 
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
-  out, lse = tiles.map_rows(row, q, k, v, start, end)
+  out, lse = tiles.map_rows(
+    row, *(q, k, v, start, end), tile_bytes=4 * bT * bS * q.shape[2]
+  )
   # Named, so that a remat policy may keep them instead of computing them again.
   out, lse = checkpoint_name((out, lse), "dense_mla")
   return (out, lse), (q, k, v, start, end, out, lse)
@@ -158,7 +160,11 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
     )
     return tiles.join(d_q, T), d_k[:S].astype(k.dtype), d_v[:S].astype(v.dtype)
 
-  d_q, d_k, d_v = tiles.map_rows(row, q, k, v, start, end, d_out, lse, delta)
+  d_q, d_k, d_v = tiles.map_rows(
+    row,
+    *(q, k, v, start, end, d_out, lse, delta),
+    tile_bytes=4 * bT * bS * q.shape[2],
+  )
   return d_q, d_k, d_v, None, None
 
 

@@ -58,7 +58,11 @@ def indexer_topk(
   # Which keys are visible depends on start and end alone. Tied to q, it cannot
   # be worked out ahead, once for all layers of a model: that would be T x S.
   q, start, end = jax.lax.optimization_barrier((q, start, end))
-  return tiles.map_rows(row, q, k, w.astype(jnp.float32), start, end)
+  return tiles.map_rows(
+    row,
+    *(q, k, w.astype(jnp.float32), start, end),
+    tile_bytes=max(8 * bT * S, 4 * bT * bS * M),
+  )
 
 
 def _select_tile(q, w, start, end, *, k, top_k, bS, S):
@@ -88,8 +92,7 @@ def _select_tile(q, w, start, end, *, k, top_k, bS, S):
 def _scores(q, k, w, start, end, bS) -> Float[Array, "T S"]:
   """Scores of the key tiles that at least one of these queries can see."""
   bT, S = q.shape[0], k.shape[0]
-  first = jnp.min(jnp.where(start < end, start, S)) // bS
-  last = -(-jnp.max(jnp.where(start < end, end, 0)) // bS)
+  seen = tiles.seen_keys(start[:, 0], end[:, 0], bS)
 
   def key_tile(i, scores_TS):
     k_tile = jax.lax.dynamic_slice_in_dim(k, i * bS, bS)
@@ -102,7 +105,7 @@ def _scores(q, k, w, start, end, bS) -> Float[Array, "T S"]:
     return jax.lax.dynamic_update_slice_in_dim(scores_TS, tile, i * bS, 1)
 
   empty = jnp.zeros((bT, S), jnp.float32)
-  return jax.lax.fori_loop(first, last, key_tile, empty)
+  return jax.lax.fori_loop(*seen, key_tile, empty)
 
 
 def _order(scores: Float[Array, "T S"]) -> UInt32[Array, "T S"]:

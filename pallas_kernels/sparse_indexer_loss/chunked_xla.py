@@ -39,11 +39,11 @@ def sparse_indexer_loss(
   measure = jnp.asarray(measure)
   return _loss(
     *(q_index, k_index, w, indices, q, kv, lse, measure),
-    *(scale, heads_axis, bT),
+    *(scale, heads_axis, bT, bytes_per_query * bT),
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11))
 def _loss(*args):
   return _vjp_forward(*args)[0]
 
@@ -83,7 +83,18 @@ def _tiles(bT, indices, *per_query):
 
 
 def _vjp_forward(
-  q_index, k_index, w, indices, q, kv, lse, measure, scale, heads_axis, bT
+  q_index,
+  k_index,
+  w,
+  indices,
+  q,
+  kv,
+  lse,
+  measure,
+  scale,
+  heads_axis,
+  bT,
+  tile_bytes,
 ):
   def tile(*inputs):
     target_TK, log_index_TK, valid_TK, *_ = _compare(*inputs, scale, heads_axis)
@@ -101,13 +112,13 @@ def _vjp_forward(
   inputs = q_index, k_index, w, indices, q, kv, lse
   loss_BT = jax.lax.cond(
     measure,
-    lambda: tiles.map_rows(row, *inputs),
+    lambda: tiles.map_rows(row, *inputs, tile_bytes=tile_bytes),
     lambda: jnp.zeros(w.shape[:2], jnp.float32),
   )
   return loss_BT, inputs
 
 
-def _vjp_backward(scale, heads_axis, bT, inputs, d_loss):
+def _vjp_backward(scale, heads_axis, bT, tile_bytes, inputs, d_loss):
   q_index, k_index, w, *_ = inputs
   f32 = jnp.float32
 
@@ -142,7 +153,7 @@ def _vjp_backward(scale, heads_axis, bT, inputs, d_loss):
     d_q, d_w = (tiles.join(x, T) for x in d_queries)
     return d_q, d_k.astype(k_index.dtype), d_w
 
-  gradients = tiles.map_rows(row, *inputs, d_loss)
+  gradients = tiles.map_rows(row, *inputs, d_loss, tile_bytes=tile_bytes)
   return *gradients, *[None] * 5
 
 

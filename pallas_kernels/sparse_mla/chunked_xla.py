@@ -29,9 +29,13 @@ def sparse_mla(
   return _forward(q, kv, indices, latent_rank, scale, query_tile)[0]
 
 
+def _bytes_per_query(q, indices):
+  return 4 * indices.shape[2] * (q.shape[3] + 2 * q.shape[2])
+
+
 def _query_tile(q, indices, query_tile):
-  (_, T, N, D), K = q.shape, indices.shape[2]
-  return query_tile or tiles.tile_size(T, 4 * K * (D + 2 * N), largest=128)
+  bytes_per_query = _bytes_per_query(q, indices)
+  return query_tile or tiles.tile_size(q.shape[1], bytes_per_query, largest=128)
 
 
 def _rows(kv, indices):
@@ -70,7 +74,9 @@ def _forward(q, kv, indices, latent_rank, scale, query_tile):
     out, lse = jax.lax.map(lambda xs: tile(*xs, kv), tiled)
     return tiles.join(out, T), tiles.join(lse, T)
 
-  out, lse = tiles.map_rows(row, q, kv, indices)
+  out, lse = tiles.map_rows(
+    row, *(q, kv, indices), tile_bytes=_bytes_per_query(q, indices) * bT
+  )
   # Named, so that a remat policy may keep them instead of computing them again.
   out, lse = checkpoint_name((out, lse), "sparse_mla")
   return (out, lse), (q, kv, indices, out, lse)
@@ -139,7 +145,11 @@ def _vjp_backward(latent_rank, scale, query_tile, residuals, cotangents):
     )
     return tiles.join(d_q, T), d_kv.astype(kv.dtype)
 
-  d_q, d_kv = tiles.map_rows(row, q, kv, indices, d_out, lse, delta)
+  d_q, d_kv = tiles.map_rows(
+    row,
+    *(q, kv, indices, d_out, lse, delta),
+    tile_bytes=_bytes_per_query(q, indices) * bT,
+  )
   return d_q, d_kv, None
 
 

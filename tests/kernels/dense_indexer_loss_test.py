@@ -76,8 +76,10 @@ def make_inputs(kind="any", dtype=jnp.float32):
 
 @functools.cache
 def loops(kind="any", dtype=jnp.float32):
-  *args, d_loss = make_inputs(kind, dtype)
-  return oracles.dense_indexer_loss(*args, SCALE, d_loss)
+  q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs(kind, dtype)
+  return oracles.dense_indexer_loss(
+    q_index, k_index, w, start, end, q, k, lse, SCALE, d_loss
+  )
 
 
 def alive(kind="any"):

@@ -26,7 +26,7 @@ HR, CR = inputs.H + R, C + R
 M, I, SCALE = inputs.M, inputs.I, inputs.SCALE
 # The references of the sparse ops hold T x K x (C+R), which is more than T x S;
 # all that is linear in T or S is far less.
-T, S, K = 6144, 5120, 400
+T, S, K = 24576, 20480, 1600
 
 
 def indexer_topk_step(op, q, k, w, start, end):

@@ -50,7 +50,7 @@ class FlopsTest(chex.TestCase):
 
     def cost(seq_len, attention):
       return flops.training_flops_per_token(
-        cfg, seq_len, attention, index_loss=False
+        cfg, seq_len, attention, trains_model=True, trains_indexer=False
       )
 
     # Twice the keys, on average, cost 6 N (2 H + R) more for each.
@@ -62,6 +62,30 @@ class FlopsTest(chex.TestCase):
     scores = 62 * 32768 * 2 * 64 * 128
     np.testing.assert_allclose(grown, scores, rtol=0.12)
     self.assertLess(cost(131072, "sparse"), cost(131072, "dense") / 3)
+
+  def test_warm_up_is_the_forward_pass_and_the_indexer(self):
+    cfg = dataclasses.replace(config_lib.v32_671b(), num_mtp_layers=0)
+
+    def cost(*, trains_model, trains_indexer):
+      return flops.training_flops_per_token(
+        cfg,
+        32768,
+        "dense",
+        trains_model=trains_model,
+        trains_indexer=trains_indexer,
+      )
+
+    head = cfg.vocab_size * cfg.embed_dim
+    forward = cost(trains_model=False, trains_indexer=False)
+    both = cost(trains_model=True, trains_indexer=False)
+    np.testing.assert_allclose(both, 3 * (forward + 2 * head), rtol=1e-9)
+    # 16384.5 keys: q.k of 128 heads, thrice that of 64 index heads; weights.
+    pairs = 16384.5 * (2 * 128 * 192 + 3 * 2 * 64 * 128)
+    weights = 6 * (1536 * 64 * 128 + 7168 * 128 + 7168 * 64)
+    warmup = cost(trains_model=False, trains_indexer=True)
+    np.testing.assert_allclose(
+      warmup - forward, 61 * (pairs + weights), rtol=1e-9
+    )
 
 
 if __name__ == "__main__":

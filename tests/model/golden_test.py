@@ -52,7 +52,9 @@ class GoldenTest(chex.TestCase):
 
   def test_loss_and_gradients(self):
     def loss_fn(model):
-      losses = model.losses(self.tokens, attention="sparse", index_loss=False)
+      losses = model.losses(
+        self.tokens, attention="sparse", lm_loss=True, index_loss=False
+      )
       return losses.lm.sum() / (2 * 95)
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn, allow_int=True))(

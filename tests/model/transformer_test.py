@@ -36,12 +36,19 @@ def leaves(grads):
 class IsolationTest(chex.TestCase):
   """Exact zeros: who learns from which loss."""
 
+  ATTENTION = "sparse"
+
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
 
     def losses(model):
-      parts = model.losses(TOKENS, *PACKED, attention="sparse", index_loss=True)
+      parts = model.losses(
+        *(TOKENS, *PACKED),
+        attention=cls.ATTENTION,
+        lm_loss=True,
+        index_loss=True,
+      )
       others = parts.lm.sum() + parts.mtp.sum() + parts.balance.sum()
       return parts.index.sum(), others
 
@@ -70,6 +77,12 @@ class IsolationTest(chex.TestCase):
         np.testing.assert_array_equal(grad, 0, name)
       else:
         self.assertGreater(np.abs(grad).max(), 0, name)
+
+
+class DenseIsolationTest(IsolationTest):
+  """The same where the indexer learns from dense attention."""
+
+  ATTENTION = "dense"
 
 
 class PackingTest(chex.TestCase):
@@ -127,6 +140,15 @@ class TransformerTest(chex.TestCase):
   def test_a_call_gives_the_logits_of_forward(self):
     logits = jax.jit(lambda m: m(TOKENS, *PACKED))(models.model())
     np.testing.assert_allclose(logits, packed().logits, atol=1e-5)
+
+  @parameterized.parameters("dense", "sparse")
+  def test_predicts_at_chosen_places(self, attention):
+    at = np.array([[3, 27, 3, 12], [31, 0, 5, 5]], np.int32)
+    logits = jax.jit(
+      lambda m: m.predict(TOKENS, at, *PACKED, attention=attention)
+    )(models.model())
+    expected = np.take_along_axis(packed(attention).logits, at[..., None], 1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
   @parameterized.parameters("dense", "sparse")
   def test_the_future_does_not_matter(self, attention):

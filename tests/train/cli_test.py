@@ -70,6 +70,24 @@ TINY = "--config=configs/tiny.py"
     ([TINY, "--data.source=/nowhere/*.txt"], ["/nowhere/*.txt"]),
     ([TINY, "--data.tokenizer=none.json"], ["none.json"]),
     ([TINY, "--resume", "--run-dir=/nowhere"], ["/nowhere", "no run"]),
+    ([TINY, "--stages.0.kind=warmup"], ["stages.0 is warmup", "--init-from"]),
+    ([TINY, "--stages.0.kind=sparse"], ["stages.0 is sparse", "--init-from"]),
+    ([TINY, "--init-from=/nowhere"], ["/nowhere", "no run with a checkpoint"]),
+    ([TINY, "--model.index_heads=0"], ["index_heads=0"]),
+    ([TINY, "--model.top_k=300"], ["stages.1", "top_k=300", "seq_len=256"]),
+    (
+      [TINY, "--stages.1.kind=warmup", "--model.top_k=257"],
+      ["stages.1 (warmup)", "top_k=257", "seq_len=256"],
+    ),
+    ([TINY, "--stages.1.kind=extend"], ["extend", "YaRN", "yarn.factor"]),
+    (
+      [
+        *(TINY, "--stages.1.kind=extend", "--model.yarn.factor=2"),
+        "--model.yarn.original_context=64",
+      ],
+      ["stages.1 (extend)", "seq_len=256", "128 tokens", "yarn.factor"],
+    ),
+    ([TINY, "--data.retrieval.fraction=2"], ["fraction=2"]),
   ],
 )
 def test_refuses(monkeypatch, capsys, tmp_path, args, says):
@@ -159,7 +177,7 @@ def test_options_reach_the_config(monkeypatch, tmp_path):
 def test_every_config_is_valid_and_sees_further_than_k(config):
   cfg = config_lib.load(str(config))
   for stage in cfg.stages:
-    if stage.kind == "sparse":
+    if stage.trains_indexer:
       assert stage.seq_len >= 4 * cfg.model.top_k
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.train import runs
+from train import lifecycle
 from train import loop
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses.json"
@@ -43,7 +44,10 @@ def unbroken(folder):
 
 
 def losses(lines):
-  names = ("step", "stage", "loss", "mtp", "index", "balance", "grad_norm")
+  names = (
+    *("step", "stage", "loss", "mtp", "balance", "grad_norm"),
+    *("index", "index_per_layer", "recall", "recall_per_layer"),
+  )
   return [{n: line[n] for n in names if n in line} for line in lines]
 
 
@@ -53,7 +57,12 @@ def test_the_losses_of_a_fixed_seed_are_golden(unbroken, update_golden):
     GOLDEN.write_text(json.dumps(actual, indent=1) + "\n")
   expected = json.loads(GOLDEN.read_text())
   assert [line["step"] for line in actual] == list(range(1, 9))
-  assert [line["stage"] for line in actual] == ["pretrain"] * 4 + ["sparse"] * 4
+  stages = ("pretrain", "extend", "warmup", "sparse")
+  assert [line["stage"] for line in actual] == list(np.repeat(stages, 2))
+  for line in actual:  # the indexer is measured in every other step
+    measured = line["stage"] in stages[2:] and line["step"] % 2 == 0
+    assert ("index" in line) == ("recall" in line) == measured
+    assert ("loss" in line) == (line["stage"] != "warmup")
   for a, e in zip(actual, expected, strict=True):
     assert a.keys() == e.keys()
     for name in a.keys() - {"stage"}:
@@ -62,25 +71,46 @@ def test_the_losses_of_a_fixed_seed_are_golden(unbroken, update_golden):
 
 def test_it_learns_and_measures_both_ways(unbroken):
   cfg, lines = unbroken
-  assert lines[-1]["loss"] < lines[0]["loss"] - 1
+  assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
   evals = runs.lines(cfg.run_dir, "eval")
-  assert [line["step"] for line in evals] == [4, 8]
-  assert set(evals[0]) == {"step", "kind", "dense"}
-  assert set(evals[1]) == {"step", "kind", "dense", "sparse"}
-  assert evals[1]["dense"] != evals[1]["sparse"]
+  assert [line["step"] for line in evals] == [2, 4, 6, 8]
+  for line in evals:
+    assert line["dense"] != line["sparse"]
+    assert 0 < line["recall"] < 1
+    np.testing.assert_allclose(
+      line["recall"], np.mean(line["recall_per_layer"])
+    )
+  # Warm-up leaves the dense model as it is, bit for bit.
+  assert evals[2]["dense"] == evals[1]["dense"]
+  assert evals[2]["sparse"] != evals[1]["sparse"]
   # Bytes are tokens here: bits a byte is the loss in other units.
   for line in lines:
-    bits = line["loss"] / np.log(2)
-    np.testing.assert_allclose(line["bits_per_byte"], bits, rtol=0.02)
+    if "loss" in line:
+      bits = line["loss"] / np.log(2)
+      np.testing.assert_allclose(line["bits_per_byte"], bits, rtol=0.02)
   sample = runs.lines(cfg.run_dir, "sample")[-1]["text"]
   assert sample.startswith("the ")
 
 
-@pytest.mark.parametrize("stops", [(1, 3), (4,), (2, 5, 7)])
-def test_a_stopped_run_goes_on_bit_for_bit(folder, unbroken, stops):
-  name = "stops" + "_".join(map(str, stops))
-  cfg = runs.config(folder, name)
-  for i, stop in enumerate((*stops, None)):
+def test_the_selected_keys_are_kept(unbroken):
+  file = pathlib.Path(unbroken[0].run_dir) / "selections" / "8.npz"
+  kept = np.load(file)
+  queries, indices, starts = kept["queries"], kept["indices"], kept["starts"]
+  assert kept["length"] == 40
+  np.testing.assert_array_equal(queries, np.arange(40))
+  assert indices.shape == (2, 40, 8)
+  visible = queries + 1 - starts
+  for layer in indices:
+    for keys, query, start, seen in zip(layer, queries, starts, visible):
+      chosen = keys[keys >= 0]
+      assert len(chosen) == min(seen, 8)
+      assert ((chosen >= start) & (chosen <= query)).all()
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(folder, unbroken):
+  cfg = runs.config(folder, "stops")
+  # At the ends of stages, and in the middle of them.
+  for i, stop in enumerate((1, 2, 5, 6, None)):
     part = dataclasses.replace(cfg, stop_at=stop, resume=i > 0)
     loop.Run(part).train()
   assert losses(runs.lines(cfg.run_dir, "train")) == losses(unbroken[1])
@@ -90,12 +120,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, unbroken, stops):
 
 def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
   cfg = runs.config(folder, "signal")
+  cfg = dataclasses.replace(cfg, stages=cfg.stages[:2])
   run = loop.Run(cfg)
   put = run._put
   batches = iter(range(100))
 
   def interrupt(*args):
-    if next(batches) == 2:
+    if next(batches) == 1:
       signal.raise_signal(signal.SIGTERM)
     return put(*args)
 
@@ -105,9 +136,9 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
     capsys.readouterr().out
   )
   stopped = len(runs.lines(cfg.run_dir, "train"))
-  assert 1 < stopped < 8
+  assert 0 < stopped < 4
   loop.Run(dataclasses.replace(cfg, resume=True)).train()
-  assert losses(runs.lines(cfg.run_dir, "train")) == losses(unbroken[1])
+  assert losses(runs.lines(cfg.run_dir, "train")) == losses(unbroken[1][:4])
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(unbroken, capsys):
@@ -119,8 +150,61 @@ def test_a_finished_run_has_nothing_to_go_on_with(unbroken, capsys):
 
 def test_divergence_is_an_error(folder):
   cfg = runs.config(folder, "diverged")
+  cfg = dataclasses.replace(cfg, stages=cfg.stages[:1])
   optimizer = dataclasses.replace(
     cfg.optimizer, peak_lr=1e30, warmup=0.0, clip_norm=1e30
   )
   with pytest.raises(loop.Diverged, match="peak-lr"):
     loop.Run(dataclasses.replace(cfg, optimizer=optimizer)).train()
+
+
+def test_the_ends_of_stages_stay(unbroken):
+  steps = pathlib.Path(unbroken[0].run_dir).glob("checkpoints/*")
+  assert {int(p.name) for p in steps if p.name.isdigit()} == {2, 4, 6, 8}
+
+
+def test_a_life_cycle_has_a_control(folder, unbroken, monkeypatch, capsys):
+  cfg = unbroken[0]
+  control = lifecycle.control(cfg)
+  monkeypatch.setattr(lifecycle.main_lib, "parse", lambda *_: cfg)
+  lifecycle.main()
+  # The control begins with the last dense checkpoint and sees the data of the
+  # sparse stage: its first loss is what that model loses there, read densely.
+  out = capsys.readouterr().out
+  assert f"begins   with the parameters of {control.init_from}" in out
+  assert str(control.init_from).endswith("checkpoints/4")
+  dense = runs.lines(control.run_dir, "train")
+  sparse = [x for x in unbroken[1] if x["stage"] == "sparse"]
+  assert [line["stage"] for line in dense] == ["extend"] * 2
+  assert abs(dense[0]["loss"] - sparse[0]["loss"]) < 0.1
+  assert dense[0]["loss"] != sparse[0]["loss"]
+  table = (pathlib.Path(cfg.run_dir) / "lifecycle.md").read_text()
+  assert table in out
+  evals = {x["step"]: x for x in runs.lines(cfg.run_dir, "eval")}
+  last = runs.lines(control.run_dir, "eval")[-1]["dense"]
+  rows = [line.split("|") for line in table.splitlines()]
+  for row, (step, way) in zip(
+    rows[2:7],
+    [(4, "dense"), (4, "sparse"), (6, "sparse"), (8, "sparse"), (8, "dense")],
+  ):
+    bits = evals[step][way]
+    assert row[2].strip() == way
+    assert row[3].strip() == f"{bits:.4f}"
+    assert row[4].strip() == f"{bits / last - 1:+.2%}"
+    recall = f"{evals[step]['recall']:.1%}" if way == "sparse" else ""
+    assert row[5].strip() == recall
+  assert rows[7][3].strip() == f"{last:.4f}"
+
+
+def test_a_life_cycle_is_dense_then_warmup_then_sparse(folder):
+  cfg = runs.config(folder)
+  for stages in (
+    cfg.stages[:1],
+    cfg.stages[:2],
+    cfg.stages[2:],
+    cfg.stages[1:2] * 3,
+    cfg.stages[3:] + cfg.stages[1:],
+  ):
+    wrong = dataclasses.replace(cfg, stages=stages, init_from="random")
+    with pytest.raises(ValueError, match="dense stages, then warmup, then"):
+      lifecycle.control(wrong)

@@ -27,6 +27,7 @@ MODEL = dataclasses.replace(
   num_experts=4,
   num_mtp_layers=1,
   init_std=0.1,
+  yarn=model_lib.YarnConfig(factor=2.0, original_context=32),
 )
 
 
@@ -40,18 +41,20 @@ def write_text(folder: pathlib.Path) -> None:
 
 
 def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
-  """Four dense steps, then four sparse ones, with T = 4 K."""
+  """Two steps of each stage, up to T = 5 K."""
+  pretrain = config_lib.StageConfig(
+    kind="pretrain", steps=2, seq_len=32, batch_size=4, microbatches=2
+  )
+  extend = dataclasses.replace(pretrain, kind="extend", seq_len=40)
   return config_lib.TrainConfig(
     run_dir=str(folder / run),
     model=MODEL,
     data=data_lib.DataConfig(source=f"{folder}/*.txt", heldout_fraction=0.2),
     stages=(
-      config_lib.StageConfig(
-        kind="pretrain", steps=4, seq_len=32, batch_size=4, microbatches=2
-      ),
-      config_lib.StageConfig(
-        kind="sparse", steps=4, seq_len=32, batch_size=4, microbatches=2
-      ),
+      pretrain,
+      extend,
+      dataclasses.replace(extend, kind="warmup"),
+      dataclasses.replace(extend, kind="sparse"),
     ),
     optimizer=config_lib.OptimizerConfig(peak_lr=1e-2, indexer_lr=1e-2),
     checkpoint=config_lib.CheckpointConfig(every=100, keep=2),

@@ -1,6 +1,8 @@
 """The training step: accumulation, balancing, partitions, the memory law."""
 
 import dataclasses
+import functools
+import pathlib
 import re
 from typing import Any
 
@@ -10,9 +12,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsa_jax import moe
 from dsa_jax import sharding
+from tests.kernels import hlo
 from tests.train import runs
 from train import config as config_lib
 from train import optimizer as optimizer_lib
@@ -45,15 +49,21 @@ def batch(rows=8, length=32, seed=0):
   }
 
 
-def start(stage_cfg, model_cfg=runs.MODEL, optimizer_cfg=OPTIMIZER):
+def start(
+  stage_cfg, model_cfg=runs.MODEL, optimizer_cfg=OPTIMIZER, measure_every=1
+):
   """The step and the state it begins with."""
   model, init = step_lib.init(model_cfg, 0)
   optimizer = optimizer_lib.make_optimizer(optimizer_cfg, stage_cfg)
   params, bias = init(jax.random.key(0))
+  trained, _ = optimizer_lib.split(params, stage_cfg)
   state = step_lib.TrainState(
-    jnp.int32(0), params, bias, optimizer.init(params)
+    jnp.int32(0), params, bias, optimizer.init(trained)
   )
-  return step_lib.make_train_step(model, stage_cfg, optimizer), state
+  train_step = step_lib.make_train_step(
+    model, stage_cfg, optimizer, measure_every
+  )
+  return train_step, state
 
 
 def cut(arrays, microbatches):
@@ -169,21 +179,148 @@ class StageTest(chex.TestCase):
     np.testing.assert_allclose(values[5:], 2 * np.array(cosine), rtol=1e-5)
 
 
+class WarmupTest(chex.TestCase):
+  """Twenty steps of warm-up, on rows of several documents and padding."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    model, _ = step_lib.init(runs.MODEL, 0)
+    cls.train_step, state = start(stage("warmup", steps=20), measure_every=10)
+    forward = jax.jit(
+      lambda state, x: model.merge(state.params, state.router_bias)(
+        x["tokens"], x["positions"], x["segment_ids"], attention="dense"
+      )
+    )
+    cls.logits = [forward(state, batch())]
+    cls.before = jax.tree.map(np.array, state)
+    cls.metrics = []
+    for _ in range(20):
+      state, metrics = cls.train_step(state, cut(batch(), 1))
+      cls.metrics.append(jax.device_get(metrics))
+    cls.after = state
+    cls.logits.append(forward(state, batch()))
+
+  def test_the_dense_model_stays_bit_for_bit(self):
+    np.testing.assert_array_equal(*self.logits)
+    chex.assert_trees_all_equal(self.after.router_bias, self.before.router_bias)
+    for (path, x), y in zip(
+      jax.tree_util.tree_leaves_with_path(self.before.params),
+      jax.tree.leaves(self.after.params),
+    ):
+      name = jax.tree_util.keystr(path)
+      self.assertEqual(bool((x == y).all()), "indexer" not in name, name)
+
+  def test_the_optimizer_holds_the_indexer_alone(self):
+    (adam,) = adam_states(self.after.opt_state)
+    moments = jax.tree_util.tree_leaves_with_path(adam.mu)
+    self.assertLen(moments, 3 * 5)  # dense, expert and MTP layers; 5 tensors
+    for path, moment in moments:
+      self.assertIn("indexer", jax.tree_util.keystr(path))
+      self.assertGreater(np.abs(moment).max(), 0)
+
+  def test_the_indexer_learns_and_is_measured_when_asked(self):
+    for i, metrics in enumerate(self.metrics, 1):
+      self.assertNotIn("lm", metrics)
+      if i % 10:
+        np.testing.assert_array_equal(metrics["index_per_layer"], 0)
+        np.testing.assert_array_equal(metrics["recall_per_layer"], 0)
+    first, last = self.metrics[9], self.metrics[19]
+    self.assertEqual(first["index_per_layer"].shape, (3,))
+    self.assertTrue((last["index_per_layer"] < first["index_per_layer"]).all())
+    self.assertGreater(last["index_per_layer"].min(), 0)
+    self.assertGreater(last["recall_per_layer"].min(), 0.3)
+    self.assertLess(last["recall_per_layer"].max(), 1)
+
+
+class InvarianceTest(chex.TestCase):
+  """The same documents in other rows, padding and parts: the same step."""
+
+  @parameterized.parameters("warmup", "sparse")
+  def test_packing_padding_and_accumulation(self, kind):
+    packed = batch(4)  # eight documents in four rows
+    alone = {name: np.zeros((8, 32), x.dtype) for name, x in packed.items()}
+    for row in range(4):
+      for i in (1, 2):
+        (places,) = np.nonzero(packed["segment_ids"][row] == i)
+        for name, x in packed.items():
+          alone[name][2 * row + i - 1, : len(places)] = x[row, places]
+    alone["segment_ids"] = np.minimum(alone["segment_ids"], 1)
+    results = []
+    for arrays, parts in ((packed, 1), (alone, 2)):
+      # The balance loss is a mean over rows, whatever they hold.
+      cfg = stage(kind, microbatches=parts, balance_weight=0.0)
+      train_step, state = start(cfg)
+      state, metrics = train_step(state, cut(arrays, parts))
+      metrics.pop("balance", None)
+      moments = [s.mu for s in adam_states(state.opt_state)]
+      results.append((moments, jax.device_get(metrics)))
+    (one, metrics), (other, other_metrics) = results
+    assert_close_each(other, one, 1e-5)
+    self.assertGreater(metrics["index_per_layer"].min(), 1e-3)
+    # Which queries recall samples hangs on their places in the rows.
+    metrics.pop("recall_per_layer"), other_metrics.pop("recall_per_layer")
+    chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-5)
+
+
+@functools.cache
+def after_a_step(stage_cfg, model_cfg):
+  """Names of the parameters that a step changes, and its metrics."""
+  train_step, state = start(stage_cfg, model_cfg)
+  before = jax.tree.map(np.array, state.params)
+  state, metrics = train_step(state, cut(batch(4), 1))
+  moved = jax.tree.map(lambda x, y: (x != y).any(), before, state.params)
+  names = {
+    jax.tree_util.keystr(path)
+    for path, changed in jax.tree_util.tree_leaves_with_path(moved)
+    if changed
+  }
+  return names, jax.device_get(metrics)
+
+
+class ConfigsTest(chex.TestCase):
+  @parameterized.parameters(*sorted(pathlib.Path("configs").glob("*.py")))
+  def test_what_trains_the_model_has_a_language_loss(self, path):
+    """Each stage of each config, with a model and batches of toy size."""
+    cfg = config_lib.load(str(path))
+    for given in cfg.stages:
+      small = stage(given.kind, batch_size=4, mtp_weight=given.mtp_weight)
+      model = dataclasses.replace(runs.MODEL, num_mtp_layers=0)
+      names, metrics = after_a_step(small, model)
+      trunk = {name for name in names if "indexer" not in name}
+      self.assertEqual(bool(trunk), given.kind != "warmup")
+      self.assertEqual(bool(names - trunk), given.kind in ("warmup", "sparse"))
+      self.assertEqual("lm" in metrics, given.kind != "warmup")
+      self.assertGreater(metrics.get("lm", 9), 3)
+
+
+def optimized(kind, T):
+  """The step of one sequence, compiled as a user's would be."""
+  model = dataclasses.replace(runs.MODEL, num_mtp_layers=0, num_layers=3)
+  train_step, state = start(stage(kind, seq_len=T, batch_size=1), model)
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    return train_step.lower(state, cut(batch(1, T), 1)).compile()
+  finally:
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["warmup", "sparse"])
+def test_memory_grows_with_the_length(kind):
+  """From 2K to 16K by no more than 8 times; T x T would grow by 64."""
+  short, long = (hlo.temporary_bytes(optimized(kind, T)) for T in (2048, 16384))
+  assert long < 8.5 * short
+
+
 class MemoryLawTest(chex.TestCase):
   """No buffer of the compiled training step is as large as T x S."""
 
-  @parameterized.parameters("pretrain", "sparse")
+  @parameterized.parameters("pretrain", "warmup", "sparse")
   def test_no_buffer_has_queries_times_keys(self, kind):
     # A prime, and so large that nothing else of this model amounts to T x T.
     T = 1031
-    model_cfg = dataclasses.replace(runs.MODEL, num_mtp_layers=0, num_layers=3)
-    train_step, state = start(stage(kind, seq_len=T, batch_size=1), model_cfg)
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-      lowered = train_step.lower(state, cut(batch(1, T), 1))
-      text = str(lowered.compile().as_text())
-    finally:
-      jax.config.update("jax_disable_most_optimizations", True)
+    text = str(optimized(kind, T).as_text())
     self.assertIn(f"[1,{T},", text)
     self.assertEqual(square_buffers(text, T), set())
 
@@ -223,6 +360,7 @@ class MeshTest(chex.TestCase):
           arrays["positions"],
           arrays["segment_ids"],
           attention="sparse",
+          lm_loss=True,
           index_loss=True,
         )
         parts = jax.tree.leaves((losses.lm, losses.index, losses.balance))

@@ -1,0 +1,60 @@
+"""The life cycle of DSA on one H200, with retrieval over long contexts.
+
+Python's own source code, half of it with key-value pairs planted in the text:
+pretraining at short sequences, extension to T = 8192 with YaRN, the warm-up of
+the indexer, and sparse training at T = 16 K.
+"""
+
+import dataclasses
+
+from dsa_jax import config as model_lib
+from train import config as config_lib
+from train import data as data_lib
+from train import retrieval as retrieval_lib
+
+
+def config() -> config_lib.TrainConfig:
+  extend = config_lib.StageConfig(
+    kind="extend", steps=150, seq_len=8192, batch_size=8, lr_scale=0.5
+  )
+  return config_lib.TrainConfig(
+    run_dir="runs/h200_lifecycle",
+    model=model_lib.ModelConfig(
+      vocab_size=264,
+      embed_dim=512,
+      num_layers=6,
+      num_dense_layers=1,
+      num_heads=4,
+      nope_head_dim=96,
+      rope_head_dim=32,
+      value_head_dim=96,
+      q_rank=256,
+      kv_rank=128,
+      index_heads=4,
+      index_head_dim=64,
+      top_k=512,
+      dense_ffn_dim=2048,
+      expert_ffn_dim=512,
+      num_experts=32,
+      experts_per_token=2,
+      yarn=model_lib.YarnConfig(factor=8.0, original_context=1024),
+      dtype="bfloat16",
+    ),
+    stages=(
+      config_lib.StageConfig(
+        kind="pretrain", steps=1500, seq_len=1024, batch_size=64
+      ),
+      extend,
+      dataclasses.replace(extend, kind="warmup", steps=100),
+      dataclasses.replace(extend, kind="sparse", steps=120, lr_scale=0.3),
+    ),
+    optimizer=config_lib.OptimizerConfig(peak_lr=1e-3, indexer_lr=1e-3),
+    data=data_lib.DataConfig(
+      retrieval=retrieval_lib.RetrievalConfig(
+        fraction=0.5, key_letters=2, value_digits=3
+      )
+    ),
+    log=config_lib.LogConfig(
+      every=20, eval_every=10000, eval_batches=8, sample_every=10000
+    ),
+  )

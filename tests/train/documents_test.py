@@ -1,0 +1,236 @@
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import unittest.mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import grain
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+import tyro
+
+from tests.train import data_test
+from train import data
+from train import documents as documents_lib
+
+rows, served = data_test.rows, data_test.served
+side, take = data_test.side, data_test.take
+
+
+class SplitTest(data_test.DataTestCase):
+  def test_split(self):
+    texts = self.words(3000)
+    corpus = self.corpus(texts, heldout_fraction=0.1)
+    train, heldout = (
+      side(corpus.train),
+      side(corpus.heldout),
+    )
+    self.assertCountEqual(train + heldout, texts)
+    self.assertBetween(len(heldout), 250, 350)
+    # Documents added at the end change no side.
+    fewer = self.corpus(texts[:2000], heldout_fraction=0.1)
+    self.assertEqual(side(fewer.heldout), heldout[: len(fewer.heldout)])
+    self.assertEqual(side(fewer.train), train[: len(fewer.train)])
+
+  @parameterized.parameters(1e-9, 0.02, 1 - 1e-9)
+  def test_both_sides_have_a_document(self, fraction):
+    for n in range(2, 8):
+      corpus = self.corpus(self.words(n), heldout_fraction=fraction)
+      self.assertNotEmpty(corpus.train)
+      self.assertNotEmpty(corpus.heldout)
+      self.assertLen(side(corpus.train) + side(corpus.heldout), n)
+
+  def test_one_document_is_too_few(self):
+    with self.assertRaisesRegex(data.DataError, "1 document is too few.*Cut"):
+      self.corpus(["text"])
+
+
+class DocumentsTest(data_test.DataTestCase):
+  def open(self, *sources, text_field="text") -> documents_lib.Documents:
+    sources = [f"{self.folder}/{source}" for source in sources]
+    return documents_lib.open_documents(",".join(sources), text_field)
+
+  def write_parquet(self, name, columns, **kwargs):
+    path = self.folder / name
+    parquet.write_table(pa.table(columns), path, **kwargs)
+    return str(path)
+
+  def test_stdlib(self):
+    documents = documents_lib.open_documents("stdlib", "text")
+    texts = side(documents)
+    self.assertGreater(len(texts), 300)
+    self.assertTrue(all(texts))
+    root = os.path.dirname(os.__file__)
+    for name in ("json/decoder.py", "abc.py"):
+      with open(os.path.join(root, name), newline="") as file:
+        self.assertIn(file.read(), texts)
+    corpus = data.Corpus(data.DataConfig())
+    self.assertIn(f"{len(corpus.train):,} documents to train on", str(corpus))
+    self.assertBetween(len(corpus.heldout) / len(texts), 0.005, 0.05)
+    batch = next(corpus.batches(seq_len=64, batch_size=2, seed=0))
+    self.assertEqual(batch["tokens"].shape, (2, 64))
+
+  def test_globs(self):
+    self.write("b/deep/1.txt", "one\r\n")
+    self.write("a.txt", "zwei €")
+    self.write("b/empty.md", "")
+    self.write("b/3.MD", "three")
+    self.write("b/no.py", "pass")
+    expected = ["zwei €", "three", "one\r\n"]
+    self.assertEqual(side(self.open("**/*.txt", "b/*.[mM][dD]")), expected)
+    # Neither the order of the patterns nor overlaps matter.
+    self.assertEqual(
+      side(self.open("b/**/*.[mM][dD]", "**/*.txt", "a.*")), expected
+    )
+
+  def test_json_lines(self):
+    texts = ["one", "zwei €\n", "🙂\u2028x", "", "five"]
+    lines = [json.dumps({"id": i, "text": t}) for i, t in enumerate(texts)]
+    lines[2] = json.dumps({"text": texts[2]}, ensure_ascii=False)
+    lines.insert(1, "")
+    self.write("x.jsonl", "\r\n".join(lines) + "\n\n")
+    self.write("y.jsonl", '{"text": "last"}')
+    self.write("z.jsonl", "")
+    self.assertEqual(
+      side(self.open("*.jsonl")), [t for t in texts if t] + ["last"]
+    )
+
+  def test_parquet(self):
+    texts = [f"text {i} é" if i % 7 else None for i in range(25)]
+    columns = {"body": texts, "id": list(range(25))}
+    self.write_parquet("x.parquet", columns, row_group_size=4)
+    documents = self.open("x.parquet", text_field="body")
+    self.assertLen(documents, 25)
+    for i in np.random.default_rng(0).permutation(25):
+      self.assertEqual(documents[int(i)], texts[i] or "")
+
+  def test_empty_parquet_rows_are_skipped(self):
+    texts = [""] * 40
+    texts[::2] = [f"text {i}" for i in range(20)]
+    source = self.write_parquet("x.parquet", {"text": texts})
+    corpus = data.Corpus(data.DataConfig(source=source, heldout_fraction=0.3))
+    self.set_block_tokens(1)  # the stream itself, unshuffled
+    batches = corpus.batches(seq_len=16, batch_size=1, seed=0)
+    self.assertNotIn("", served(rows(take(batches, 64))))
+    batches = corpus.heldout_batches(seq_len=16, batch_size=2, max_batches=99)
+    tokens = rows(list(batches))
+    heldout = [text for text in side(corpus.heldout) if text]
+    self.assertCountEqual(served(tokens[tokens > 0]), heldout)
+
+  def test_kinds_mix(self):
+    self.write("b.txt", "text")
+    self.write("c.jsonl", '{"text": "line"}\n{"text": "line 2"}')
+    self.write_parquet("a.parquet", {"text": ["row", "row 2"]})
+    documents = self.open("*")
+    self.assertEqual(
+      side(documents), ["row", "row 2", "text", "line", "line 2"]
+    )
+    copy = pickle.loads(pickle.dumps(documents))
+    self.assertEqual(side(copy), side(documents))
+    with self.assertRaises(IndexError):
+      _ = documents[5]
+    with self.assertRaises(IndexError):
+      _ = documents[-1]
+
+  def test_threads_may_read_together(self):
+    texts = self.words(300)
+    self.write_parquet("x.parquet", {"text": texts}, row_group_size=7)
+    self.write(
+      "y.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)
+    )
+    documents = self.open("*")
+    read = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
+    dataset = grain.MapDataset.source(documents).to_iter_dataset(read)
+    self.assertEqual(list(dataset), texts * 2)
+
+  @parameterized.parameters(
+    (
+      "x.txt",
+      b"ok \xc3\xa9 \xff",
+      r"x.txt is not UTF-8: byte 0xff at offset 6",
+    ),
+    ("x.gz", b"\x1f\x8b\x08", "not UTF-8.*convert it.* or narrow the glob"),
+    ("x.txt", b"", "1 files, all of them empty; point it at"),
+    ("x.jsonl", b'\n\n{"text": ""}\n', "all of them empty"),
+    ("x.jsonl", b'{"text": "a"}\n{"text"', "x.jsonl:2 is not JSON"),
+    ("x.jsonl", b'{"text": "a"}\n\n[1]', "x.jsonl:3 holds a list, not an obj"),
+    ("x.jsonl", b'{"body": "a"}', r"x.jsonl:1 has no field 'text'.*\['body'\]"),
+    ("x.jsonl", b'{"text": null}', "x.jsonl:1: field 'text' holds a NoneType"),
+    ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: .*not valid Unicode"),
+    ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "0xff at offset 24"),
+    ("x.parquet", b"PAR", "x.parquet is not Parquet.*narrow the glob"),
+    ("x.parquet", b"", "x.parquet is not Parquet"),
+  )
+  def test_bad_files(self, name, content, message):
+    self.write(name, content)
+    with self.assertRaisesRegex(data.DataError, message):
+      self.open("x.*")
+
+  def test_bad_parquet_columns(self):
+    columns = {"id": [1, 2], "body": ["a", "b"]}
+    self.write_parquet("x.parquet", columns)
+    for field in ("text", "id"):
+      with self.assertRaisesRegex(
+        data.DataError, rf"no column '{field}' of strings.*\['body'\]"
+      ):
+        self.open("x.parquet", text_field=field)
+
+  def test_empty_parquet(self):
+    source = self.write_parquet("x.parquet", {"text": ["", None, ""]})
+    with self.assertRaisesRegex(data.DataError, "all empty; remove"):
+      data.Corpus(data.DataConfig(source=source))
+    self.write_parquet("y.parquet", {"text": pa.array([], pa.string())})
+    with self.assertRaisesRegex(data.DataError, "all of them empty"):
+      self.open("y.parquet")
+
+  def test_no_match(self):
+    self.write("x.txt", "text")
+    with self.assertRaisesRegex(data.DataError, "nope.*matches no file in /"):
+      self.open("x.txt", "nope/*.txt")
+    with self.assertRaisesRegex(data.DataError, "matches no file"):
+      documents_lib.open_documents("", "text")
+
+  def test_missing_pyarrow(self):
+    self.write("x.parquet", "")
+    with (
+      unittest.mock.patch.dict(sys.modules, {"pyarrow": None}),
+      self.assertRaisesRegex(data.DataError, r"pip install .dsa-jax\[parquet"),
+    ):
+      self.open("x.parquet")
+
+
+class DataConfigTest(parameterized.TestCase):
+  @parameterized.parameters(
+    dict(heldout_fraction=0.0),
+    dict(heldout_fraction=1.0),
+    dict(heldout_fraction=float("nan")),
+    dict(shuffle_seed=-1),
+  )
+  def test_validates(self, **config):
+    (name,) = config
+    with self.assertRaisesRegex(data.DataError, name):
+      data.DataConfig(**config)
+
+  def test_help(self):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), self.assertRaises(SystemExit):
+      tyro.cli(data.DataConfig, args=["--help"])
+    help_text = re.sub(r"[│\s]+", " ", printed.getvalue())
+    for words in (
+      "Python's standard library",
+      "Field (JSON lines)",
+      "path of a tokenizer.json",
+      "kept out of training",
+      "order of the training documents",
+    ):
+      self.assertIn(words, help_text)
+
+
+if __name__ == "__main__":
+  absltest.main()

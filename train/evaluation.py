@@ -1,0 +1,185 @@
+"""What a checkpoint is worth: held-out text, retrieval, and what it selects."""
+
+from collections.abc import Callable
+import functools
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax import recall
+from train import config as config_lib
+from train import data as data_lib
+from train import metrics as metrics_lib
+from train import retrieval as retrieval_lib
+from train import step as step_lib
+
+type Attention = Literal["dense", "sparse"]
+
+# Lengths that retrieval is asked at, as fractions of the stage's sequences.
+_LENGTHS = (1 / 8, 1 / 4, 1 / 2, 1)
+
+
+class Evaluation:
+  """Evaluates a stage's model as it trains, and in both ways at its end.
+
+  Writes "eval" and "retrieval" lines to the metrics, and the keys that each
+  layer selects on a held-out row to RUN_DIR/selections/STEP.npz.
+  """
+
+  def __init__(
+    self,
+    cfg: config_lib.TrainConfig,
+    stage: config_lib.StageConfig,
+    model: step_lib.Model,
+    corpus: data_lib.Corpus,
+    metrics: metrics_lib.Writer,
+    put: Callable[[np.ndarray], jax.Array],
+  ):
+    """`put` lays an array [B, ...] out over the devices."""
+    self._cfg, self._stage, self._model = cfg, stage, model
+    self._corpus, self._metrics, self._put = corpus, metrics, put
+    self._rows = stage.batch_size // stage.microbatches
+    self._text_steps = {
+      way: step_lib.make_eval_step(model, way) for way in ("dense", "sparse")
+    }
+    self._answer_steps = {
+      way: make_answer_step(model, way) for way in ("dense", "sparse")
+    }
+
+  def __call__(
+    self, step: int, state: step_lib.TrainState, *, last: bool
+  ) -> None:
+    # Nothing is chosen from K keys or fewer.
+    can_choose = self._stage.seq_len > self._cfg.model.top_k
+    way = "sparse" if self._stage.trains_indexer else "dense"
+    ways = ["dense", "sparse"] if last and can_choose else [way]
+    self._text(step, state, ways)
+    if self._cfg.data.retrieval.fraction:
+      for way in ways:
+        self._retrieval(step, state, way)
+    if last and can_choose:
+      self._selections(step, state)
+
+  def _heldout(self, batches: int):
+    return self._corpus.heldout_batches(
+      seq_len=self._stage.seq_len,
+      batch_size=self._rows,
+      max_batches=batches,
+    )
+
+  def _text(self, step, state, ways) -> None:
+    """Bits per byte; in sparse attention, recall too."""
+    values: dict[str, Any] = {"stage": self._stage.kind}
+    for way in ways:
+      sums = [
+        self._text_steps[way](state, jax.tree.map(self._put, batch))
+        for batch in self._heldout(self._cfg.log.eval_batches)
+      ]
+      total = jax.tree.map(lambda *xs: np.sum(xs, 0), *jax.device_get(sums))
+      values[way] = metrics_lib.bits_per_byte(
+        float(total["nats"]), float(total["bytes"])
+      )
+      if total.get("queries"):
+        per_layer = total["recall"] / total["queries"]
+        values["recall"] = float(per_layer.mean())
+        values["recall_per_layer"] = per_layer.tolist()
+    self._metrics.write(step, "eval", values)
+    line = ", ".join(f"{way} {values[way]:.4f}" for way in ways)
+    if "recall" in values:
+      line += f"; recall {values['recall']:.1%}"
+    print(f"held-out bits/byte after step {step}: {line}", flush=True)
+
+  def _retrieval(self, step, state, way) -> None:
+    """Share of right answers, by length of the text and depth of the pair."""
+    T = self._stage.seq_len
+    least = self._corpus.least_probe_tokens
+    lengths = [round(T * f) for f in _LENGTHS if round(T * f) >= least]
+    if not lengths:
+      print(f"retrieval is not evaluated: {T=} is below {least}", flush=True)
+      return
+    accuracy = []
+    for length in lengths:
+      right = [
+        self._answer_steps[way](state, jax.tree.map(self._put, vars(probes)))
+        for probes in self._corpus.retrieval_probes(
+          seq_len=T, batch_size=self._rows, length=length
+        )
+      ]
+      accuracy.append(np.mean(np.concatenate(jax.device_get(right)), 0))
+    self._metrics.write(
+      step,
+      "retrieval",
+      {
+        "stage": self._stage.kind,
+        "attention": way,
+        "lengths": lengths,
+        "depths": retrieval_lib.DEPTHS.tolist(),
+        "accuracy": np.stack(accuracy).tolist(),
+      },
+    )
+    line = ", ".join(
+      f"{length}: {row.mean():.1%}" for length, row in zip(lengths, accuracy)
+    )
+    print(f"retrieval after step {step}, {way}: {line}", flush=True)
+
+  def _selections(self, step, state) -> None:
+    """The keys chosen for a sample of the queries of one held-out row."""
+
+    batch = next(iter(self._heldout(1)))
+    indices, place = jax.device_get(
+      make_select_step(self._model)(state, jax.tree.map(self._put, batch))
+    )
+    queries = np.asarray(recall.sample(jnp.arange(self._stage.seq_len)[None]))
+    file = pathlib.Path(self._cfg.run_dir) / "selections" / f"{step}.npz"
+    file.parent.mkdir(exist_ok=True)
+    np.savez_compressed(
+      file,
+      queries=queries[0],
+      indices=indices[:, :, 0],
+      starts=queries[0] - place[0],  # of its document
+      length=self._stage.seq_len,
+    )
+
+
+@functools.lru_cache  # stages of one model share what is compiled
+def make_answer_step(
+  model: step_lib.Model, attention: Attention
+) -> Callable[[step_lib.TrainState, dict[str, jax.Array]], jax.Array]:
+  """Which questions of a batch of probes are answered right: bool [B, D].
+
+  An answer is right if each of its tokens is the likeliest, given the others.
+  """
+
+  @jax.jit
+  def answer_step(state, probes):
+    at_BDA, answers_BDA = probes["at"], probes["answers"]
+    B, D, A = at_BDA.shape
+    logits_BPV = model.merge(state.params, state.router_bias).predict(
+      probes["tokens"],
+      jnp.maximum(at_BDA, 0).reshape(B, D * A),
+      probes["positions"],
+      probes["segment_ids"],
+      attention=attention,
+    )
+    guess_BDA = jnp.argmax(logits_BPV, -1).reshape(B, D, A)
+    return ((guess_BDA == answers_BDA) | (at_BDA < 0)).all(-1)
+
+  return answer_step
+
+
+@functools.lru_cache
+def make_select_step(model: step_lib.Model) -> Callable[..., Any]:
+  """Of a sample of the queries of a batch: selected keys, and positions."""
+
+  @jax.jit
+  def select_step(state, batch):
+    output: Any = model.merge(state.params, state.router_bias).forward(
+      batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    selected_LQBK = recall.sample(output.selected.swapaxes(1, 2))
+    return selected_LQBK, recall.sample(batch["positions"])
+
+  return select_step

@@ -1,0 +1,198 @@
+"""What a run's folder says of it: config, metrics and selections, read back."""
+
+from collections.abc import Iterable
+import dataclasses
+import json
+import pathlib
+from typing import Any
+import zipfile
+
+from jaxtyping import Float, Int
+import numpy as np
+
+type Line = dict[str, Any]  # of metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """The steps of a stage: `begin` is the last one before it."""
+
+  kind: str
+  begin: int
+  end: int
+
+  def __contains__(self, step: int) -> bool:
+    return self.begin < step <= self.end
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+  """What was measured over one stage; NaN where there was nothing to."""
+
+  steps: Int[np.ndarray, " points"]
+  values: Float[np.ndarray, "points ..."]
+  stage: str  # its kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """What a run's folder tells."""
+
+  lines: list[Line]
+  spans: list[Span]
+  top_k: int
+  selections: list[tuple[int, pathlib.Path]]  # by step, ascending
+
+
+def read(run_dir: pathlib.Path) -> Record:
+  """The record in a run's folder.
+
+  Raises:
+    ValueError: It is not a run's folder, or a file there is damaged; names it.
+  """
+  for name in ("config.json", "metrics.jsonl"):
+    if not (run_dir / name).is_file():
+      raise ValueError(
+        f"{run_dir} is not the folder of a run: it has no {name}. Give the "
+        "run_dir of a run that has begun to train."
+      )
+  try:
+    cfg = json.loads((run_dir / "config.json").read_bytes())
+    stages = [(stage["kind"], stage["steps"]) for stage in cfg["stages"]]
+    top_k = cfg["model"]["top_k"]
+  except (ValueError, KeyError, TypeError) as e:
+    raise ValueError(
+      f"{run_dir / 'config.json'} is not the config of a run: {e!r}. Restore "
+      "it; the trainer writes it as the run begins."
+    ) from e
+  lines = _read_lines(run_dir / "metrics.jsonl")
+  selections = sorted(
+    (int(file.stem), file)
+    for file in run_dir.glob("selections/*.npz")
+    if file.stem.isdecimal()
+  )
+  last = max((line["step"] for line in lines), default=0)
+  return Record(lines, stage_spans(stages, last), top_k, selections)
+
+
+def _read_lines(file: pathlib.Path) -> list[Line]:
+  lines = []
+  for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+    try:
+      line = json.loads(text)
+      if not isinstance(line["step"], int) or not isinstance(line["kind"], str):
+        raise TypeError("step must be a whole number and kind a text")
+    except (ValueError, KeyError, TypeError) as e:
+      raise ValueError(
+        f"{file}, line {number} is malformed: {e!r}. A run that was killed may "
+        "leave half a line: delete it."
+      ) from e
+    lines.append(line)
+  return lines
+
+
+def stage_spans(stages: Iterable[tuple[str, int]], last: int) -> list[Span]:
+  """The spans of the stages, each its kind and steps, that began by `last`."""
+  spans, begin = [], 0
+  for kind, steps in stages:
+    if begin < last:
+      spans.append(Span(kind, begin, min(begin + steps, last)))
+    begin += steps
+  return spans
+
+
+def _within(lines: list[Line], kind: str, span: Span) -> list[Line]:
+  return [x for x in lines if x["kind"] == kind and x["step"] in span]
+
+
+def series(
+  lines: list[Line], spans: list[Span], kind: str, name: str
+) -> list[Series]:
+  """What lines of `kind` have by `name`: a series a stage that has any."""
+  found = []
+  for span in spans:
+    having = [line for line in _within(lines, kind, span) if name in line]
+    if having:
+      steps = np.array([line["step"] for line in having])
+      values = np.array([line[name] for line in having], float)  # null is NaN
+      found.append(Series(steps, values, span.kind))
+  return found
+
+
+def heldout(lines: list[Line], name: str, since: int) -> Series | None:
+  """What evaluations at the step `since` and later have by `name`."""
+  last = max((line["step"] for line in lines), default=0)
+  found = series(lines, [Span("", since - 1, last)], "eval", name)
+  return found[0] if found else None
+
+
+def smoothed(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+  """The mean over some 4% of the points around each.
+
+  The first points take as few from after them as there are before them: their
+  loss falls fast, and a lopsided mean would hide where it began.
+  """
+  N = len(values)
+  i = np.arange(N)
+  reach = np.minimum(i, N // 50)
+  first, beyond = i - reach, np.minimum(i + reach + 1, N)
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  return (sums[beyond] - sums[first]) / (beyond - first)
+
+
+def retrievals(
+  lines: list[Line], spans: list[Span]
+) -> list[tuple[str, dict[str, Line]]]:
+  """Each stage's kind, and the lines of its last measured step by attention."""
+  found = []
+  for span in spans:
+    if having := _within(lines, "retrieval", span):
+      last = max(line["step"] for line in having)
+      ways = {x["attention"]: x for x in having if x["step"] == last}
+      found.append((span.kind, ways))
+  return found
+
+
+def density(
+  indices_TK: Int[np.ndarray, "T K"], num_keys: int, most_bins: int
+) -> tuple[Float[np.ndarray, "T bins"], int]:
+  """The share of each bin's keys that a query selects, and a bin's keys.
+
+  The bins are the fewest keys wide that give at most `most_bins`; the last one
+  may hold fewer. An index of -1 selects nothing.
+  """
+  width = -(-num_keys // most_bins)
+  bins = -(-num_keys // width)
+  rows, columns = np.nonzero(indices_TK >= 0)
+  counts = np.zeros((len(indices_TK), bins))
+  np.add.at(counts, (rows, indices_TK[rows, columns] // width), 1)
+  sizes = np.minimum(width, num_keys - width * np.arange(bins))
+  return counts / sizes[None], width
+
+
+def chosen_layers(num_layers: int, most: int) -> list[int]:
+  """At most `most` layers, evenly spread, the first and the last among them."""
+  spread = np.linspace(0, num_layers - 1, min(most, num_layers))
+  return [int(layer) for layer in spread.round()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """The keys that each layer selects for a sample of a row's queries."""
+
+  queries: Int[np.ndarray, " T"]  # their places in the row
+  indices: Int[np.ndarray, "L T K"]  # -1 selects nothing
+  starts: Int[np.ndarray, " T"]  # the first key that each may see
+  length: int  # S, of the row
+
+  @classmethod
+  def read(cls, file: pathlib.Path) -> "Selection":
+    """Raises a ValueError that names the file where it is damaged."""
+    try:
+      with file.open("rb") as content, np.load(content) as arrays:
+        queries, indices = arrays["queries"], arrays["indices"]
+        return cls(queries, indices, arrays["starts"], int(arrays["length"]))
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+      raise ValueError(
+        f"{file} is malformed: {e!r}. Delete it; the others will be drawn."
+      ) from e
