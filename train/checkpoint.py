@@ -133,7 +133,7 @@ class Origin:
         has them in other shapes.
     """
     self._path = _find(cfg.init_from or "")
-    saved: Any = ocp.checkpointables_metadata(str(self._path)).metadata["state"]
+    saved: Any = ocp.metadata(str(self._path), "state").metadata
     _, init = step_lib.init(cfg.model, cfg.seed)
     params, _ = jax.eval_shape(init, jax.random.key(cfg.seed))
     has, needs = _shapes(saved["params"]), _shapes(params)
