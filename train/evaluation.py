@@ -3,20 +3,19 @@
 from collections.abc import Callable
 import functools
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax import frame as frame_lib
 from dsa_jax import recall
 from train import config as config_lib
 from train import data as data_lib
 from train import metrics as metrics_lib
 from train import retrieval as retrieval_lib
 from train import step as step_lib
-
-type Attention = Literal["dense", "sparse"]
 
 # Lengths that retrieval is asked at, as fractions of the stage's sequences.
 _LENGTHS = (1 / 8, 1 / 4, 1 / 2, 1)
@@ -146,7 +145,7 @@ class Evaluation:
 
 @functools.lru_cache  # stages of one model share what is compiled
 def make_answer_step(
-  model: step_lib.Model, attention: Attention
+  model: step_lib.Model, attention: frame_lib.Attention
 ) -> Callable[[step_lib.TrainState, dict[str, jax.Array]], jax.Array]:
   """Which questions of a batch of probes are answered right: bool [B, D].
 

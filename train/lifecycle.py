@@ -9,7 +9,6 @@ written to RUN_DIR/lifecycle.md. The same command goes on after an interruption.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import Any
@@ -19,8 +18,7 @@ import numpy as np
 from train import config as config_lib
 from train import loop
 from train import main as main_lib
-
-type Line = dict[str, Any]
+from train import record as record_lib
 
 
 def control(cfg: config_lib.TrainConfig) -> config_lib.TrainConfig:
@@ -50,7 +48,9 @@ def control(cfg: config_lib.TrainConfig) -> config_lib.TrainConfig:
 
 def table(cfg: config_lib.TrainConfig) -> str:
   """Markdown: what each model is worth, dense and sparse."""
-  run, other = _lines(cfg.run_dir), _lines(control(cfg).run_dir)
+  run, other = (
+    record_lib.read(pathlib.Path(x.run_dir)).lines for x in (cfg, control(cfg))
+  )
   dense_end, warmup_end, end = cfg.stage_ends[-3:]
   rows = [
     ("dense", "dense", run, dense_end),
@@ -91,19 +91,16 @@ def table(cfg: config_lib.TrainConfig) -> str:
   )
 
 
-def _lines(run_dir: str) -> list[Line]:
-  text = (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8")
-  return [json.loads(line) for line in text.splitlines()]
-
-
-def _at(lines: list[Line], step: int, kind: str, **wanted: Any) -> Line:
+def _at(
+  lines: list[record_lib.Line], step: int, kind: str, **wanted: Any
+) -> record_lib.Line:
   """The one line of this step and kind."""
   wanted |= {"step": step, "kind": kind}
   (line,) = (x for x in lines if wanted.items() <= x.items())
   return line
 
 
-def _milliseconds(lines: list[Line], begin: int, end: int) -> float:
+def _milliseconds(lines: list[record_lib.Line], begin: int, end: int) -> float:
   """Median time of a step of a stage, without its first, which warms up."""
   times = [
     line["ms_per_step"]

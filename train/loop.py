@@ -293,7 +293,8 @@ class _StageLog:
 
   def __init__(self, run: Run, stage: config_lib.StageConfig, begin, end):
     self._run, self._stage, self._begin, self._end = run, stage, begin, end
-    self._rate = optimizer_lib.rate(run.cfg.optimizer, stage)
+    # The model's; the indexer's where that alone is trained.
+    self._rate, *_ = optimizer_lib.rates(run.cfg.optimizer, stage).values()
     self._flops = run._flops_per_token(stage)
     kind = run.mesh.devices.flat[0]
     peak = metrics_lib.peak_flops(kind)

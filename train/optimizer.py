@@ -12,15 +12,22 @@ def make_optimizer(
   cfg: config_lib.OptimizerConfig, stage: config_lib.StageConfig
 ) -> optax.GradientTransformation:
   """The optimizer of what a stage trains: see `split`."""
-  rates = {}
-  if stage.trains_model:
-    rates["model"] = schedule(cfg, cfg.peak_lr * stage.lr_scale, stage.steps)
-  if stage.trains_indexer:
-    peak = cfg.indexer_lr * stage.indexer_lr_scale
-    rates["indexer"] = schedule(cfg, peak, stage.steps)
   return optax.partition(
-    {part: _adamw(cfg, rate) for part, rate in rates.items()}, label
+    {part: _adamw(cfg, rate) for part, rate in rates(cfg, stage).items()}, label
   )
+
+
+def rates(
+  cfg: config_lib.OptimizerConfig, stage: config_lib.StageConfig
+) -> dict[str, optax.Schedule]:
+  """The learning rate of each part that a stage trains, the model's first, by
+  steps since the stage began."""
+  peaks = {}
+  if stage.trains_model:
+    peaks["model"] = cfg.peak_lr * stage.lr_scale
+  if stage.trains_indexer:
+    peaks["indexer"] = cfg.indexer_lr * stage.indexer_lr_scale
+  return {part: schedule(cfg, x, stage.steps) for part, x in peaks.items()}
 
 
 def split(params: Any, stage: config_lib.StageConfig) -> tuple[Any, Any]:
@@ -41,17 +48,6 @@ def merge(trained: Any, frozen: Any) -> Any:
     frozen,
     is_leaf=lambda x: x is None,
   )
-
-
-def rate(
-  cfg: config_lib.OptimizerConfig, stage: config_lib.StageConfig
-) -> optax.Schedule:
-  """The learning rate to show, by steps since the stage began: the model's, or
-  the indexer's where that alone is trained."""
-  peak = cfg.indexer_lr * stage.indexer_lr_scale
-  if stage.trains_model:
-    peak = cfg.peak_lr * stage.lr_scale
-  return schedule(cfg, peak, stage.steps)
 
 
 def schedule(

@@ -3,7 +3,6 @@
 Tiles are larger there, and several rows of the batch run at once.
 """
 
-import functools
 from unittest import mock
 
 from absl.testing import parameterized
@@ -102,7 +101,7 @@ class AcceleratorTest(chex.TestCase):
       mock.patch.object(jax, "default_backend", return_value="gpu"),
       mock.patch.object(pallas_kernels.dispatch, "_warn_portable"),
     ):
-      lowered = jax.jit(functools.partial(op)).lower(make_inputs())
+      lowered = jax.jit(op).lower(make_inputs())
     actual = lowered.compile()(make_inputs())
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
       rows.assert_close(x, y, 3e-6, 1e-6)
