@@ -125,7 +125,15 @@ class Corpus:
     seeds = np.random.SeedSequence([self._config.shuffle_seed, seed])
     seed = int(seeds.generate_state(1)[0])
     stream = _Stream(texts=self.train, tokenizer=self.tokenizer, seed=seed)
-    rows = self._block_rows(seq_len, batch_size)
+    rows = self.check_sizes(seq_len, batch_size)
+    return _ShuffledBatches(stream, self._planter, rows, seq_len, batch_size)
+
+  def check_sizes(self, seq_len: int, batch_size: int) -> int:
+    """Returns the rows of a block of `batches` of this size.
+
+    Raises:
+      DataError: a size is below 1, or too small for retrieval.
+    """
     retrieval = self._config.retrieval
     if retrieval.fraction:
       least = self._planter.least_tokens(1)
@@ -134,7 +142,7 @@ class Corpus:
           f"{seq_len=} and {retrieval.min_tokens=} must be at least {least}, a"
           " pair and its question; raise them, or set retrieval.fraction=0."
         )
-    return _ShuffledBatches(stream, self._planter, rows, seq_len, batch_size)
+    return self._block_rows(seq_len, batch_size)
 
   def heldout_batches(
     self, *, seq_len: int, batch_size: int, max_batches: int

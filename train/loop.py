@@ -41,6 +41,8 @@ class Run:
     """
     self.cfg = cfg
     self.corpus = data_lib.Corpus(cfg.data)
+    for stage in cfg.stages:
+      self.corpus.check_sizes(stage.seq_len, stage.batch_size)
     vocab = self.corpus.tokenizer.vocab_size
     if cfg.model.vocab_size < vocab:
       raise ValueError(

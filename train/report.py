@@ -247,11 +247,17 @@ def draw_accuracy(record: record_lib.Record) -> Figure:
 
 
 def draw_selection(record: record_lib.Record) -> Figure:
-  """The keys that some layers select, at the first and the last stage's end."""
+  """The keys that some layers select, at the first and the last stage's end.
+
+  Stages of shorter rows than the last one's are left out: their maps are those
+  of other data, and have another scale.
+  """
   if not record.selections:
     return None
-  ends = dict((record.selections[0], record.selections[-1]))
-  maps = {step: record_lib.Selection.read(file) for step, file in ends.items()}
+  read = record_lib.Selection.read
+  all_maps = [(step, read(file)) for step, file in record.selections]
+  alike = [x for x in all_maps if x[1].length == all_maps[-1][1].length]
+  maps = dict((alike[0], alike[-1]))
   columns = min(5, max(len(x.indices) for x in maps.values()))
   fig = _figure(0.9 + 2.5 * len(maps))
   grid = fig.subplots(len(maps), columns, squeeze=False)

@@ -1,8 +1,8 @@
 """Text with key-value pairs planted in it, and questions for them.
 
-A pair reads `[abcd:1234]`. At the end of its document the same text comes
-again as a question: after `[abcd:` only `1234` can follow, and to know it the
-model must find the pair, however far back. One pair in a long document is a
+A pair reads `[abcd1234]`. At the end of its document the same text comes again
+as a question: after `[abcd` only `1234` can follow, and to know it the model
+must find the pair, however far back. One pair in a long document is a
 needle in a haystack, many pairs are multi-query associative recall.
 
 Shapes: B batch, T sequence length, L tokens of a document, P pairs of a
@@ -99,7 +99,6 @@ class Planter:
     self._pair_size = (
       size("[")
       + config.key_letters * size(string.ascii_lowercase)
-      + size(":")
       + self._value_size
       + len(self._close)
     )
@@ -134,7 +133,7 @@ class Planter:
     is_text = tokens != self._tokenizer.eos_id
     filler = np.resize(tokens[is_text], seq_len)
     filler_bytes = np.resize(text_bytes[is_text], seq_len)
-    pair_bytes = len("[:]") + self.config.key_letters
+    pair_bytes = len("[]") + self.config.key_letters
     pair_bytes += self.config.value_digits
     shortest = self.config.min_tokens
     documents, rates = [], []
@@ -246,7 +245,7 @@ class Planter:
   def _encode_pairs(
     self, pairs: int, rng: np.random.Generator
   ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the ids of `[key:` and of the value, for each of some pairs."""
+    """Returns the ids of `[key` and of the value, for each of some pairs."""
     letters, digits = self.config.key_letters, self.config.value_digits
     base = len(string.ascii_lowercase)
     numbers = rng.choice(base**letters, pairs, replace=False)
@@ -254,7 +253,7 @@ class Planter:
     values = rng.integers(0, 10, (pairs, digits))
     encode = self._tokenizer.encode
     return (
-      [encode(f"[{key}:") for key in _spell(keys, "a")],
+      [encode(f"[{key}") for key in _spell(keys, "a")],
       [encode(value) for value in _spell(values, "0")],
     )
 

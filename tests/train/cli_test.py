@@ -88,6 +88,13 @@ TINY = "--config=configs/tiny.py"
       ["stages.1 (extend)", "seq_len=256", "128 tokens", "yarn.factor"],
     ),
     ([TINY, "--data.retrieval.fraction=2"], ["fraction=2"]),
+    (
+      [
+        *(TINY, "--data.retrieval.fraction=0.5", "--model.top_k=2"),
+        "--stages.1.seq_len=16",
+      ],
+      ["seq_len=16", "at least 21"],
+    ),
   ],
 )
 def test_refuses(monkeypatch, capsys, tmp_path, args, says):

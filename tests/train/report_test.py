@@ -299,6 +299,14 @@ class TestFigures:
       beyond.get_ydata(), [0, *np.repeat(range(1, 8), 2), 8]
     )
 
+  def test_the_maps_are_of_rows_of_one_length(self, run_dir):
+    folder = run_dir / "selections"
+    with np.load(folder / "30.npz") as arrays:
+      np.savez(folder / "20.npz", **{**arrays, "length": 64})
+    fig = report.draw_selection(record_lib.read(run_dir))
+    titles = [fig.axes[i].get_ylabel().splitlines()[0] for i in (0, 2)]
+    assert titles == ["warmup, step 30", "sparse, step 50"]
+
 
 def test_says_what_it_skips(monkeypatch, capsys, run_dir):
   write_lines(run_dir, [train(1, "pretrain", bits_per_byte=8.0)])
