@@ -302,7 +302,8 @@ class TestFigures:
   def test_the_maps_are_of_rows_of_one_length(self, run_dir):
     folder = run_dir / "selections"
     with np.load(folder / "30.npz") as arrays:
-      np.savez(folder / "20.npz", **{**arrays, "length": 64})
+      longer = {name: arrays[name] for name in arrays} | {"length": 64}
+    np.savez(folder / "20.npz", **longer)
     fig = report.draw_selection(record_lib.read(run_dir))
     titles = [fig.axes[i].get_ylabel().splitlines()[0] for i in (0, 2)]
     assert titles == ["warmup, step 30", "sparse, step 50"]
