@@ -16,9 +16,12 @@ from dsa_jax import mla
 from dsa_jax import moe
 from dsa_jax import norms
 
-# Cheap to keep and dear to compute again: a layer's selection and the results
-# of its attention (everything else of a layer is computed again).
-_KEPT = ("indexer_topk", "sparse_mla", "dense_mla")
+# What each kind of remat keeps of a layer. The selection always stays: chosen
+# again, it could be another one.
+_KEPT: dict[config_lib.Remat, tuple[str, ...]] = {
+  "attention": ("indexer_topk", "sparse_mla", "dense_mla"),
+  "selection": ("indexer_topk",),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +97,7 @@ def run_stack(
   frame: frame_lib.Frame,
   cache: mla.LayerCache | None = None,
   *,
-  remat: bool,
+  remat: config_lib.Remat,
   keep_hidden: bool,
 ) -> tuple[Float[Array, "B T D"], LayerOutput, Float[Array, "L B T D"] | None]:
   """Runs the layers one after another; compiled once for all of them.
@@ -104,7 +107,7 @@ def run_stack(
     x: The residual stream.
     frame: Positions and visible keys.
     cache: The layers' caches, with L in front.
-    remat: Compute each layer again in the backward pass, except `_KEPT`.
+    remat: What the backward pass keeps of a layer.
     keep_hidden: Return the stream after every layer, too.
   """
 
@@ -113,8 +116,9 @@ def run_stack(
     x, output = block(x, frame, cache)
     return x, (output, x if keep_hidden else None)
 
-  if remat:
-    policy = ad_checkpoint.checkpoint_policies.save_only_these_names(*_KEPT)
+  if remat != "none":
+    save = ad_checkpoint.checkpoint_policies.save_only_these_names
+    policy = save(*_KEPT[remat])
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
   x, (outputs, hidden) = jax.lax.scan(layer, x, (stack, cache))
   return x, outputs, hidden

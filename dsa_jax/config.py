@@ -5,6 +5,7 @@ from typing import Literal
 
 from dsa_jax import sharding
 
+type Remat = Literal["none", "attention", "selection"]
 type DType = Literal["float32", "bfloat16"]
 
 
@@ -99,8 +100,11 @@ class ModelConfig:
   """What activations are computed in."""
   param_dtype: DType = "float32"
   """What parameters are kept in."""
-  remat: bool = True
-  """Compute a layer again in the backward pass, but for its attention."""
+  remat: Remat = "attention"
+  """What the backward pass has of a layer besides its input; the rest it
+  computes again. "attention": the selected keys and the attention's results;
+  "selection": the selected keys alone, for long sequences of a large model;
+  "none": everything, nothing is computed again."""
   rules: sharding.ShardingRules = sharding.ShardingRules()
   """Which mesh axes shard which dimensions."""
 

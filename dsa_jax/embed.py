@@ -42,5 +42,5 @@ class Head(nnx.Module):
       x,
       self.w_DV[...].astype(self.cfg.dtype),
       preferred_element_type=jnp.float32,
-      out_sharding=self.cfg.rules("batch", None, "vocab"),
+      out_sharding=self.cfg.rules("batch", "seq", "vocab"),
     )

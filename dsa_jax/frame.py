@@ -13,6 +13,8 @@ import numpy as np
 
 from dsa_jax import config as config_lib
 from dsa_jax import rope
+from dsa_jax import sharding
+from dsa_jax import zigzag
 
 type Attention = Literal["dense", "sparse"]
 
@@ -23,7 +25,10 @@ Ids = Int[Array | np.ndarray, "B T"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
-  """Positions, visible keys, and how to attend."""
+  """Positions, visible keys, and how to attend.
+
+  Tokens are in the order of `zigzag.scatter`, keys in their natural order.
+  """
 
   cos: Float[Array, "B T R2"]
   sin: Float[Array, "B T R2"]
@@ -94,7 +99,8 @@ def make_frame(
       "segment_ids: a cache holds one document a row; pass none."
     )
   place = jnp.arange(shape[1], dtype=jnp.int32)[None]
-  place = jnp.broadcast_to(place, shape, out_sharding=cfg.rules("batch", "seq"))
+  natural = cfg.rules("batch", None)
+  place = jnp.broadcast_to(place, shape, out_sharding=natural)
   if offset is not None:
     place = place + offset
   start, end = jnp.zeros_like(place), place + 1
@@ -102,13 +108,16 @@ def make_frame(
     start = start + first[:, None]
     positions = place - start
   if segment_ids is not None:
-    segment_ids = jnp.asarray(segment_ids)
+    segment_ids = sharding.put(segment_ids, natural)
     previous = jnp.pad(segment_ids, [(0, 0), (1, 0)])[:, :-1]
     begins = (segment_ids != previous) | (place == 0)
     start = jax.lax.cummax(jnp.where(begins, place, 0), 1)
     real = segment_ids > 0
     start, end = jnp.where(real, start, 0), jnp.where(real, end, 0)
-  positions = place if positions is None else jnp.asarray(positions)
+  positions = place if positions is None else sharding.put(positions, natural)
+  start, end, positions = (
+    zigzag.scatter(x, cfg.rules) for x in (start, end, positions)
+  )
   cos, sin = rope.angles(positions, cfg)
   return Frame(
     cos=cos,

@@ -18,6 +18,7 @@ from dsa_jax import norms
 from dsa_jax import parameter
 from dsa_jax import rope
 from dsa_jax import sharding
+from dsa_jax import zigzag
 import pallas_kernels
 
 
@@ -27,7 +28,8 @@ class Scoring:
   """What a score is made of: `I[t, s] = sum_m w[t, m] relu(q[t, m] . k[s])`."""
 
   q_BTMI: Float[Array, "B T M I"]
-  k_BSI: Float[Array, "B S I"]
+  k_BSI: Float[Array, "BX S I"]
+  """A copy for each device of the context axis: see zigzag.py."""
   w_BTM: Float[Array, "B T M"]
 
 
@@ -38,7 +40,7 @@ class Indexer(nnx.Module):
     D, Q, M, I = cfg.embed_dim, cfg.q_rank, cfg.index_heads, cfg.index_head_dim
     self.cfg = cfg
     self.q_QMI = parameter.weight(
-      rngs, cfg, (Q, M, I), (None, "index_heads", None)
+      rngs, cfg, (Q, M, I), ("rank", "index_heads", None)
     )
     self.k_DI = parameter.weight(rngs, cfg, (D, I), ("embed", None))
     self.k_norm = norms.LayerNorm(I, cfg)
@@ -91,7 +93,8 @@ class Indexer(nnx.Module):
       return jnp.concatenate([y_rope, y[..., R:]], -1)
 
     q_BTMI = rotate_first(q_BTMI)
-    k_BSI = frame.extend(cached, rotate_first(k_BTI))
+    k_BTI = zigzag.gather_keys(rotate_first(k_BTI), rules)
+    k_BSI = frame.extend(cached, k_BTI)
     w_BTM = jnp.einsum(
       "BTD,DM->BTM",
       x.astype(jnp.float32),
@@ -116,7 +119,7 @@ class Indexer(nnx.Module):
       lambda *inputs: pallas_kernels.indexer_topk(*inputs, K)[0],
       in_specs=(
         rules("batch", "seq", "index_heads", None),
-        rules("batch", None, None),
+        rules("keys", None, None),
         rules("batch", "seq", "index_heads"),
         per_query,
         per_query,

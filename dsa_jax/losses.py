@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dsa_jax import embed
+from dsa_jax import sharding
 from pallas_kernels import tiles
 
 
@@ -36,13 +37,23 @@ def cross_entropy(
     x: The trunk's normalised output.
     targets: Of each position; to leave one out, drop its loss.
   """
-  (B, T, D), rules = x.shape, head.cfg.rules
+  (B, T, _), rules = x.shape, head.cfg.rules
   rows = -(-B // rules.shards("batch"))
   columns = head.cfg.vocab_size // rules.shards("vocab")
-  bT = tiles.tile_size(T, 4 * rows * columns)
-  pad = -T % bT
-  x = jnp.pad(x, [(0, 0), (0, pad), (0, 0)]).reshape(B, -1, bT, D)
-  targets = jnp.pad(targets, [(0, 0), (0, pad)]).reshape(B, -1, bT)
+  own = T // rules.shards("seq")
+  bT = tiles.tile_size(own, 4 * rows * columns)
+
+  def cut(x, y):  # [B, T, ...] -> [nT, B, bT, ...]
+    return tuple(
+      jax.vmap(lambda z: tiles.split(z, bT), 0, 1)(z) for z in (x, y)
+    )
+
+  wide, narrow = rules("batch", "seq", None), rules("batch", "seq")
+  tiled = rules(None, "batch", "seq", None), rules(None, "batch", "seq")
+  cut = sharding.local(cut, (wide, narrow), tiled)
+  join = sharding.local(
+    jax.vmap(lambda z: tiles.join(z, own), 1), tiled[1:], narrow
+  )
 
   @jax.checkpoint
   def tile(head, x, targets):
@@ -58,7 +69,4 @@ def cross_entropy(
     target_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), -1)
     return jax.nn.logsumexp(logits_BTV, -1) - target_BT
 
-  loss = jax.lax.map(
-    lambda xs: tile(head, *xs), (x.swapaxes(0, 1), targets.swapaxes(0, 1))
-  )
-  return loss.swapaxes(0, 1).reshape(B, -1)[:, :T]
+  return join(jax.lax.map(lambda xs: tile(head, *xs), cut(x, targets)))

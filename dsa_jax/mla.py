@@ -20,6 +20,7 @@ from dsa_jax import parameter
 from dsa_jax import recall
 from dsa_jax import rope
 from dsa_jax import sharding
+from dsa_jax import zigzag
 import pallas_kernels
 
 
@@ -74,11 +75,11 @@ class MLA(nnx.Module):
     self.cfg = cfg
     self.q_a_DQ = weight((D, Q), "embed", None)
     self.q_norm = norms.RMSNorm(Q, cfg)
-    self.q_b_QNX = weight((Q, N, H + R), None, "heads", None)  # X: H+R
+    self.q_b_QNX = weight((Q, N, H + R), "rank", "heads", None)  # X: H+R
     self.kv_a_DX = weight((D, C + R), "embed", None)  # X: C+R
     self.kv_norm = norms.RMSNorm(C, cfg)
-    self.k_b_CNH = weight((C, N, H), None, "heads", None)
-    self.v_b_CNU = weight((C, N, U), None, "heads", None)
+    self.k_b_CNH = weight((C, N, H), "rank", "heads", None)
+    self.v_b_CNU = weight((C, N, U), "rank", "heads", None)
     self.out_NUD = weight((N, U, D), "heads", None, "embed")
     self.indexer = indexer_lib.Indexer(cfg, rngs=rngs)
 
@@ -114,7 +115,7 @@ class MLA(nnx.Module):
     kr_BTR = rope.rotate(kr_BTR, frame.cos, frame.sin, interleaved=True)
     kv_BTX = jnp.concatenate([c_BTC, kr_BTR], -1)
     cached, cached_index = (cache.kv, cache.k_index) if cache else (None, None)
-    kv_BSX = frame.extend(cached, kv_BTX)
+    kv_BSX = frame.extend(cached, zigzag.gather_keys(kv_BTX, rules))
 
     scoring: Any = None
     selected_BTK = index_loss_BT = recall_BQ = None
@@ -150,7 +151,7 @@ class MLA(nnx.Module):
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
     c_BSC, kr_BSR = kv_BSX[..., :C], kv_BSX[..., C:]
     queries = rules("batch", "seq", "heads", None)
-    keys = rules("batch", None, "heads", None)
+    keys = rules("keys", None, "heads", None)
     k_nope_BSNH = jnp.einsum(
       "BSC,CNH->BSNH", c_BSC, self.k_b_CNH[...].astype(dtype), out_sharding=keys
     )
@@ -193,7 +194,7 @@ class MLA(nnx.Module):
     cfg, rules = self.cfg, self.cfg.rules
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
     queries = rules("batch", "seq", "heads", None)
-    keys = rules("batch", None, None)
+    keys = rules("keys", None, None)
     per_query = rules("batch", "seq", None)
     per_head = rules("batch", "seq", "heads")
     q_BTNX = self._absorb(q_nope_BTNH, q_rope_BTNR)
@@ -243,7 +244,7 @@ class MLA(nnx.Module):
       in_specs=(
         rules(),
         rules("batch", "seq", "index_heads", None),
-        rules("batch", None, None),
+        rules("keys", None, None),
         rules("batch", "seq", "index_heads"),
         *key_specs,
         *attention_specs,
@@ -273,7 +274,7 @@ class MLA(nnx.Module):
       lambda *inputs: recall.recall(*inputs, C, scale, heads_axis),
       in_specs=(
         rules("batch", "seq", "heads", None),
-        rules("batch", None, None),
+        rules("keys", None, None),
         rules("batch", "seq", None),
         per_query,
         per_query,

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax import config as config_lib
-from dsa_jax import grouped_matmul
 from dsa_jax import parameter
 from dsa_jax import sharding
+from dsa_jax.experts import routed_experts
 
 
 class RouterBias(nnx.Variable):
@@ -119,7 +119,7 @@ class MoE(nnx.Module):
     D, E, F = cfg.embed_dim, cfg.num_experts, cfg.expert_ffn_dim
     self.cfg = cfg
     self.router = Router(cfg, rngs=rngs)
-    into, out = (None, "embed", "ffn"), (None, "ffn", "embed")
+    into, out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
     self.gate_EDF = parameter.weight(rngs, cfg, (E, D, F), into)
     self.up_EDF = parameter.weight(rngs, cfg, (E, D, F), into)
     self.down_EFD = parameter.weight(rngs, cfg, (E, F, D), out)
@@ -132,9 +132,13 @@ class MoE(nnx.Module):
     rules, dtype = self.cfg.rules, self.cfg.dtype
     experts_BTJ, weights_BTJ, stats = self.router(x, valid)
     per_token = rules("batch", "seq", None)
-    into, out = rules(None, None, "ffn"), rules(None, "ffn", None)
+    into, out = rules("experts", None, "ffn"), rules("experts", "ffn", None)
     routed = sharding.local(
-      functools.partial(self._routed, ffn_axis=rules.mesh_axes("ffn")),
+      functools.partial(
+        routed_experts,
+        experts_axis=rules.mesh_axes("experts"),
+        ffn_axis=rules.mesh_axes("ffn"),
+      ),
       in_specs=(per_token, per_token, per_token, into, into, out),
       out_specs=per_token,
     )
@@ -143,23 +147,3 @@ class MoE(nnx.Module):
       x, experts_BTJ, weights_BTJ, *(w[...].astype(dtype) for w in weights)
     )
     return y_BTD if self.shared is None else y_BTD + self.shared(x), stats
-
-  def _routed(
-    self, x, experts_BTJ, weights_BTJ, gate_EDF, up_EDF, down_EFD, *, ffn_axis
-  ):
-    """Sorts the tokens by expert, multiplies, and puts them back."""
-    B, T, J = experts_BTJ.shape
-    expert_R = experts_BTJ.reshape(-1)
-    order_R = jnp.argsort(expert_R, stable=True)
-    # As permutations, without atomic additions in the gradient.
-    permute = dict(mode="promise_in_bounds", unique_indices=True)
-    x_RD = jnp.repeat(x.reshape(B * T, -1), J, 0).at[order_R].get(**permute)
-    sizes_E = jnp.bincount(expert_R, length=self.cfg.num_experts)
-    matmul = grouped_matmul.grouped_matmul
-    h_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E))
-    h_RF = h_RF * matmul(x_RD, up_EDF, sizes_E)
-    y_RD = matmul(h_RF, down_EFD, sizes_E)
-    place_R = jnp.argsort(order_R)
-    y_BTJD = y_RD.at[place_R].get(**permute).reshape(B, T, J, -1)
-    y_BTD = jnp.einsum("BTJD,BTJ->BTD", y_BTJD, weights_BTJ.astype(x.dtype))
-    return jax.lax.psum(y_BTD, ffn_axis) if ffn_axis else y_BTD

@@ -5,11 +5,10 @@ Letters: B batch, T tokens, D model width.
 
 from flax import nnx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dsa_jax import block
 from dsa_jax import config as config_lib
-from dsa_jax import embed
 from dsa_jax import frame as frame_lib
 from dsa_jax import norms
 from dsa_jax import parameter
@@ -35,22 +34,19 @@ class MTP(nnx.Module):
 
   def __call__(
     self,
-    embedder: embed.Embed,
-    next_tokens: Int[Array, "B T"],
+    embedded: Float[Array, "B T D"],
     hidden: Float[Array, "B T D"],
     frame: frame_lib.Frame,
   ) -> tuple[Float[Array, "B T D"], block.LayerOutput]:
     """Vectors that, at t, let the head predict token t + 2.
 
     Args:
-      embedder: The trunk's.
-      next_tokens: Those after the trunk's; 0 where a document ends.
+      embedded: The tokens after the trunk's, token 0 where a document ends.
       hidden: The trunk's output after its final norm.
       frame: As given to the trunk.
     """
     cfg = self.cfg
-    next_BTD = embedder(next_tokens)
-    both_XBTD = jnp.stack([self.embed_norm(next_BTD), self.hidden_norm(hidden)])
+    both_XBTD = jnp.stack([self.embed_norm(embedded), self.hidden_norm(hidden)])
     x_BTD = jnp.einsum(
       "XBTD,XDE->BTE",
       both_XBTD,

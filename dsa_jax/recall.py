@@ -7,19 +7,30 @@ whether an indexer is good: 1 if sparse attention misses nothing.
 Letters: B batch, T queries, Q sampled queries, S keys, K chosen keys, N heads.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from dsa_jax import sharding
 import pallas_kernels
 
 _QUERIES = 64  # of a sequence, about
 
 
 def sample(x: Shaped[Array, "B T *X"]) -> Shaped[Array, "B Q *X"]:
-  """Every n-th query: some hundred of them, or all if there are fewer."""
+  """Every n-th query: some hundred of them, or all if there are fewer.
+
+  On every mesh the same ones, if n divides the chunks of `zigzag.scatter`.
+  """
   stride = max(x.shape[1] // _QUERIES, 1)
-  return x[:, stride // 2 :: stride]
+  spec = jax.typeof(x).sharding.spec
+  shards = sharding.size(spec[1])
+  if shards > 1:
+    stride = math.gcd(stride, x.shape[1] // (2 * shards))
+  take = sharding.local(lambda x: x[:, stride // 2 :: stride], (spec,), spec)
+  return take(x)
 
 
 def chooses(

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import jax
 from jax import P
-import numpy as np
+from jax.experimental import mesh_utils
+import jax.numpy as jnp
 
 type MeshAxes = str | tuple[str, ...] | None
 
@@ -25,12 +26,21 @@ class ShardingRules:
   """Maps each logical axis to the mesh axes that shard it."""
 
   batch: MeshAxes = ("data", "fsdp", "expert")
-  seq: MeshAxes = None
-  embed: MeshAxes = "fsdp"  # D of weights; activations keep it whole
+  seq: MeshAxes = "context"  # in zigzag order, see zigzag.py
+  # D of weights; activations keep it whole. Devices that share a sequence share
+  # the weights as well.
+  embed: MeshAxes = ("fsdp", "context")
+  rank: MeshAxes = ("fsdp", "context")  # Q and C of weights, likewise
   heads: MeshAxes = "tensor"
   ffn: MeshAxes = "tensor"
   vocab: MeshAxes = "tensor"
+  experts: MeshAxes = "expert"
   index_heads: MeshAxes = None  # few and small: replicated, which saves a psum
+
+  @property
+  def keys(self) -> MeshAxes:
+    """The batch of keys: each device that shares a sequence has a copy."""
+    return (*_names(self.seq), *_names(self.batch))
 
   def __call__(self, *axes: str | None) -> P | None:
     """The spec of an array with these logical axes; None without a mesh."""
@@ -43,16 +53,22 @@ class ShardingRules:
 
     Inside `local` there are none: what a psum there needs is asked for outside.
     """
-    names = None if axis is None else getattr(self, axis)
-    if names is None:
-      return None
-    wanted = (names,) if isinstance(names, str) else names
+    wanted = _names(None if axis is None else getattr(self, axis))
     return tuple(name for name in wanted if name in _explicit_axes()) or None
 
   def shards(self, axis: str) -> int:
     """Into how many parts a logical axis is cut."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in self.mesh_axes(axis) or ())
+    return size(self.mesh_axes(axis))
+
+
+def size(axes: MeshAxes) -> int:
+  """Devices along axes of the mesh in context."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[name] for name in _names(axes))
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _explicit_axes() -> tuple[str, ...]:
@@ -78,6 +94,12 @@ def local(
   return lambda *args: mapped(*map(jax.reshard, args, in_specs))
 
 
+def put(x: Any, spec: P | None) -> jax.Array:
+  """`x` with this spec; as it is without a mesh."""
+  x = jnp.asarray(x)
+  return x if spec is None else jax.reshard(x, spec)
+
+
 def make_mesh(
   *,
   data: int = 1,
@@ -95,7 +117,7 @@ def make_mesh(
     expert: Devices that share the experts.
     context: Devices that share a sequence.
     tensor: Devices that share heads, ffn and vocabulary.
-    devices: Taken in order; by default the first of `jax.devices()`.
+    devices: The first of them are taken; by default of `jax.devices()`.
 
   Raises:
     ValueError: There are too few devices.
@@ -110,5 +132,8 @@ def make_mesh(
       f"{len(devices)}. Lower one of its axes."
     )
   explicit = (jax.sharding.AxisType.Explicit,) * len(shape)
-  grid = np.asarray(devices[:needed]).reshape(shape)
+  # Neighbours on a mesh axis are neighbours on the chips' network.
+  grid = mesh_utils.create_device_mesh(
+    shape, devices[:needed], allow_split_physical_axes=True
+  )
   return jax.sharding.Mesh(grid, MESH_AXES, axis_types=explicit)

@@ -22,6 +22,7 @@ from dsa_jax import mtp as mtp_lib
 from dsa_jax import norms
 from dsa_jax import recall
 from dsa_jax import sharding
+from dsa_jax import zigzag
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +101,8 @@ class Transformer(nnx.Module):
     frame = frame_lib.make_frame(
       self.config, tokens.shape, positions, segment_ids, attention=attention
     )
-    return self.head(self._trunk(tokens, frame)[0])
+    logits = self.head(self._trunk(tokens, frame)[0])
+    return zigzag.gather(logits, self.config.rules)
 
   def forward(
     self,
@@ -120,11 +122,13 @@ class Transformer(nnx.Module):
       index_loss=attention == "sparse",
     )
     x, outputs, hidden = self._trunk(tokens, frame, keep_hidden=True)
-    selected = [o.selected for o in outputs if attention == "sparse"]
+    hidden = jnp.concatenate([*hidden[:-1], hidden[-1][:-1], x[None]])
+    selected = _join([o.selected for o in outputs if attention == "sparse"])
+    rules = self.config.rules
     return Output(
-      self.head(x),
-      jnp.concatenate([*hidden[:-1], hidden[-1][:-1], x[None]]),
-      _join(selected),
+      zigzag.gather(self.head(x), rules),
+      zigzag.gather(hidden, rules, axis=2),
+      selected if selected is None else zigzag.gather(selected, rules, axis=2),
       self._losses(tokens, segment_ids, frame, x, outputs, lm_loss=True),
     )
 
@@ -183,7 +187,8 @@ class Transformer(nnx.Module):
       in_specs=(per_place, rules("batch", None)),
       out_specs=per_place,
     )
-    return self.head(pick(self._trunk(tokens, frame)[0], jnp.asarray(at)))
+    x = zigzag.gather(self._trunk(tokens, frame)[0], rules)
+    return self.head(pick(x, jnp.asarray(at)))
 
   def decode(
     self, tokens: frame_lib.Ids, cache: cache_lib.Cache
@@ -206,7 +211,7 @@ class Transformer(nnx.Module):
 
   def _trunk(self, tokens, frame, caches=None, *, keep_hidden=False):
     """The normalised output; of each stack, what its layers did and gave."""
-    x = self.embed(jnp.asarray(tokens))
+    x = self._embed(tokens)
     outputs: list[block.LayerOutput] = []
     hidden, first = [x[None]], 0
     for stack, length in (
@@ -230,15 +235,23 @@ class Transformer(nnx.Module):
       first += length
     return self.final_norm(x), outputs, hidden
 
+  def _embed(self, tokens):
+    rules = self.config.rules
+    natural = sharding.put(tokens, rules("batch", None))
+    return self.embed(zigzag.scatter(natural, rules))
+
   def _losses(self, tokens, segment_ids, frame, x, outputs, *, lm_loss):
-    tokens = jnp.asarray(tokens)
+    rules = self.config.rules
+    natural = rules("batch", None)
+    tokens = sharding.put(tokens, natural)
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
-    segment_ids = jnp.asarray(segment_ids)
+    segment_ids = sharding.put(segment_ids, natural)
 
     def nats(x, ahead):
-      targets = losses_lib.shift(tokens, ahead)
+      targets = zigzag.scatter(losses_lib.shift(tokens, ahead), rules)
       loss = losses_lib.cross_entropy(self.head, x, targets)
+      loss = zigzag.gather(loss, rules)
       return jnp.where(losses_lib.has_target(segment_ids, ahead), loss, 0.0)
 
     lm, mtp = nats(x, 1) if lm_loss else None, None
@@ -246,17 +259,18 @@ class Transformer(nnx.Module):
       # A document's last token has no next one, whatever stands there.
       next_BT = losses_lib.shift(tokens, 1)
       next_BT = jnp.where(losses_lib.has_target(segment_ids), next_BT, 0)
-      x, output = self.mtp(self.embed, next_BT, x, frame)
+      x, output = self.mtp(self._embed(next_BT), x, frame)
       mtp = nats(x, 2) if lm_loss else None
       outputs = [*outputs, jax.tree.map(lambda y: y[None], output)]
     sampled = recall.sample(
       recall.chooses(frame.start, frame.end, self.config.top_k)
     )
     routers = [o.router for o in outputs if o.router is not None]
+    index = _join([o.index_loss for o in outputs if frame.index_loss])
     return Losses(
       lm,
       mtp,
-      _join([o.index_loss for o in outputs if frame.index_loss]),
+      index if index is None else zigzag.gather(index, rules, axis=2),
       _join([o.recall for o in outputs if frame.index_loss]),
       sampled if frame.index_loss else None,
       _join([r.balance_loss for r in routers]),

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels import dispatch
+
 # What the largest temporary of one tile may take. A CPU's tile should stay in
 # the cache of one core; an accelerator's must be large enough to fill the chip.
 _CPU_BYTES = 4 << 20
@@ -32,7 +34,7 @@ def tile_size(length: int, bytes_per_item: int, largest: int = 1024) -> int:
   millions of numbers, it spends its time on launching kernels.
   """
   budget = _CPU_BYTES
-  if jax.default_backend() != "cpu":
+  if dispatch.platform() != "cpu":
     budget, largest = _ACCELERATOR_BYTES, _ACCELERATOR_TIMES * largest
   size = min(budget // bytes_per_item, length // _FEWEST_TILES, largest)
   return 1 << max(size, 1).bit_length() - 1
@@ -85,7 +87,7 @@ def map_rows(
   holds tiles of `tile_bytes`.
   """
   B, group = arrays[0].shape[0], 1
-  if jax.default_backend() != "cpu":
+  if dispatch.platform() != "cpu":
     fitting = max(_ACCELERATOR_BYTES // tile_bytes, 1)
     group = math.gcd(B, 1 << fitting.bit_length() - 1)
   rows = jax.vmap(row, axis_name=_ROWS)

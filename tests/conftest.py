@@ -3,7 +3,9 @@
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)  # before the backend starts
+jax.config.update("jax_platforms", "cpu")  # libtpu may be installed
+# Two along each axis of the mesh; before the backend starts.
+jax.config.update("jax_num_cpu_devices", 32)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time here; what is compiled is small.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -5,23 +5,31 @@ import json
 import pathlib
 from typing import Any
 
-import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from train import config as config_lib
+from train import processes
 from train import step as step_lib
 
 # What may differ between a run and its continuation: where things lie, what is
 # logged and saved, and which devices compute.
-_FREE = ("run_dir", "mesh", "checkpoint", "log", "resume", "stop_at")
+_FREE = (
+  "run_dir",
+  "mesh",
+  "distributed",
+  "checkpoint",
+  "log",
+  "resume",
+  "stop_at",
+)
 
 
 class Checkpoints:
   """The checkpoints of one run, saved in the background.
 
   RUN_DIR/config.json is the run's config; RUN_DIR/checkpoints/STEP holds the
-  train state and the data iterator after that step.
+  train state and the place in the data after that step.
   """
 
   def __init__(self, cfg: config_lib.TrainConfig):
@@ -33,6 +41,7 @@ class Checkpoints:
     """
     self._dir = pathlib.Path(cfg.run_dir).resolve()
     self._check(cfg)
+    processes.meet("run_dir")  # before anyone writes there
     policies: Any = ocp.training.preservation_policies
     keep = [
       policies.LatestN(cfg.checkpoint.keep),
@@ -51,16 +60,24 @@ class Checkpoints:
 
   def begin(self, cfg: config_lib.TrainConfig) -> None:
     """Writes down which run this folder holds."""
+    if not processes.is_first():
+      return
     text = json.dumps(dataclasses.asdict(cfg), indent=2)
     (self._dir / "config.json").write_text(text + "\n", encoding="utf-8")
 
   def save(
-    self, state: step_lib.TrainState, step: int, data: grain.DatasetIterator
+    self, state: step_lib.TrainState, step: int, data: dict[str, Any]
   ) -> None:
-    """Copies the state, and writes it while training goes on."""
+    """Copies the state, and writes it while training goes on.
+
+    Args:
+      state: Of all processes together.
+      step: The last one done.
+      data: Where the data stand, as JSON can hold it.
+    """
     if step > self.latest:
       self._checkpointer.save_checkpointables_async(
-        step, {"state": state, "data": data}, force=True
+        step, {"state": state}, force=True, custom_metadata={"data": data}
       )
 
   def restore_state(
@@ -68,20 +85,14 @@ class Checkpoints:
   ) -> step_lib.TrainState:
     """The newest state, in the shapes and specs of `like`, on `mesh`."""
     loaded = self._checkpointer.load_checkpointables(
-      self.latest, {"state": _on_mesh(like, mesh)}
+      self.latest, {"state": step_lib.on_mesh(like, mesh)}
     )
     return loaded["state"]
 
-  def restore_data(self, data: grain.DatasetIterator) -> None:
-    """Sets the iterator to where it stood.
-
-    Raises:
-      DataError: The data are not those of the checkpoint.
-    """
-    try:
-      self._checkpointer.load_checkpointables(self.latest, {"data": data})
-    except KeyError as e:  # Orbax's, around the iterator's own reason
-      raise e.__cause__ or e from None
+  def data_state(self) -> dict[str, Any]:
+    """Where the data stood."""
+    saved: Any = self._checkpointer.checkpointables_metadata(self.latest)
+    return saved.custom_metadata["data"]
 
   def wait(self) -> None:
     """Until everything is written."""
@@ -157,7 +168,7 @@ class Origin:
 
   def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Parameters and router biases, in the shapes of `like`, on `mesh`."""
-    params, bias = _on_mesh(like, mesh)
+    params, bias = step_lib.on_mesh(like, mesh)
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # no optimizer state
     with context:
@@ -188,17 +199,6 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     "/".join(n for n in name if n != "value"): tuple(leaf.shape)
     for name, (_, leaf) in zip(names, leaves)
   }
-
-
-def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """The same shapes, with their specs on `mesh`."""
-
-  def on_mesh(x):
-    spec = x.sharding.spec if x.sharding else jax.P()
-    sharding = jax.NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  return jax.tree.map(on_mesh, tree)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

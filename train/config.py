@@ -13,6 +13,7 @@ from typing import Literal
 
 import dsa_jax
 from train import data as data_lib
+from train import processes
 
 type Kind = Literal["pretrain", "extend", "warmup", "sparse"]
 
@@ -120,9 +121,9 @@ class MeshConfig:
   fsdp: int = 1
   """Devices that share each copy's weights."""
   expert: int = 1
-  """Devices that share the experts (1 for now)."""
+  """Devices that share the experts, and exchange tokens."""
   context: int = 1
-  """Devices that share a sequence (1 for now)."""
+  """Devices that share a sequence."""
   tensor: int = 1
   """Devices that share heads, ffn and vocabulary."""
 
@@ -130,12 +131,6 @@ class MeshConfig:
     for axis, size in dataclasses.asdict(self).items():
       if size < 1:
         raise ValueError(f"mesh.{axis}={size} must be at least 1.")
-    for axis in ("expert", "context"):
-      if getattr(self, axis) > 1:
-        raise ValueError(
-          f"mesh.{axis}={getattr(self, axis)}: this axis is not supported yet; "
-          "use mesh.data, mesh.fsdp and mesh.tensor."
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +196,7 @@ class TrainConfig:
   optimizer: OptimizerConfig
   data: data_lib.DataConfig = data_lib.DataConfig()
   mesh: MeshConfig = MeshConfig()
+  distributed: processes.DistributedConfig = processes.DistributedConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   init_from: str | None = None
@@ -211,6 +207,9 @@ class TrainConfig:
   """Of the initial weights, the order of the data, and the samples."""
   resume: bool = False
   """Go on from the newest checkpoint in run_dir."""
+  compile_only: str | None = None
+  """Train nothing: compile the steps for TPUs that need not be here, such as
+  v5p:8x8x8 (chips along each side), and say what they would take."""
   stop_at: int | None = None
   """Save and stop after this step, as an interruption would."""
 
@@ -264,17 +263,34 @@ class TrainConfig:
           f"microbatches) do not divide among the {rows} devices of "
           "mesh.data x fsdp x expert."
         )
+      if part % self.data.shards:
+        raise ValueError(
+          f"stages.{i}: {part} sequences a microbatch do not divide among "
+          f"data.shards={self.data.shards}."
+        )
+      chunks = 2 * mesh.context  # zigzag: two a device
+      if mesh.context > 1 and stage.seq_len % chunks:
+        raise ValueError(
+          f"stages.{i}: seq_len={stage.seq_len} is not a multiple of {chunks}, "
+          f"two chunks for each of mesh.context={mesh.context} devices."
+        )
     for name, axis in (
       ("num_heads", "tensor"),
       ("dense_ffn_dim", "tensor"),
       ("expert_ffn_dim", "tensor"),
       ("vocab_size", "tensor"),
-      ("embed_dim", "fsdp"),
+      ("num_experts", "expert"),
     ):
       value, size = getattr(model, name), getattr(mesh, axis)
       if value % size:
         raise ValueError(
           f"model.{name}={value} does not divide by mesh.{axis}={size}."
+        )
+    for name in ("embed_dim", "q_rank", "kv_rank"):
+      if getattr(model, name) % (mesh.fsdp * mesh.context):
+        raise ValueError(
+          f"model.{name}={getattr(model, name)} does not divide by the "
+          f"{mesh.fsdp=} x {mesh.context=} devices that share the weights."
         )
 
   def stage_model(self, stage: StageConfig) -> dsa_jax.ModelConfig:

@@ -60,12 +60,18 @@ class DataConfig:
   """Fraction of the documents kept out of training, to evaluate on."""
   shuffle_seed: int = 0
   """Another seed, another order of the training documents."""
+  shards: int = 1
+  """Independent streams that the training documents are dealt to; a process
+  reads those of its own rows only. The data hang on this number, not on that of
+  processes or devices. It must divide the rows of a microbatch."""
   retrieval: retrieval_lib.RetrievalConfig = retrieval_lib.RetrievalConfig()
   """Synthetic key-value retrieval, mixed into the training rows."""
 
   def __post_init__(self):
     if not 0 < self.heldout_fraction < 1:
       raise DataError(f"{self.heldout_fraction=} must lie between 0 and 1.")
+    if self.shards < 1:
+      raise DataError(f"{self.shards=} must be at least 1.")
     if self.shuffle_seed < 0:
       raise DataError(f"{self.shuffle_seed=} must be 0 or more.")
 
@@ -108,9 +114,11 @@ class Corpus:
     )
 
   def batches(
-    self, *, seq_len: int, batch_size: int, seed: int
+    self, *, seq_len: int, batch_size: int, seed: int, shard: int = 0
   ) -> grain.DatasetIterator[Batch]:
     """Returns endless training batches [B, T], packed without padding.
+
+    Of one of `shards` streams; each has every so many-th document of all.
 
     Each epoch lays all training documents end to end in a new order; rows cut
     this stream every T tokens and are shuffled in blocks. `shuffle_seed` and
@@ -124,7 +132,13 @@ class Corpus:
     """
     seeds = np.random.SeedSequence([self._config.shuffle_seed, seed])
     seed = int(seeds.generate_state(1)[0])
-    stream = _Stream(texts=self.train, tokenizer=self.tokenizer, seed=seed)
+    stream = _Stream(
+      texts=self.train,
+      tokenizer=self.tokenizer,
+      seed=seed,
+      shard=shard,
+      shards=self._config.shards,
+    )
     rows = self.check_sizes(seq_len, batch_size)
     return _ShuffledBatches(stream, self._planter, rows, seq_len, batch_size)
 
@@ -214,12 +228,14 @@ class _Stream:
   texts: documents_lib.Source
   tokenizer: tokenizer_lib.Tokenizer
   seed: int
+  shard: int = 0  # of every `shards` documents, this one
+  shards: int = 1
   stop: int = sys.maxsize  # length of the stream
   max_tokens: int | None = None  # of a document; None: all of them
 
   def read(self, n: int) -> tuple[Int32[np.ndarray, " N"], float]:
     """Returns the ids of document `n`, eos last, and the bytes an id is."""
-    epoch, i = divmod(n, len(self.texts))
+    epoch, i = divmod(n * self.shards + self.shard, len(self.texts))
     text = self.texts[
       grain.experimental.index_shuffle(  # a permutation that takes no memory
         i, len(self.texts) - 1, (self.seed + epoch) % 2**32, rounds=4
@@ -260,7 +276,8 @@ class _ShuffledBatches(grain.DatasetIterator):
     batch_size: int,
   ):
     super().__init__()
-    self._rows, self._batch_size, self._seed = rows, batch_size, stream.seed
+    self._rows, self._batch_size = rows, batch_size
+    self._seed = _seeds(stream)
     self._make = functools.partial(_make_block, stream, planter, rows, seq_len)
     # Makes the next block while this one is dealt. (grain's own prefetching
     # thread prints a traceback if it lives until Python exits.)
@@ -268,6 +285,7 @@ class _ShuffledBatches(grain.DatasetIterator):
     self._settings: State = dict(
       seed=stream.seed,
       documents=len(stream.texts),
+      shard=f"{stream.shard} of {stream.shards}",
       seq_len=seq_len,
       batch_size=batch_size,
       block_rows=rows,
@@ -286,7 +304,7 @@ class _ShuffledBatches(grain.DatasetIterator):
       self._ahead = self._thread.submit(
         self._make, self._end, state["block"] + 1
       )
-      rng = np.random.default_rng([self._seed, state["block"]])
+      rng = np.random.default_rng([*self._seed, state["block"]])
       self._order = rng.permutation(self._rows)
     rows = self._order[state["dealt"] :][: self._batch_size]
     batch = {name: array[rows] for name, array in self._block.items()}
@@ -317,6 +335,11 @@ class _ShuffledBatches(grain.DatasetIterator):
     super().close()
 
 
+def _seeds(stream: _Stream) -> list[int]:
+  """Of what is drawn for a shard; those of the only one are of old."""
+  return [stream.seed] + [stream.shard] * (stream.shards > 1)
+
+
 def _make_block(
   stream: _Stream,
   planter: retrieval_lib.Planter,
@@ -331,7 +354,7 @@ def _make_block(
   share = planter.config.fraction * rows
   planted = int(share * (number + 1)) - int(share * number)
   # The 1 sets it apart from the rng that shuffles the block.
-  rng = np.random.default_rng([stream.seed, number, 1])
+  rng = np.random.default_rng([*_seeds(stream), number, 1])
   for row in range(planted):
     arrays = planter.plant(block["tokens"][row], block["bytes"][row], rng)
     for name, array in arrays.items():

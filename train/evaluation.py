@@ -13,7 +13,9 @@ from dsa_jax import frame as frame_lib
 from dsa_jax import recall
 from train import config as config_lib
 from train import data as data_lib
+from train import feed
 from train import metrics as metrics_lib
+from train import processes
 from train import retrieval as retrieval_lib
 from train import step as step_lib
 
@@ -35,11 +37,9 @@ class Evaluation:
     model: step_lib.Model,
     corpus: data_lib.Corpus,
     metrics: metrics_lib.Writer,
-    put: Callable[[np.ndarray], jax.Array],
   ):
-    """`put` lays an array [B, ...] out over the devices."""
     self._cfg, self._stage, self._model = cfg, stage, model
-    self._corpus, self._metrics, self._put = corpus, metrics, put
+    self._corpus, self._metrics = corpus, metrics
     self._rows = stage.batch_size // stage.microbatches
     self._text_steps = {
       way: step_lib.make_eval_step(model, way) for way in ("dense", "sparse")
@@ -62,6 +62,9 @@ class Evaluation:
     if last and can_choose:
       self._selections(step, state)
 
+  def _put(self, x: np.ndarray) -> jax.Array:
+    return feed.put_rows(x, self._cfg.model.rules)
+
   def _heldout(self, batches: int):
     return self._corpus.heldout_batches(
       seq_len=self._stage.seq_len,
@@ -77,7 +80,7 @@ class Evaluation:
         self._text_steps[way](state, jax.tree.map(self._put, batch))
         for batch in self._heldout(self._cfg.log.eval_batches)
       ]
-      total = jax.tree.map(lambda *xs: np.sum(xs, 0), *jax.device_get(sums))
+      total = jax.tree.map(lambda *xs: np.sum(xs, 0), *processes.fetch(sums))
       values[way] = metrics_lib.bits_per_byte(
         float(total["nats"]), float(total["bytes"])
       )
@@ -89,7 +92,7 @@ class Evaluation:
     line = ", ".join(f"{way} {values[way]:.4f}" for way in ways)
     if "recall" in values:
       line += f"; recall {values['recall']:.1%}"
-    print(f"held-out bits/byte after step {step}: {line}", flush=True)
+    processes.say(f"held-out bits/byte after step {step}: {line}")
 
   def _retrieval(self, step, state, way) -> None:
     """Share of right answers, by length of the text and depth of the pair."""
@@ -97,7 +100,7 @@ class Evaluation:
     least = self._corpus.least_probe_tokens
     lengths = [round(T * f) for f in _LENGTHS if round(T * f) >= least]
     if not lengths:
-      print(f"retrieval is not evaluated: {T=} is below {least}", flush=True)
+      processes.say(f"retrieval is not evaluated: {T=} is below {least}")
       return
     accuracy = []
     for length in lengths:
@@ -107,7 +110,7 @@ class Evaluation:
           seq_len=T, batch_size=self._rows, length=length
         )
       ]
-      accuracy.append(np.mean(np.concatenate(jax.device_get(right)), 0))
+      accuracy.append(np.mean(np.concatenate(processes.fetch(right)), 0))
     self._metrics.write(
       step,
       "retrieval",
@@ -122,16 +125,18 @@ class Evaluation:
     line = ", ".join(
       f"{length}: {row.mean():.1%}" for length, row in zip(lengths, accuracy)
     )
-    print(f"retrieval after step {step}, {way}: {line}", flush=True)
+    processes.say(f"retrieval after step {step}, {way}: {line}")
 
   def _selections(self, step, state) -> None:
     """The keys chosen for a sample of the queries of one held-out row."""
 
     batch = next(iter(self._heldout(1)))
-    indices, place = jax.device_get(
+    indices, place = processes.fetch(
       make_select_step(self._model)(state, jax.tree.map(self._put, batch))
     )
     queries = np.asarray(recall.sample(jnp.arange(self._stage.seq_len)[None]))
+    if not processes.is_first():
+      return
     file = pathlib.Path(self._cfg.run_dir) / "selections" / f"{step}.npz"
     file.parent.mkdir(exist_ok=True)
     np.savez_compressed(

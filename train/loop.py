@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dsa_jax
@@ -20,8 +19,10 @@ from train import checkpoint as checkpoint_lib
 from train import config as config_lib
 from train import data as data_lib
 from train import evaluation
+from train import feed
 from train import metrics as metrics_lib
 from train import optimizer as optimizer_lib
+from train import processes
 from train import step as step_lib
 
 
@@ -50,6 +51,7 @@ class Run:
         f"tokenizer {cfg.data.tokenizer}; give at least {vocab}."
       )
     self.mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
+    processes.check_mesh(self.mesh)
     self.origin = None
     if cfg.init_from not in (None, "random"):
       self.origin = checkpoint_lib.Origin(cfg)
@@ -75,7 +77,7 @@ class Run:
       _signals(self._ask_to_stop),
     ):
       _, self._init = step_lib.init(cfg.model, cfg.seed)
-      print(self.summary(), flush=True)
+      processes.say(self.summary())
       state = self._start(done)
       for i, end in enumerate(cfg.stage_ends):
         begin = end - cfg.stages[i].steps
@@ -113,7 +115,7 @@ class Run:
         f" {stage.seq_len} = {metrics_lib.count(tokens)} tokens;"
         f" {stage.attention} attention{keys};"
         f" {metrics_lib.count(cost)}FLOP a token; parameters and optimizer"
-        f" {metrics_lib.count(held)}B a device"
+        f" {metrics_lib.size(held)} a device"
       )
     return "\n".join(lines)
 
@@ -130,18 +132,14 @@ class Run:
     return jax.eval_shape(self._init, jax.random.key(0))
 
   def _fresh(self, stage, params, bias, step=0) -> step_lib.TrainState:
-    """The state in which a stage begins: its optimizer knows nothing yet."""
-    optimizer = optimizer_lib.make_optimizer(self.cfg.optimizer, stage)
-    trained, _ = optimizer_lib.split(params, stage)
-    opt_state = optimizer.init(trained)
-    return step_lib.TrainState(jnp.int32(step), params, bias, opt_state)
+    return step_lib.begin_stage(self.cfg.optimizer, stage, params, bias, step)
 
   def _start(self, done: int) -> step_lib.TrainState:
     """The initial state, or that of the newest checkpoint."""
     cfg = self.cfg
     if not done and self.origin is not None:
       params, bias = self.origin.restore(self._like(), self.mesh)
-      print(f"begins   with the parameters of {self.origin}", flush=True)
+      processes.say(f"begins   with the parameters of {self.origin}")
       return self._fresh(cfg.stages[0], params, bias)
     if not done:
       params, bias = self._init(jax.random.key(cfg.seed))
@@ -151,7 +149,7 @@ class Run:
     make = functools.partial(self._fresh, saved)
     like = jax.eval_shape(make, *self._like())
     state = self.checkpoints.restore_state(like, self.mesh)
-    print(f"resumed  after step {done}", flush=True)
+    processes.say(f"resumed  after step {done}")
     return state
 
   def _stage(
@@ -160,13 +158,11 @@ class Run:
     """Trains stage `i`, of which steps `begin` to `done` are done."""
     cfg, stage = self.cfg, self.cfg.stages[i]
     end = begin + stage.steps
-    batches = self.corpus.batches(
-      seq_len=stage.seq_len,
-      batch_size=stage.batch_size,
-      seed=cfg.seed + i,
+    batches = feed.Feed(
+      self.corpus, stage, cfg.model.rules, cfg.seed + i, cfg.data.shards
     )
     if done > begin:
-      self.checkpoints.restore_data(batches)
+      batches.set_state(self.checkpoints.data_state())
     else:
       fresh = functools.partial(self._fresh, stage, step=done)
       state = jax.jit(fresh)(state.params, state.router_bias)
@@ -175,11 +171,11 @@ class Run:
     train_step = step_lib.make_train_step(
       model, stage, optimizer, cfg.log.every
     )
-    batch = self._put(next(batches), stage.microbatches)
+    batch = next(batches)
     train_step = self._compile(train_step, state, batch, stage)
     log = _StageLog(self, stage, begin, end)
     evaluate = evaluation.Evaluation(
-      cfg, stage, model, self.corpus, self.metrics, self._put_rows
+      cfg, stage, model, self.corpus, self.metrics
     )
 
     step, pending = done, None
@@ -189,9 +185,9 @@ class Run:
       # The data of step + 1 is fetched, and the numbers of step - 1 are read,
       # while the device works on this step.
       saves = step == end or step % cfg.checkpoint.every == 0
-      stops = self._stop or step == cfg.stop_at
+      stops = processes.asked_to_stop(self._stop, step) or step == cfg.stop_at
       if saves or stops:  # before the iterator moves on
-        self.checkpoints.save(state, step, batches)
+        self.checkpoints.save(state, step, batches.get_state())
       if pending:
         log(*pending)
       pending = step, metrics
@@ -203,76 +199,63 @@ class Run:
       if evaluates:
         evaluate(step, state, last=step == end)
       if samples:
-        self._sample(step, state, stage, model)
+        self._sample(step, state, stage)
       if saves or stops or samples or evaluates:
         log.restart_clock()
       if stops:
         self._stop = True
         break
       if step < end:
-        batch = self._put(next(batches), stage.microbatches)
+        batch = next(batches)
     batches.close()
     return state
-
-  def _put(self, batch: data_lib.Batch, microbatches: int) -> step_lib.Batch:
-    """Rows to devices, cut into microbatches: [A, B / A, T]."""
-    rules = self.cfg.model.rules
-    return {
-      name: jax.device_put(
-        x.reshape(microbatches, -1, x.shape[-1]), rules(None, "batch", "seq")
-      )
-      for name, x in batch.items()
-    }
-
-  def _put_rows(self, x: np.ndarray) -> jax.Array:
-    """An array [B, ...] with its rows over the devices."""
-    unsharded = (None,) * (x.ndim - 1)
-    return jax.device_put(x, self.cfg.model.rules("batch", *unsharded))
 
   def _compile(self, train_step, state, batch, stage):
     start = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory else 0
-    print(
+    processes.say(
       f"{stage.kind}: compiled in {time.perf_counter() - start:.0f} s,"
-      f" {metrics_lib.count(temporary)}B of temporaries a device",
-      flush=True,
+      f" {metrics_lib.size(temporary)} of temporaries a device"
     )
     return compiled
 
-  def _sample(self, step, state, stage, model) -> None:
+  def _sample(self, step, state, stage) -> None:
     """Prints a continuation of the prompt, by the stage's way of attending."""
     log, tokenizer = self.cfg.log, self.corpus.tokenizer
+    # One token at a time is not shared among the devices of a sequence.
+    cfg = self.cfg.stage_model(stage)
+    whole = dataclasses.replace(cfg.rules, seq=None)
+    cfg = dataclasses.replace(cfg, rules=whole)
+    model, _ = step_lib.init(cfg, self.cfg.seed)
     prompt = tokenizer.encode(log.sample_prompt)
     # A row for each device that has some, all alike.
     rows = np.tile(prompt, (self.cfg.model.rules.shards("batch"), 1))
     tokens = dsa_jax.generate(
       model.merge(state.params, state.router_bias),
-      jax.device_put(rows, self.cfg.model.rules("batch", None)),
+      feed.put_rows(rows, cfg.rules),
       log.sample_tokens,
       log.sample_temperature,
       jax.random.fold_in(jax.random.key(self.cfg.seed), step),
       attention=stage.attention,
     )
-    text = tokenizer.decode(np.asarray(tokens)[0])
+    text = tokenizer.decode(processes.fetch(tokens)[0])
     self.metrics.write(step, "sample", {"text": text})
     framed = "\n".join(f"  | {line}" for line in text.splitlines())
-    print(f"sample after step {step}:\n{framed}", flush=True)
+    processes.say(f"sample after step {step}:\n{framed}")
 
   def _farewell(self, state) -> None:
     """The last lines: what came of it, where it lies, and what to do next."""
     cfg, step = self.cfg, int(state.step)
     if step < cfg.total_steps:
-      print(
+      processes.say(
         f"stopped after step {step} of {cfg.total_steps}; saved. Go on with "
         "the same command and --resume."
       )
       return
-    last = cfg.stages[-1]
-    model, _ = step_lib.init(cfg.stage_model(last), cfg.seed)
-    self._sample(step, state, last, model)
-    print(
+    self._sample(step, state, cfg.stages[-1])
+    processes.say(
       f"done: {step} steps\n"
       f"  checkpoints  {cfg.run_dir}/checkpoints (newest: {step})\n"
       f"  metrics      {self.metrics.file}\n"
@@ -309,7 +292,7 @@ class _StageLog:
 
   def __call__(self, step: int, metrics: step_lib.Metrics) -> None:
     cfg, stage = self._run.cfg, self._stage
-    metrics = jax.device_get(metrics)
+    metrics = processes.fetch(metrics)
     self._steps += 1
     norm, loss = float(metrics["grad_norm"]), float(metrics.get("lm", 0.0))
     if not np.isfinite(loss) or not np.isfinite(norm):
@@ -346,7 +329,7 @@ class _StageLog:
       *(form.format(values[k]) for k, form in shown.items() if k in values),
       f"ETA {metrics_lib.duration(left)}",
     ]
-    print(" | ".join(parts), flush=True)
+    processes.say(" | ".join(parts))
 
   def _values(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """What is known of every step, and of the indexer where it was measured."""

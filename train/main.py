@@ -12,9 +12,11 @@ if __package__ in (None, ""):  # run as `python train/main.py`
 
 import tyro  # noqa: E402
 
+from train import compile as compile_lib  # noqa: E402
 from train import config as config_lib  # noqa: E402
 from train import data as data_lib  # noqa: E402
 from train import loop  # noqa: E402
+from train import processes  # noqa: E402
 
 
 def parse(
@@ -46,8 +48,12 @@ def parse(
 
 
 def main() -> None:
+  cfg = parse(sys.argv[1:])
   try:
-    run = loop.Run(parse(sys.argv[1:]))
+    if cfg.compile_only:
+      sys.exit(compile_lib.report(cfg))
+    processes.start(cfg.distributed)
+    run = loop.Run(cfg)
   except (ValueError, OSError, ImportError) as e:
     sys.exit(f"error: {e}")
   try:

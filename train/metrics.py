@@ -8,6 +8,8 @@ from typing import Any, Final
 import jax
 import tensorboardX
 
+from train import processes
+
 # Peak dense bf16 FLOP/s of a device, by the start of its kind; data sheets.
 _PEAK: Final = {
   "TPU v4": 275e12,
@@ -40,8 +42,14 @@ class Writer:
   """RUN_DIR/metrics.jsonl, one object a line, and TensorBoard if asked for."""
 
   def __init__(self, run_dir: str, first_step: int, *, tensorboard: bool):
-    """Drops what was written of `first_step` and later: it will come again."""
+    """Drops what was written of `first_step` and later: it will come again.
+
+    Of several processes, only the first one writes.
+    """
+    self._out = self._board = None
     self.file = pathlib.Path(run_dir) / "metrics.jsonl"
+    if not processes.is_first():
+      return
     kept = []
     if self.file.exists():
       lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -49,7 +57,6 @@ class Writer:
     text = "".join(line + "\n" for line in kept)
     self.file.write_text(text, encoding="utf-8")
     self._out = self.file.open("a", encoding="utf-8", buffering=1)
-    self._board = None
     if tensorboard:
       folder = pathlib.Path(run_dir) / "tensorboard"
       self._board = tensorboardX.SummaryWriter(
@@ -64,6 +71,8 @@ class Writer:
       kind: "train", "eval", "retrieval" or "sample".
       values: Numbers or texts by name.
     """
+    if self._out is None:
+      return
     line = {"step": step, "kind": kind, **values}
     self._out.write(json.dumps(line) + "\n")
     if self._board is not None:
@@ -74,7 +83,8 @@ class Writer:
           self._board.add_text(f"{kind}/{name}", str(value), step)
 
   def close(self) -> None:
-    self._out.close()
+    if self._out is not None:
+      self._out.close()
     if self._board is not None:
       self._board.close()
 
@@ -86,6 +96,15 @@ def duration(seconds: int | float) -> str:
   if hours:
     return f"{hours}h{minutes:02}m"
   return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def size(num_bytes: int | float) -> str:
+  """12345678 -> "12.3 MB"."""
+  for unit in ("B", "kB", "MB", "GB"):
+    if abs(num_bytes) < 1000:
+      return f"{num_bytes:.3g} {unit}"
+    num_bytes /= 1000
+  return f"{num_bytes:.3g} TB"
 
 
 def count(number: int | float) -> str:

@@ -6,7 +6,7 @@ Letters: B sequences, T tokens, A microbatches, L layers, E experts.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from flax import nnx
 import jax
@@ -20,8 +20,15 @@ from dsa_jax import moe
 from train import config as config_lib
 from train import optimizer as optimizer_lib
 
-type Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, bytes
+type Batch = dict[str, jax.Array]  # of `BATCH_DTYPES`
 type Metrics = dict[str, jax.Array]
+
+BATCH_DTYPES: Final = {
+  "tokens": "int32",
+  "segment_ids": "int32",
+  "positions": "int32",
+  "bytes": "float32",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +69,31 @@ def init(
 
   model, _, _ = split(nnx.eval_shape(lambda: make(jax.random.key(seed))))
   return model, jax.jit(lambda key: split(make(key))[1:])
+
+
+def begin_stage(
+  cfg: config_lib.OptimizerConfig,
+  stage: config_lib.StageConfig,
+  params: Any,
+  router_bias: Any,
+  step: int = 0,
+) -> TrainState:
+  """The state in which a stage begins: its optimizer knows nothing yet."""
+  optimizer = optimizer_lib.make_optimizer(cfg, stage)
+  trained, _ = optimizer_lib.split(params, stage)
+  opt_state = optimizer.init(trained)
+  return TrainState(jnp.int32(step), params, router_bias, opt_state)
+
+
+def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """The same shapes, with their specs on `mesh`."""
+
+  def shape_on_mesh(x):
+    spec = x.sharding.spec if x.sharding else jax.P()
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(shape_on_mesh, tree)
 
 
 def make_train_step(

@@ -173,7 +173,7 @@ class TransformerTest(chex.TestCase):
 
   def test_remat_changes_no_selection_and_no_gradient(self):
     results = []
-    for remat in (False, True):
+    for remat in ("none", "attention", "selection"):
       cfg = dataclasses.replace(models.CONFIG, remat=remat, num_mtp_layers=0)
 
       @jax.jit
@@ -185,16 +185,17 @@ class TransformerTest(chex.TestCase):
 
       grads, selected = grad(models.model(cfg))
       results.append((dict(leaves(grads)), selected))
-    (one, first), (other, second) = results
-    np.testing.assert_array_equal(first, second)
+    (one, first), *others = results
     # Nor does taking the gradient change what is selected without it.
     plain = jax.jit(lambda m: m.forward(TOKENS).selected)(models.model(cfg))
     np.testing.assert_array_equal(first, plain)
-    for name, grad in one.items():
-      scale = np.abs(grad).max()
-      np.testing.assert_allclose(
-        other[name], grad, atol=1e-5 * scale, rtol=1e-4
-      )
+    for other, second in others:
+      np.testing.assert_array_equal(first, second)
+      for name, grad in one.items():
+        scale = np.abs(grad).max()
+        np.testing.assert_allclose(
+          other[name], grad, atol=1e-5 * scale, rtol=1e-4
+        )
 
   def test_computes_in_bfloat16_where_asked(self):
     cfg = dataclasses.replace(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.train import runs
+from train import feed
 from train import lifecycle
 from train import loop
 
@@ -122,16 +123,17 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
   cfg = runs.config(folder, "signal")
   cfg = dataclasses.replace(cfg, stages=cfg.stages[:2])
   run = loop.Run(cfg)
-  put = run._put
+  read = feed.Feed.__next__
   batches = iter(range(100))
 
-  def interrupt(*args):
+  def interrupt(self):
     if next(batches) == 1:
       signal.raise_signal(signal.SIGTERM)
-    return put(*args)
+    return read(self)
 
-  monkeypatch.setattr(run, "_put", interrupt)
-  run.train()
+  with monkeypatch.context() as patch:
+    patch.setattr(feed.Feed, "__next__", interrupt)
+    run.train()
   assert "saved. Go on with the same command and --resume" in (
     capsys.readouterr().out
   )

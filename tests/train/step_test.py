@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from dsa_jax import moe
-from dsa_jax import sharding
 from tests.kernels import hlo
 from tests.train import runs
 from train import config as config_lib
@@ -338,47 +337,6 @@ def square_buffers(hlo: str, T: int) -> set[str]:
     for dims in set(shapes)
     if np.prod([int(size) for size in dims.split(",")]) >= T * T
   }
-
-
-class MeshTest(chex.TestCase):
-  """Losses and gradients on a mesh are those on one device."""
-
-  MODEL = dataclasses.replace(runs.MODEL, num_mtp_layers=0)
-
-  def on(self, mesh):
-    with jax.set_mesh(mesh):
-      model, init = step_lib.init(self.MODEL, 0)
-      params, bias = init(jax.random.key(0))
-      arrays = {
-        name: jax.device_put(x, self.MODEL.rules("batch", None))
-        for name, x in batch().items()
-      }
-
-      def loss_fn(params, arrays):
-        losses = model.merge(params, bias).losses(
-          arrays["tokens"],
-          arrays["positions"],
-          arrays["segment_ids"],
-          attention="sparse",
-          lm_loss=True,
-          index_loss=True,
-        )
-        parts = jax.tree.leaves((losses.lm, losses.index, losses.balance))
-        return sum(part.sum() for part in parts), losses.load
-
-      grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-      return jax.device_get(grad(params, arrays))
-
-  def test_losses_and_gradients_are_the_same(self):
-    (loss, load), grads = self.on(sharding.make_mesh())
-    for mesh in (
-      sharding.make_mesh(data=2, fsdp=2),
-      sharding.make_mesh(data=2, fsdp=2, tensor=2),
-    ):
-      (other, other_load), other_grads = self.on(mesh)
-      np.testing.assert_allclose(other, loss, rtol=1e-6)
-      np.testing.assert_array_equal(other_load, load)
-      assert_close_each(other_grads, grads, 1e-5)
 
 
 if __name__ == "__main__":

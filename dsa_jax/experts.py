@@ -1,0 +1,114 @@
+"""The routed experts' MLPs on each device's tokens and experts.
+
+Letters: B batch, T tokens, D model width, F ffn width, E experts (here those of
+this device), J experts a token, R = B T J rows, G devices that share experts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import exchange
+from dsa_jax import grouped_matmul
+
+type Axis = str | tuple[str, ...] | None
+
+# What the rows of all tokens that are exchanged at once may take, if every one
+# came to the same device.
+_BYTES = 1 << 30
+
+# Permutations, without atomic additions in their gradient.
+_PERMUTE = dict(mode="promise_in_bounds", unique_indices=True)
+
+
+def routed_experts(
+  x: Float[Array, "B T D"],
+  experts: Int[Array, "B T J"],
+  weights: Float[Array, "B T J"],
+  gate: Float[Array, "E D F"],
+  up: Float[Array, "E D F"],
+  down: Float[Array, "E F D"],
+  *,
+  experts_axis: Axis,
+  ffn_axis: Axis,
+) -> Float[Array, "B T D"]:
+  """The weighted sum of each token's experts; runs inside a shard_map.
+
+  No token is dropped, however they are spread: a device has room for all rows
+  of those that share the experts with it, a part of their tokens at a time.
+
+  Args:
+    x: This device's tokens.
+    experts: Numbers of each one's experts, of all devices.
+    weights: Theirs in the sum.
+    gate: Matrices of this device's experts, like `up` and `down`.
+    up: See `gate`.
+    down: See `gate`.
+    experts_axis: The mesh axes that share the experts; None: all are here.
+    ffn_axis: The mesh axes that share F.
+  """
+  B, T, J = experts.shape
+  D = x.shape[2]
+  run = functools.partial(_rows, gate, up, down, experts_axis)
+  tokens = (x.reshape(B * T, D), experts.reshape(-1, J), weights.reshape(-1, J))
+  devices = jax.lax.axis_size(experts_axis) if experts_axis else 1
+  parts = _parts(B * T, devices * J * D * x.dtype.itemsize)
+  if parts == 1:
+    y = run(*tokens)
+  else:
+    # A part is computed again in the backward pass: what it keeps would be room
+    # for all rows of all devices, for each part.
+    y = jax.lax.map(
+      lambda part: jax.checkpoint(run)(*part),
+      [z.reshape(parts, -1, z.shape[-1]) for z in tokens],
+    )
+  y = y.reshape(B, T, D)
+  return jax.lax.psum(y, ffn_axis) if ffn_axis else y
+
+
+def _parts(tokens: int, bytes_per_token: int) -> int:
+  """The fewest equal parts of the tokens that fit."""
+  fits = (n for n in range(1, tokens + 1) if tokens % n == 0)
+  return next(n for n in fits if tokens // n * bytes_per_token <= _BYTES)
+
+
+def _rows(gate_EDF, up_EDF, down_EFD, axis, x_ND, experts_NJ, weights_NJ):
+  """Sorts the rows by expert, multiplies, and puts them back; N tokens."""
+  (N, J), E = experts_NJ.shape, len(gate_EDF)
+  G = jax.lax.axis_size(axis) if axis else 1
+  expert_R = experts_NJ.reshape(-1)
+  order_R = jnp.argsort(expert_R, stable=True)
+  rows_RD = jnp.repeat(x_ND, J, 0).at[order_R].get(**_PERMUTE)
+  sizes = jnp.bincount(expert_R, length=G * E)
+  if axis is None:
+    y_RD = _mlp(rows_RD, sizes, gate_EDF, up_EDF, down_EFD)
+  else:
+    # How many rows device s has for expert e of device d: [s, d, e].
+    counts_GGE = jax.lax.all_gather(sizes, axis).reshape(G, G, E)
+    sent_GG = counts_GGE.sum(2, dtype=jnp.int32)
+    slots_GRD = exchange.send(rows_RD, sent_GG, axis)
+    mine_GE = counts_GGE[:, jax.lax.axis_index(axis)]
+    order_S = jnp.argsort(_expert_of_slots(mine_GE, N * J), stable=True)
+    sorted_SD = slots_GRD.reshape(G * N * J, -1).at[order_S].get(**_PERMUTE)
+    y_SD = _mlp(sorted_SD, mine_GE.sum(0), gate_EDF, up_EDF, down_EFD)
+    y_SD = y_SD.at[jnp.argsort(order_S)].get(**_PERMUTE)
+    y_RD = exchange.bring_back(y_SD.reshape(slots_GRD.shape), sent_GG, axis)
+  y_NJD = y_RD.at[jnp.argsort(order_R)].get(**_PERMUTE).reshape(N, J, -1)
+  return jnp.einsum("NJD,NJ->ND", y_NJD, weights_NJ.astype(x_ND.dtype))
+
+
+def _expert_of_slots(mine_GE, R):
+  """[G R]: which expert the row of each slot is for; E where there is none."""
+  end_GE = jnp.cumsum(mine_GE, 1)
+  search = functools.partial(jnp.searchsorted, side="right")
+  p_R = jnp.arange(R, dtype=end_GE.dtype)
+  return jax.vmap(search, (0, None))(end_GE, p_R).reshape(-1)
+
+
+def _mlp(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD):
+  matmul = grouped_matmul.grouped_matmul
+  h_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E))
+  h_RF = h_RF * matmul(x_RD, up_EDF, sizes_E)
+  return matmul(h_RF, down_EFD, sizes_E)

@@ -1,0 +1,106 @@
+"""On every mesh, the model is the one of one device."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dsa_jax import sharding
+from tests.train import runs
+from tests.train import step_test
+from train import step as step_lib
+
+MODEL = dataclasses.replace(runs.MODEL, experts_per_token=2)
+
+# Every axis alone, in pairs, and all at once.
+PAIRS = [
+  dict(data=2, fsdp=2),
+  dict(data=2, expert=2),
+  dict(data=2, context=2),
+  dict(data=2, tensor=2),
+  dict(fsdp=2, expert=2),
+  dict(fsdp=2, context=4),
+  dict(fsdp=2, tensor=2),
+  dict(expert=2, context=2),
+  dict(expert=4, tensor=2),
+  dict(context=4, tensor=2),
+]
+ALONE = [dict(data=4), dict(fsdp=4), dict(expert=4), dict(context=4)]
+MESHES = [
+  *ALONE,
+  dict(tensor=2),
+  *PAIRS,
+  dict(data=2, fsdp=2, expert=2, context=2, tensor=2),
+]
+FEW = [dict(fsdp=2, context=2, tensor=2), dict(data=2, expert=2)]
+
+
+@functools.cache
+def on(attention, **axes):
+  """Loss, what else the forward pass gives, and gradients."""
+  with jax.set_mesh(sharding.make_mesh(**axes)):
+    model, init = step_lib.init(MODEL, 0)
+    params, bias = init(jax.random.key(0))
+    arrays = {
+      name: jax.device_put(x, MODEL.rules("batch", None))
+      for name, x in step_test.batch().items()
+    }
+    arguments = arrays["tokens"], arrays["positions"], arrays["segment_ids"]
+
+    def loss_fn(params):
+      whole = model.merge(params, bias)
+      if attention == "dense":  # LM and KL: pretraining and warm-up in one
+        losses = whole.losses(
+          *arguments, attention="dense", lm_loss=True, index_loss=True
+        )
+        rest = {}
+      else:
+        output = whole.forward(*arguments)
+        losses = output.losses
+        rest = {"selected": output.selected, "hidden": output.hidden}
+      parts: Any = losses.lm, losses.mtp, losses.index, losses.balance
+      exact = {"load": losses.load}
+      close = {"lm": losses.lm, "index": losses.index, "recall": losses.recall}
+      return sum(x.sum() for x in parts), (exact, close, rest)
+
+    grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    return jax.device_get(grad(params))
+
+
+def check(attention, axes):
+  (loss, (exact, close, rest)), grads = on(attention)
+  (other_loss, (other_exact, other_close, other_rest)), other = on(
+    attention, **axes
+  )
+  np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+  np.testing.assert_array_equal(other_exact["load"], exact["load"])
+  if attention == "sparse":
+    assert (rest["selected"] >= 0).any()
+    np.testing.assert_array_equal(other_rest["selected"], rest["selected"])
+    np.testing.assert_allclose(
+      other_rest["hidden"], rest["hidden"], rtol=1e-5, atol=1e-5
+    )
+  for name in ("lm", "index"):
+    np.testing.assert_allclose(
+      other_close[name], close[name], rtol=1e-5, atol=1e-5
+    )
+  # Their order is that of the shards.
+  np.testing.assert_allclose(
+    np.sort(other_close["recall"]), np.sort(close["recall"]), rtol=1e-5
+  )
+  step_test.assert_close_each(other, grads, 1e-5)
+
+
+@pytest.mark.parametrize("axes", FEW, ids=str)
+def test_sparse_on_a_few_meshes(axes):
+  check("sparse", axes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_every_mesh(attention, axes):
+  check(attention, axes)

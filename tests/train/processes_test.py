@@ -1,0 +1,148 @@
+"""Two processes train as one, and the run goes on in another shape."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.train import runs
+from train import processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# A process of a run: the folder of its text, then options of train.main.
+PROGRAM = """
+import dataclasses, pathlib, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_disable_most_optimizations", True)
+from tests.train import runs
+from train import config as config_lib
+from train import main
+folder = pathlib.Path(sys.argv[1])
+
+def load(path):
+  cfg = runs.config(folder)
+  stages = tuple(dataclasses.replace(s, microbatches=1) for s in cfg.stages)
+  data = dataclasses.replace(cfg.data, shards=2)
+  return dataclasses.replace(cfg, stages=stages[2:], data=data,
+                             init_from="random")
+
+config_lib.load = load
+sys.argv = ["main", "--config=test", *sys.argv[3:]]
+main.main()
+"""
+
+
+def launch(folder, devices, *options):
+  return subprocess.Popen(
+    [sys.executable, "-c", PROGRAM, str(folder), str(devices), *options],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def launch_two(folder, *options):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  return [
+    launch(
+      folder,
+      2,
+      f"--distributed.coordinator=localhost:{port}",
+      "--distributed.processes=2",
+      f"--distributed.process={i}",
+      *options,
+    )
+    for i in range(2)
+  ]
+
+
+def finish(*started, timeout=300):
+  outputs = [process.communicate(timeout=timeout)[0] for process in started]
+  for process, output in zip(started, outputs):
+    assert process.returncode == 0, output
+  return outputs
+
+
+def losses(folder, run):
+  return [
+    (line["step"], line.get("loss", line["grad_norm"]))
+    for line in runs.lines(folder / run, "train")
+  ]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_shape(tmp_path):
+  runs.write_text(tmp_path)
+  whole = f"--run-dir={tmp_path}/whole"
+  finish(launch(tmp_path, 1, whole))
+  expected = losses(tmp_path, "whole")
+  assert len(expected) == 4
+
+  parts = f"--run-dir={tmp_path}/parts"
+  first, second = finish(
+    *launch_two(tmp_path, parts, "--mesh.fsdp=4", "--stop-at=1")
+  )
+  assert "stopped after step 1" in first
+  assert "step" not in second  # one log
+  # On four devices of one process, then on one.
+  finish(
+    launch(
+      tmp_path,
+      4,
+      *(parts, "--resume", "--mesh.context=2", "--mesh.tensor=2"),
+      "--stop-at=3",
+    )
+  )
+  finish(launch(tmp_path, 1, parts, "--resume"))
+  actual = losses(tmp_path, "parts")
+  assert [step for step, _ in actual] == [step for step, _ in expected]
+  np.testing.assert_allclose(
+    [x for _, x in actual], [x for _, x in expected], rtol=1e-5
+  )
+
+
+@pytest.mark.slow
+def test_when_one_dies_all_end(tmp_path):
+  runs.write_text(tmp_path)
+  started = launch_two(
+    tmp_path,
+    f"--run-dir={tmp_path}/run",
+    "--mesh.data=4",
+    "--stages.0.steps=100000",
+  )
+  metrics = tmp_path / "run" / "metrics.jsonl"
+  begun = time.monotonic()
+  while not (metrics.exists() and metrics.read_text()):
+    assert time.monotonic() - begun < 200
+    assert all(process.poll() is None for process in started)
+    time.sleep(0.5)
+  started[1].send_signal(signal.SIGKILL)
+  output, _ = started[0].communicate(timeout=60)
+  assert started[0].returncode not in (0, None), output
+
+
+@pytest.mark.parametrize(
+  ("options", "says"),
+  [
+    (dict(coordinator="a:1"), "belong together"),
+    (dict(coordinator="a:1", processes=2, process=2), "below"),
+    (dict(auto=True, process=0), "finds the processes itself"),
+  ],
+)
+def test_refuses(options, says):
+  with pytest.raises(ValueError, match=says):
+    processes.DistributedConfig(**options)

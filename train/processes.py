@@ -1,0 +1,189 @@
+"""Several processes that run one program, one for each host of a pod.
+
+The first of them alone writes the log, the metrics and what else a person
+reads; checkpoints are written by all, together.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+# A process that says nothing for so long is dead; the others end as well.
+_SILENCE_SECONDS = 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+  """Where the other processes are. By default there are none."""
+
+  auto: bool = False
+  """Find them as JAX does: on TPU pods, under Slurm, Open MPI or Kubernetes."""
+  coordinator: str | None = None
+  """Address of the first process, HOST:PORT, in place of `auto`."""
+  processes: int | None = None
+  """How many there are; with `coordinator`."""
+  process: int | None = None
+  """The number of this one, from 0; with `coordinator`."""
+
+  def __post_init__(self):
+    given = [self.coordinator, self.processes, self.process]
+    if self.auto and any(x is not None for x in given):
+      raise ValueError(
+        "distributed.auto finds the processes itself: leave out coordinator, "
+        "processes and process."
+      )
+    if any(x is not None for x in given) and None in given:
+      raise ValueError(
+        f"{self.coordinator=}, {self.processes=} and {self.process=} belong "
+        "together: give all three, or distributed.auto alone."
+      )
+    if self.processes is not None and self.process is not None:
+      if not 0 <= self.process < self.processes:
+        raise ValueError(
+          f"{self.process=} must be at least 0 and below {self.processes=}."
+        )
+
+
+def start(cfg: DistributedConfig) -> None:
+  """Meets the other processes, if there are any, before JAX does anything.
+
+  Raises:
+    ValueError: They cannot be found, or do not all come.
+  """
+  if not cfg.auto and cfg.coordinator is None:
+    return
+  try:
+    jax.distributed.initialize(
+      cfg.coordinator,
+      cfg.processes,
+      cfg.process,
+      initialization_timeout=60,
+      heartbeat_timeout_seconds=_SILENCE_SECONDS,
+    )
+  except (ValueError, RuntimeError) as e:
+    reason = str(e).splitlines()[0]
+    raise ValueError(
+      f"The processes of this run do not meet ({reason}). Check that all are "
+      "started, with the same distributed.coordinator and distributed.processes"
+      " and each its own distributed.process, or with distributed.auto."
+    ) from e
+
+
+def meet(place: str) -> None:
+  """Waits for all processes to come to `place`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(place)
+
+
+def check_mesh(mesh: jax.sharding.Mesh) -> None:
+  """Raises a ValueError if some process has no device of the mesh."""
+  if jax.process_count() > 1 and mesh.size != jax.device_count():
+    raise ValueError(
+      f"The mesh takes {mesh.size} devices, but the {jax.process_count()} "
+      f"processes have {jax.device_count()}: all must be used. Change the mesh."
+    )
+
+
+def is_first() -> bool:
+  """Whether this process speaks for all."""
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """Prints, in the first process."""
+  if is_first():
+    print(text, flush=True)
+
+
+def fetch(tree: Any) -> Any:
+  """NumPy arrays of global ones, everywhere the whole; all processes call."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return jax.tree.map(
+    lambda x: (
+      np.asarray(x)
+      if x.is_fully_replicated
+      else multihost_utils.process_allgather(x, tiled=True)
+    ),
+    tree,
+  )
+
+
+def put(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """A global array of one that every process has whole."""
+  return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+
+def put_parts(
+  parts: dict[int, np.ndarray],
+  shape: Sequence[int],
+  axis: int,
+  sharding: jax.sharding.Sharding,
+) -> jax.Array:
+  """A global array of equal parts along `axis`; each process has its own.
+
+  Args:
+    parts: By number, those that `parts_here` names.
+    shape: Of the whole.
+    axis: The dimension that is cut into parts.
+    sharding: Where the array goes.
+  """
+  size = next(iter(parts.values())).shape[axis]
+
+  def piece(index):
+    begin, end, _ = index[axis].indices(shape[axis])
+    first = begin // size
+    here = [parts[i] for i in range(first, -(-end // size))]
+    whole = np.concatenate(here, axis)
+    cut = slice(begin - first * size, end - first * size)
+    return whole[(*index[:axis], cut, *index[axis + 1 :])]
+
+  return jax.make_array_from_callback(tuple(shape), sharding, piece)
+
+
+def parts_here(
+  number: int,
+  shape: Sequence[int],
+  axis: int,
+  sharding: jax.sharding.Sharding,
+) -> list[int]:
+  """Which of `number` equal parts along `axis` this process's devices need."""
+  size = shape[axis] // number
+  needed = set()
+  places = sharding.addressable_devices_indices_map(tuple(shape))
+  for index in places.values():
+    assert index is not None  # a device of this process has a part
+    begin, end, _ = index[axis].indices(shape[axis])
+    needed |= set(range(begin // size, -(-end // size)))
+  return sorted(needed)
+
+
+def gather_json(own: dict[int, Any]) -> dict[int, Any]:
+  """What each process says under numbers of its own, together."""
+  if jax.process_count() == 1:
+    return own
+  text = json.dumps(own).encode()
+  sizes = multihost_utils.process_allgather(np.array(len(text)))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: len(text)] = np.frombuffer(text, np.uint8)
+  everyone = multihost_utils.process_allgather(padded)
+  together: dict[int, Any] = {}
+  for size, row in zip(sizes, everyone):
+    said = json.loads(row[: int(size)].tobytes())
+    together |= {int(number): value for number, value in said.items()}
+  return together
+
+
+def asked_to_stop(here: bool, step: int) -> bool:
+  """Whether to stop after this step: the same answer in all processes.
+
+  Of several, JAX hears the notice (SIGTERM) and makes them agree on a step.
+  """
+  if jax.process_count() == 1:
+    return here
+  return multihost_utils.reached_preemption_sync_point(step)
