@@ -1,9 +1,9 @@
-"""DeepSeek-V3.2, 671B, made sparse at 128K tokens on 512 chips of v5p (8x8x8).
+"""Sparse training of DeepSeek-V3.2 at 128K tokens on 512 chips of v5p (8x8x8).
 
 A sequence is shared by 16 chips, 8,192 tokens each. Of each layer a chip keeps
-the input (117 MB) and the selected keys (67 MB), 11 GB in all. A microbatch is
-32 sequences: 15 of them are the paper's 480, and the warm-up's one is twice the
-paper's 16, for half as many steps.
+the input (117 MB) and the selected keys (67 MB), 11 GB in all, beside the 21 GB
+of parameters, moments and gradients of pretraining. A microbatch is 32
+sequences: 15 of them are the paper's 480.
 
     python -m train.main --config=configs/v32_671b_sparse.py \
       --compile-only=v5p:8x8x8
@@ -11,15 +11,12 @@ paper's 16, for half as many steps.
 
 import dataclasses
 
-from configs import v32_671b_pretrain
+from configs import v32_671b_warmup
 from train import config as config_lib
 
 
 def config() -> config_lib.TrainConfig:
-  pretrain = v32_671b_pretrain.config()
-  warmup = config_lib.StageConfig(
-    kind="warmup", steps=500, seq_len=131_072, batch_size=32
-  )
+  warmup = v32_671b_warmup.config()
   sparse = config_lib.StageConfig(
     kind="sparse",
     steps=15_000,
@@ -29,13 +26,10 @@ def config() -> config_lib.TrainConfig:
     mtp_weight=0.1,
   )
   return dataclasses.replace(
-    pretrain,
+    warmup,
     run_dir="runs/v32_671b_sparse",
-    model=dataclasses.replace(pretrain.model, remat="selection"),
-    stages=(warmup, sparse),
-    optimizer=config_lib.OptimizerConfig(
-      peak_lr=7.3e-6, warmup=0.01, decay=0.0
-    ),
+    model=dataclasses.replace(warmup.model, remat="selection"),
+    stages=(sparse,),
     mesh=config_lib.MeshConfig(fsdp=2, expert=16, context=16),
-    init_from="runs/v32_671b_pretrain",
+    init_from="runs/v32_671b_warmup",
   )

@@ -44,8 +44,8 @@ def generate(
     Prompts and continuations, [B, T + max_new_tokens].
 
   Raises:
-    ValueError: An empty prompt, no tokens to make, a negative temperature, or
-      sampling without a key.
+    ValueError: An empty prompt, no tokens to make, a negative temperature,
+      sampling without a key, or rules that share a sequence among devices.
   """
   if tokens.shape[1] < 1:
     raise ValueError("generate: the prompt is empty; give at least one token.")
@@ -56,6 +56,11 @@ def generate(
   if temperature > 0 and rng is None:
     raise ValueError(
       f"generate: {temperature=} samples: give rng=jax.random.key(seed)."
+    )
+  if model.config.rules.shards("seq") > 1:
+    raise ValueError(
+      "generate: the mesh shares a sequence among devices, but tokens come one "
+      "at a time: give the model's config rules with seq=None."
     )
   graphdef, state = nnx.split(model)
   return _generate(

@@ -40,7 +40,7 @@ class ShardingRules:
   @property
   def keys(self) -> MeshAxes:
     """The batch of keys: each device that shares a sequence has a copy."""
-    return (*_names(self.seq), *_names(self.batch))
+    return (*_names(self.shared("seq")), *_names(self.batch))
 
   def __call__(self, *axes: str | None) -> P | None:
     """The spec of an array with these logical axes; None without a mesh."""
@@ -55,6 +55,10 @@ class ShardingRules:
     """
     wanted = _names(None if axis is None else getattr(self, axis))
     return tuple(name for name in wanted if name in _explicit_axes()) or None
+
+  def shared(self, axis: str) -> MeshAxes:
+    """The same, but None if that is one device: there is none to talk to."""
+    return self.mesh_axes(axis) if self.shards(axis) > 1 else None
 
   def shards(self, axis: str) -> int:
     """Into how many parts a logical axis is cut."""

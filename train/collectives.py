@@ -15,7 +15,7 @@ KINDS = (
 )
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _BITS = re.compile(r"\d+")
@@ -36,6 +36,7 @@ class _Computation:
   lines: list[str]
   collectives: list[tuple[str, int]]
   calls: list[tuple[str, int]]  # name, times
+  sizes: dict[str, int]  # of each instruction's first array
 
 
 def moved(hlo: str) -> dict[str, Moved]:
@@ -69,7 +70,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
   entry, current = "", None
   for line in hlo.splitlines():
     if head := _COMPUTATION.match(line):
-      current = computations[head[2]] = _Computation([], [], [])
+      current = computations[head[2]] = _Computation([], [], [], {})
       entry = head[2] if head[1] else entry
     elif current is not None:
       current.lines.append(line)
@@ -83,7 +84,9 @@ def _read(line, computation, computations) -> None:
   match = _INSTRUCTION.match(line)
   if not match:
     return
-  text = match[1].split(", metadata=")[0]
+  name, text = match[1], match[2].split(", metadata=")[0]
+  if first := _ARRAY.search(text):
+    computation.sizes[name] = _bytes(*first.groups())
   for kind in KINDS:
     if f" {kind}(" in text or f" {kind}-start(" in text:
       shape = text.split(f" {kind}")[0]
@@ -91,7 +94,9 @@ def _read(line, computation, computations) -> None:
       arrays = [_bytes(*array) for array in _ARRAY.findall(shape)]
       if kind == "ragged-all-to-all":
         # One side has room for all that could come, the other just what goes.
-        size = min(x for x in arrays if x > max(arrays) // 1000)
+        rows = text.split("(", 1)[1] if "-start(" not in text else ""
+        sent = computation.sizes.get((_NAME.findall(rows) or [""])[0])
+        size = min(arrays[0], sent or arrays[1])
       elif "-start(" in text or kind == "collective-permute":
         size = max(arrays)
       else:

@@ -53,18 +53,21 @@ class Compiled:
 
   stage: config_lib.StageConfig
   arguments: int
+  """0 if it does not fit: then the compiler does not say."""
   temporaries: int
   memory: int
   flops: float
   """Of the model on one device: without what is computed twice."""
   repeated: float
   """Of these, what remat computes again."""
-  peak: float | None
+  peak: float
   moved: dict[str, collectives.Moved]
   network: float
   implementations: dict[str, str]
   seconds: float
   host_bytes: int
+  hlo: str
+  """The compiled program; empty if it does not fit."""
 
   @property
   def fits(self) -> bool:
@@ -72,33 +75,32 @@ class Compiled:
 
   def __str__(self) -> str:
     size = metrics_lib.size
-    total = self.arguments + self.temporaries
+    if self.arguments:
+      parts = f"{size(self.arguments)} arguments + {size(self.temporaries)}"
+      parts += f" temporaries = {size(self.arguments + self.temporaries)}"
+    else:
+      parts = f"{size(self.temporaries)} of temporaries alone"
     verdict = "it fits" if self.fits else "IT DOES NOT FIT"
     lines = [
       f"{self.stage.kind}: {self.stage.batch_size} x {self.stage.seq_len}"
       f" tokens a step, {self.stage.microbatches} microbatches",
-      f"  memory    {size(self.arguments)} arguments + {size(self.temporaries)}"
-      f" temporaries = {size(total)}; a device has {size(self.memory)}:"
-      f" {verdict}",
+      f"  memory    {parts}; a device has {size(self.memory)}: {verdict}",
     ]
-    busy = 0.0
-    if self.peak:
-      busy = (self.flops + self.repeated) / self.peak
-      lines.append(
-        f"  compute   {metrics_lib.count(self.flops)}FLOP a device, and"
-        f" {metrics_lib.count(self.repeated)} again by remat: {busy:.2f} s at"
-        f" {metrics_lib.count(self.peak)}FLOP/s"
-      )
-    links = sum(m.bytes for m in self.moved.values()) / self.network
+    busy = (self.flops + self.repeated) / self.peak
+    lines.append(
+      f"  compute   {metrics_lib.count(self.flops)}FLOP a device, and"
+      f" {metrics_lib.count(self.repeated)} again by remat: {busy:.2f} s at"
+      f" {metrics_lib.count(self.peak)}FLOP/s"
+    )
     for kind, m in sorted(self.moved.items()):
       lines.append(f"  {kind:<18}  {m.times:>7,} times, {size(m.bytes)}")
-    lines.append(f"  network   {links:.2f} s at {size(self.network)}/s")
-    if self.peak:
-      bound = max(busy, links)
-      lines.append(
-        f"  bound     {bound:.2f} s a step at least, MFU"
-        f" {self.flops / self.peak / bound:.0%} at most"
-      )
+    links = sum(m.bytes for m in self.moved.values()) / self.network
+    bound = max(busy, links)
+    lines += [
+      f"  network   {links:.2f} s at {size(self.network)}/s",
+      f"  bound     {bound:.2f} s a step at least, MFU"
+      f" {self.flops / self.peak / bound:.0%} at most",
+    ]
     for op, name in sorted(self.implementations.items()):
       kernel = "kernel" if name in dispatch.KERNEL_BACKEND else "plain XLA"
       lines.append(f"  {op:<20}  {name} ({kernel})")
@@ -173,6 +175,8 @@ def _compile(cfg, stage, mesh) -> Compiled:
   with dispatch.record() as implementations, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the report says which are no kernels
     lowered = lower(cfg, stage, mesh)
+  peak = metrics_lib.peak_flops(device)
+  assert peak is not None  # of TPUs it is known
   per_token = flops.training_flops_per_token(
     cfg.stage_model(stage),
     stage.seq_len,
@@ -184,11 +188,11 @@ def _compile(cfg, stage, mesh) -> Compiled:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
-    used = re.search(r"Used ([\d.]+)([GM]) of", str(e))
-    if "RESOURCE_EXHAUSTED" not in str(e) or used is None:
+    needed = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM", str(e))
+    if needed is None:
       raise
-    unit = {"G": 2**30, "M": 2**20}[used[2]]
-    sizes, text = (0, round(float(used[1]) * unit)), ""
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}[needed[2]]
+    sizes, text = (0, round(float(needed[1]) * unit)), ""
   else:
     memory = compiled.memory_analysis()
     text = compiled.as_text()
@@ -203,12 +207,13 @@ def _compile(cfg, stage, mesh) -> Compiled:
     memory=chip.memory,
     flops=of_device,
     repeated=of_device / 3 if again else 0.0,  # the forward pass
-    peak=metrics_lib.peak_flops(device),
+    peak=peak,
     moved=collectives.moved(text),
     network=chip.network,
     implementations=implementations,
     seconds=time.perf_counter() - start,
     host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    hlo=text,
   )
 
 

@@ -98,6 +98,8 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.1
   """Of matrices; norms have none."""
+  moments: Literal["float32", "bfloat16"] = "float32"
+  """What both moments are kept in; DeepSeek-V3 took bfloat16."""
   clip_norm: float = 1.0
   """Largest norm of the model's gradient, and of the indexer's."""
 

@@ -48,8 +48,8 @@ def parse(
 
 
 def main() -> None:
-  cfg = parse(sys.argv[1:])
   try:
+    cfg = parse(sys.argv[1:])
     if cfg.compile_only:
       sys.exit(compile_lib.report(cfg))
     processes.start(cfg.distributed)

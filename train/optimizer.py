@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from train import config as config_lib
@@ -74,16 +75,33 @@ def label(params: Any) -> Any:
 
 
 def _adamw(cfg, rate) -> optax.GradientTransformation:
+  adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.epsilon)
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip_norm),
-    optax.adamw(
-      rate,
-      cfg.beta1,
-      cfg.beta2,
-      cfg.epsilon,
-      weight_decay=cfg.weight_decay,
-      mask=_decayed,
-    ),
+    _kept_in(cfg.moments, adam),
+    optax.add_decayed_weights(cfg.weight_decay, _decayed),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def _kept_in(
+  dtype: str, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """`inner`, which computes in fp32, with what it remembers kept in `dtype`."""
+
+  def cast(state, dtype):
+    def cast_one(x):
+      return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast_one, state)
+
+  def update(updates, state, params=None):
+    state = cast(state, jnp.float32)
+    updates, state = inner.update(updates, state, params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(
+    lambda params: cast(inner.init(params), dtype), update
   )
 
 

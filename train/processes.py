@@ -64,6 +64,7 @@ def start(cfg: DistributedConfig) -> None:
       cfg.process,
       initialization_timeout=60,
       heartbeat_timeout_seconds=_SILENCE_SECONDS,
+      shutdown_timeout_seconds=_SILENCE_SECONDS,
     )
   except (ValueError, RuntimeError) as e:
     reason = str(e).splitlines()[0]

@@ -94,6 +94,11 @@ class GenerateTest(chex.TestCase):
     with self.assertRaisesRegex(ValueError, "empty"):
       dsa_jax.generate(models.model(), np.zeros((1, 0), np.int32), 1)
 
+  def test_refuses_to_share_a_token_among_devices(self):
+    with jax.set_mesh(dsa_jax.make_mesh(context=2)):
+      with self.assertRaisesRegex(ValueError, "seq=None"):
+        dsa_jax.generate(models.model(), models.tokens(2, 4), 1)
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -63,12 +63,23 @@ TINY = "--config=configs/tiny.py"
     ([TINY, "--model.vocab_size=200"], ["vocab_size=200", "257"]),
     ([TINY, "--mesh.tensor=3"], ["num_heads=4", "tensor=3"]),
     ([TINY, "--mesh.data=3"], ["8 sequences", "3 devices"]),
-    ([TINY, "--mesh.expert=3"], ["num_experts=8", "expert=3"]),
+    (
+      [
+        TINY,
+        "--mesh.expert=3",
+        "--stages.0.batch_size=9",
+        "--stages.1.batch_size=9",
+      ],
+      ["num_experts=8", "expert=3"],
+    ),
     (
       [TINY, "--mesh.context=2", "--stages.0.seq_len=254"],
       ["stages.0", "seq_len=254", "multiple of 4", "context=2"],
     ),
-    ([TINY, "--mesh.data=8", "--mesh.fsdp=8"], ["64 devices", "there are 32"]),
+    (
+      [TINY, "--mesh.data=8", "--mesh.tensor=4", "--mesh.context=2"],
+      ["64 devices", "there are 32"],
+    ),
     ([TINY, "--stages.0.microbatches=3"], ["batch_size=8", "microbatches=3"]),
     ([TINY, "--stages.0.steps=0"], ["steps=0"]),
     ([TINY, "--data.source=/nowhere/*.txt"], ["/nowhere/*.txt"]),

@@ -222,6 +222,29 @@ class TrainingBatchesTest(DataTestCase):
     with self.assertRaisesRegex(data.DataError, "must be at least 1"):
       corpus.heldout_batches(max_batches=1, **sizes)
 
+  def test_each_epoch_of_all_shards_serves_each_document_once(self):
+    texts = self.words(31)
+    corpus = self.corpus(texts, heldout_fraction=0.2, shards=3)
+    self.set_block_tokens(1)
+    train = side(corpus.train)  # 25: an epoch ends in the middle of a round
+    epochs = []
+    for shard in range(3):
+      batches = corpus.batches(seq_len=8, batch_size=1, seed=0, shard=shard)
+      epochs.append(served(rows(take(batches, 400)))[:50])
+    in_order = [text for together in zip(*epochs) for text in together]
+    for epoch in range(5):
+      part = in_order[epoch * len(train) :][: len(train)]
+      self.assertCountEqual(part, train)
+
+  def test_shards_are_shuffled_apart(self):
+    corpus = self.corpus(["".join(f"{i:04d}" for i in range(99))] * 9, shards=2)
+    batches = [
+      corpus.batches(seq_len=16, batch_size=4, seed=0, shard=shard)
+      for shard in range(2)
+    ]
+    orders = [rows(take(b, 4)).tolist() for b in batches]
+    self.assertNotEqual(*orders)
+
   def test_a_lost_file_stops_training(self):
     for i in range(9):
       self.write(f"{i}.txt", f"text {i}")
@@ -303,6 +326,9 @@ class ResumeTest(DataTestCase):
       self.batches(seq_len=32),
       self.batches(batch_size=8),
       self.batches(seed=4),
+      self.corpus(self.words(60), shards=2).batches(
+        seq_len=16, batch_size=4, seed=3
+      ),
       self.corpus(self.words(61)).batches(seq_len=16, batch_size=4, seed=3),
     ):
       with self.assertRaisesRegex(data.DataError, "same settings"):

@@ -105,6 +105,31 @@ class AccumulationTest(chex.TestCase):
     chex.assert_trees_all_equal(other_bias, bias)
 
 
+class MomentsTest(chex.TestCase):
+  def test_are_kept_in_the_dtype_asked_for(self):
+    cfg = dataclasses.replace(OPTIMIZER, moments="bfloat16")
+    results = []
+    for optimizer in (OPTIMIZER, cfg):
+      train_step, state = start(stage("pretrain"), optimizer_cfg=optimizer)
+      for _ in range(3):
+        state, _ = train_step(state, cut(batch(), 1))
+      results.append(state)
+    exact, rounded = results
+    for x in jax.tree.leaves([s[1:] for s in adam_states(rounded.opt_state)]):
+      self.assertEqual(x.dtype, jnp.bfloat16)
+    one, other = (
+      np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+      for state in (exact, rounded)
+    )
+    before = start(stage("pretrain"))[1].params
+    begun = np.concatenate([np.ravel(x) for x in jax.tree.leaves(before)])
+    self.assertGreater(np.abs(other - one).max(), 0)
+    # A hundredth of the way is rounding: bfloat16 has 8 bits.
+    self.assertLess(
+      np.linalg.norm(other - one), 0.02 * np.linalg.norm(one - begun)
+    )
+
+
 class RouterBiasTest(chex.TestCase):
   def test_moves_against_the_load(self):
     bias = {
