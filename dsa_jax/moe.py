@@ -136,8 +136,8 @@ class MoE(nnx.Module):
     routed = sharding.local(
       functools.partial(
         routed_experts,
-        experts_axis=rules.shared("experts"),
-        ffn_axis=rules.shared("ffn"),
+        experts_axis=rules.mesh_axes("experts"),
+        ffn_axis=rules.mesh_axes("ffn"),
       ),
       in_specs=(per_token, per_token, per_token, into, into, out),
       out_specs=per_token,

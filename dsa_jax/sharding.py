@@ -40,11 +40,11 @@ class ShardingRules:
   @property
   def keys(self) -> MeshAxes:
     """The batch of keys: each device that shares a sequence has a copy."""
-    return (*_names(self.shared("seq")), *_names(self.batch))
+    return (*_names(self.seq), *_names(self.batch))
 
   def __call__(self, *axes: str | None) -> P | None:
     """The spec of an array with these logical axes; None without a mesh."""
-    if not _explicit_axes():
+    if not _explicit_mesh():
       return None
     return P(*(self.mesh_axes(axis) for axis in axes))
 
@@ -54,11 +54,8 @@ class ShardingRules:
     Inside `local` there are none: what a psum there needs is asked for outside.
     """
     wanted = _names(None if axis is None else getattr(self, axis))
-    return tuple(name for name in wanted if name in _explicit_axes()) or None
-
-  def shared(self, axis: str) -> MeshAxes:
-    """The same, but None if that is one device: there is none to talk to."""
-    return self.mesh_axes(axis) if self.shards(axis) > 1 else None
+    mesh = _explicit_mesh()
+    return tuple(name for name in wanted if mesh.get(name, 1) > 1) or None
 
   def shards(self, axis: str) -> int:
     """Into how many parts a logical axis is cut."""
@@ -75,21 +72,22 @@ def _names(axes: MeshAxes) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def _explicit_axes() -> tuple[str, ...]:
+def _explicit_mesh() -> dict[str, int]:
+  """The Explicit axes of the mesh in context, and their sizes."""
   mesh = jax.sharding.get_abstract_mesh()
   explicit = jax.sharding.AxisType.Explicit
-  return tuple(
-    name
+  return {
+    name: mesh.shape[name]
     for name, kind in zip(mesh.axis_names, mesh.axis_types)
     if kind == explicit
-  )
+  }
 
 
 def local(
   f: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any
 ) -> Callable[..., Any]:
   """`f` on each device's blocks, cut by `in_specs`; `f` without a mesh."""
-  if not _explicit_axes():
+  if not _explicit_mesh():
     return f
   # Kernels do not say how their results vary over the mesh: no vma check.
   mapped = jax.shard_map(

@@ -27,7 +27,7 @@ def multiple(rules: sharding.ShardingRules) -> int:
 
 def scatter(x: jax.Array, rules: sharding.ShardingRules) -> jax.Array:
   """[B, T, ...] in natural order -> the same over the context, in zigzag."""
-  axes = rules.shared("seq")
+  axes = rules.mesh_axes("seq")
   if axes is None:
     return x
   rest = (None,) * (x.ndim - 2)
@@ -49,7 +49,7 @@ def gather(
 ) -> jax.Array:
   """Undoes `scatter`; T is the dimension `axis`, and those after B are whole
   but for it."""
-  axes = rules.shared("seq")
+  axes = rules.mesh_axes("seq")
   if axes is None:
     return x
   spec = list(jax.typeof(x).sharding.spec)
@@ -63,7 +63,7 @@ def gather(
 def gather_keys(x: jax.Array, rules: sharding.ShardingRules) -> jax.Array:
   """[B, T, X] over the context -> [keys, S, X]: a copy for each device of it,
   in natural order."""
-  axes = rules.shared("seq")
+  axes = rules.mesh_axes("seq")
   if axes is None:
     return x
   copy = sharding.local(

@@ -46,8 +46,10 @@ def moved(hlo: str) -> dict[str, Moved]:
   every branch.
 
   Args:
-    hlo: The text of a compiled program.
+    hlo: The text of a compiled program; empty of none.
   """
+  if not hlo:
+    return {}
   computations, entry = _parse(hlo)
   total: dict[str, Moved] = {}
   for kind, size, times in _walk(computations, entry, 1):
