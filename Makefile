@@ -31,8 +31,8 @@ test: $(READY)  ## run the tests, but for the slow ones
 # pytest exits with 5 where it selects no test. Having no slow test is fine;
 # having none at all is not, so only this target accepts it.
 test-slow: $(READY)  ## run the slow tests
-	@echo '$(PYTHON) -m pytest -m slow $(ARGS)'; \
-	$(PYTHON) -m pytest -m slow $(ARGS) || { \
+	@echo '$(PYTHON) -m pytest -n 2 --dist=loadfile -m slow $(ARGS)'; \
+	$(PYTHON) -m pytest -n 2 --dist=loadfile -m slow $(ARGS) || { \
 	  status=$$?; \
 	  test $$status -eq 5 || exit $$status; \
 	  echo 'No slow test was selected.'; \

@@ -1,7 +1,7 @@
 """Model configuration: the shape of a DeepSeek-V3.2, validated when made."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from dsa_jax import sharding
 
@@ -65,6 +65,7 @@ class ModelConfig:
   """K, keys that sparse attention reads for a query."""
   index_rope_interleaved: bool = False
   """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
+  indexer_types: tuple[Literal["full", "shared"], ...] = ()
 
   dense_ffn_dim: int
   """F of the dense MLP."""
@@ -153,6 +154,19 @@ class ModelConfig:
   @property
   def num_moe_layers(self) -> int:
     return self.num_layers - self.num_dense_layers
+
+  def to_dict(self) -> dict[str, Any]:
+    """Everything but the rules, as JSON can hold it."""
+    values = dataclasses.asdict(self)
+    del values["rules"]
+    return values
+
+  @classmethod
+  def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+    """Undoes `to_dict`."""
+    yarn = YarnConfig(**values["yarn"])
+    types = tuple(values["indexer_types"])
+    return cls(**values | {"yarn": yarn, "indexer_types": types})
 
 
 def v32_671b() -> ModelConfig:

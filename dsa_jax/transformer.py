@@ -70,6 +70,8 @@ class Transformer(nnx.Module):
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
+    # The folder it was loaded from; save_hf takes over what stands there.
+    self.source: str | None = None
     dense, moe = config.num_dense_layers, config.num_moe_layers
     self.embed = embed.Embed(config, rngs=rngs)
     self.dense_layers = block.make_stack(

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+import dsa_jax
+from dsa_jax.hf import tensors as tensors_lib
+from train import arrays as arrays_lib
 from train import config as config_lib
 from train import processes
 from train import step as step_lib
@@ -49,6 +52,7 @@ class Checkpoints:
     ]
     self._checkpointer = ocp.training.Checkpointer(
       str(self._dir / "checkpoints"),
+      context=_context(),
       preservation_policy=policies.AnyPreservationPolicy(keep),
     )
 
@@ -66,7 +70,11 @@ class Checkpoints:
     (self._dir / "config.json").write_text(text + "\n", encoding="utf-8")
 
   def save(
-    self, state: step_lib.TrainState, step: int, data: dict[str, Any]
+    self,
+    state: step_lib.TrainState,
+    step: int,
+    data: dict[str, Any],
+    model: dsa_jax.ModelConfig,
   ) -> None:
     """Copies the state, and writes it while training goes on.
 
@@ -74,10 +82,14 @@ class Checkpoints:
       state: Of all processes together.
       step: The last one done.
       data: Where the data stand, as JSON can hold it.
+      model: What the parameters are those of, in this stage.
     """
     if step > self.latest:
       self._checkpointer.save_checkpointables_async(
-        step, {"state": state}, force=True, custom_metadata={"data": data}
+        step,
+        {"state": state},
+        force=True,
+        custom_metadata={"data": data, "model": model.to_dict()},
       )
 
   def restore_state(
@@ -133,6 +145,25 @@ class Checkpoints:
       )
 
 
+def _context() -> ocp.Context:
+  """Chunks of one layer and expert, so that parts of an array are read apart.
+
+  What converts a checkpoint then needs no memory for all layers at once.
+  """
+  options = ocp.options.ArrayOptions.Saving.StorageOptions
+
+  def storage(key, value):
+    del value
+    stacked = tensors_lib.stacked(tensors_lib.leaf_name(key))
+    return options(
+      chunk_byte_size=arrays_lib.CHUNK_BYTES, shard_axes=tuple(range(stacked))
+    )
+
+  context = ocp.Context()
+  context.array_options.saving.scoped_storage_options_creator = storage
+  return context
+
+
 class Origin:
   """A checkpoint of another run, to begin with its parameters."""
 
@@ -143,7 +174,13 @@ class Origin:
       ValueError: There is no checkpoint, it lacks parameters of the model, or
         has them in other shapes.
     """
-    self._path = _find(cfg.init_from or "")
+    path = find(pathlib.Path(cfg.init_from or "").resolve())
+    if path is None:
+      raise ValueError(
+        f"init_from={cfg.init_from!r} is no run with a checkpoint, and no "
+        "checkpoint; give a run's folder, or RUN_DIR/checkpoints/STEP."
+      )
+    self._path = path
     saved: Any = ocp.metadata(str(self._path), "state").metadata
     _, init = step_lib.init(cfg.model, cfg.seed)
     params, _ = jax.eval_shape(init, jax.random.key(cfg.seed))
@@ -178,17 +215,12 @@ class Origin:
     return loaded["state"]["params"], loaded["state"]["router_bias"]
 
 
-def _find(init_from: str) -> pathlib.Path:
+def find(folder: pathlib.Path) -> pathlib.Path | None:
   """The checkpoint that a run's folder, or a checkpoint's, stands for."""
-  path = pathlib.Path(init_from).resolve()
-  steps = [p for p in path.glob("checkpoints/*") if p.name.isdigit()]
-  found = max(steps, key=lambda p: int(p.name), default=path)
-  if not ocp.is_orbax_checkpoint(str(found)):
-    raise ValueError(
-      f"{init_from=} is no run with a checkpoint, and no checkpoint; give a "
-      "run's folder, or RUN_DIR/checkpoints/STEP."
-    )
-  return found
+  steps = [p for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+  found = max(steps, key=lambda p: int(p.name), default=folder)
+  whole = (found / "state").exists() and ocp.is_orbax_checkpoint(str(found))
+  return found if whole else None
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:

@@ -187,7 +187,9 @@ class Run:
       saves = step == end or step % cfg.checkpoint.every == 0
       stops = processes.asked_to_stop(self._stop, step) or step == cfg.stop_at
       if saves or stops:  # before the iterator moves on
-        self.checkpoints.save(state, step, batches.get_state())
+        self.checkpoints.save(
+          state, step, batches.get_state(), cfg.stage_model(stage)
+        )
       if pending:
         log(*pending)
       pending = step, metrics

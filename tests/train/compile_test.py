@@ -76,7 +76,10 @@ def small(tmp_path, **mesh) -> config_lib.TrainConfig:
     cfg,
     stages=(stage,),
     init_from="random",
-    model=dataclasses.replace(cfg.model, num_mtp_layers=0),
+    # Sizes that nothing else has, to tell an array of experts by them.
+    model=dataclasses.replace(
+      cfg.model, num_mtp_layers=0, num_experts=6, expert_ffn_dim=88
+    ),
     mesh=config_lib.MeshConfig(**mesh),
   )
 

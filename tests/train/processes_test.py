@@ -131,6 +131,7 @@ def test_when_one_dies_all_end(tmp_path):
     assert all(process.poll() is None for process in started)
     time.sleep(0.5)
   started[1].send_signal(signal.SIGKILL)
+  started[1].communicate()
   output, _ = started[0].communicate(timeout=60)
   assert started[0].returncode not in (0, None), output
 

@@ -1,0 +1,221 @@
+"""Conversions both ways, interrupted, and gone on with."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import dsa_jax
+from dsa_jax import sharding
+from tests.hf import folders
+from tests.train import runs
+from train import arrays
+from train import checkpoint
+from train import convert
+from train import loop
+from train import step as step_lib
+
+
+def run(source, target, **options):
+  convert.convert(convert.Conversion(str(source), str(target), **options))
+
+
+def restored(path, cfg):
+  """The model of a checkpoint, as training begins with it."""
+  train = runs.config(path)
+  train = dataclasses.replace(
+    train, model=cfg, stages=train.stages[:1], init_from=str(path)
+  )
+  origin = checkpoint.Origin(train)
+  model, init = step_lib.init(cfg, 0)
+  like = jax.eval_shape(init, jax.random.key(0))
+  params, bias = origin.restore(like, sharding.make_mesh())
+  return model.merge(params, bias)
+
+
+@pytest.mark.parametrize(
+  ("form", "scales"), [("float32", "F32"), ("bf16", "F32"), ("fp8", "any")]
+)
+def test_there_and_back(tmp_path, form, scales):
+  found = folders.tensors(form, scales=scales)
+  folders.write(tmp_path / "in", found)
+  (tmp_path / "in" / "tokenizer.json").write_text("{}")
+  dtype = "float32" if form == "float32" else None
+  run(tmp_path / "in", tmp_path / "orbax", dtype=dtype)
+  run(
+    tmp_path / "orbax",
+    tmp_path / "out",
+    format=form,
+    max_shard_size="300KB",
+  )
+  folders.assert_same(folders.read(tmp_path / "out"), found)
+  assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+  assert {p.name for p in tmp_path.iterdir()} == {"in", "orbax", "out"}
+
+
+def test_golden_logits_of_what_training_begins_with(tmp_path):
+  run(folders.GOLDEN, tmp_path / "orbax")
+  cfg = dsa_jax.read_model_config(folders.GOLDEN)
+  expected = load_file(folders.GOLDEN / "expected.safetensors")
+  model = restored(tmp_path / "orbax", cfg)
+  with jax.set_mesh(sharding.make_mesh()):
+    logits = jax.jit(lambda m, t: m(t))(
+      model, jnp.asarray(expected["input_ids"])
+    )
+  np.testing.assert_allclose(logits, expected["logits"], atol=2e-5, rtol=0)
+
+
+def test_training_reads_bfloat16_in_its_own_dtype(tmp_path):
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  run(tmp_path / "in", tmp_path / "orbax")
+  cfg = dsa_jax.read_model_config(tmp_path / "in", "float32")
+  model = restored(tmp_path / "orbax", cfg)
+  expected = dsa_jax.load_hf(tmp_path / "in", dtype="float32")
+  for x, y in zip(jax.tree.leaves(model), jax.tree.leaves(expected)):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
+def test_what_was_trained_here(tmp_path):
+  runs.write_text(tmp_path)
+  cfg = runs.config(tmp_path, "run")
+  cfg = dataclasses.replace(cfg, stages=cfg.stages[:1])
+  loop.Run(cfg).train()
+  run(tmp_path / "run", tmp_path / "out", format="float32")
+  model = dsa_jax.load_hf(tmp_path / "out")
+  assert model.config.num_mtp_layers == cfg.model.num_mtp_layers
+  trained = restored(tmp_path / "run", cfg.stage_model(cfg.stages[0]))
+  for x, y in zip(jax.tree.leaves(model), jax.tree.leaves(trained)):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_an_indexer_for_v3(tmp_path):
+  found = folders.tensors("bf16", indexer=False)
+  folders.write(tmp_path / "v3", found, model_type="deepseek_v3")
+  with pytest.raises(ValueError, match='stage="warmup"'):
+    run(tmp_path / "v3", tmp_path / "orbax")
+  with pytest.warns(UserWarning, match="has no indexer"):
+    run(tmp_path / "v3", tmp_path / "orbax", stage="warmup")
+  run(tmp_path / "orbax", tmp_path / "out")
+  written = folders.read(tmp_path / "out")
+  rest = {n: x for n, x in written.items() if ".indexer." not in n}
+  folders.assert_same(rest, found)
+  w = written["model.layers.2.self_attn.indexer.wq_b.weight"]
+  assert 0.01 < np.std(w.astype(np.float32)) < 0.03
+
+
+def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
+  found = folders.tensors("bf16")
+  folders.write(tmp_path / "in", found)
+  written = []
+  write = arrays.NewArrays.write
+
+  def stops(self, place, part):
+    if len(written) == 60:
+      raise KeyboardInterrupt
+    written.append(place)
+    write(self, place, part)
+
+  monkeypatch.setattr(arrays.NewArrays, "write", stops)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / "in", tmp_path / "orbax")
+  assert not (tmp_path / "orbax").exists()
+  partial = tmp_path / "orbax.partial"
+  assert checkpoint.find(partial) is None
+  journal = (partial / "conversion.jsonl").read_text().splitlines()
+  done = {json.loads(line) for line in journal[1:]}
+  assert done and len(done) < 3
+
+  again = []
+  monkeypatch.setattr(
+    arrays.NewArrays,
+    "write",
+    lambda *args: (again.append(args[1]), write(*args)),
+  )
+  with pytest.raises(ValueError, match="other options"):
+    run(tmp_path / "in", tmp_path / "orbax", dtype="float32")
+  run(tmp_path / "in", tmp_path / "orbax")
+  index = json.loads(
+    (tmp_path / "in" / "model.safetensors.index.json").read_text()
+  )
+  of_done = [n for n, f in index["weight_map"].items() if f in done]
+  assert len(again) < len(written) + len(again) - len(of_done) / 2
+  run(tmp_path / "orbax", tmp_path / "out")
+  folders.assert_same(folders.read(tmp_path / "out"), found)
+
+
+def test_the_other_way_goes_on_too(tmp_path, monkeypatch):
+  found = folders.tensors("bf16")
+  folders.write(tmp_path / "in", found)
+  run(tmp_path / "in", tmp_path / "orbax")
+  read, reads = arrays.Arrays.read, []
+
+  def stops(self, place):
+    if len(reads) == 100:
+      raise KeyboardInterrupt
+    reads.append(place)
+    return read(self, place)
+
+  out = tmp_path / "out"
+  with monkeypatch.context() as patch:
+    patch.setattr(arrays.Arrays, "read", stops)
+    with pytest.raises(KeyboardInterrupt):
+      run(tmp_path / "orbax", out, max_shard_size="300KB")
+  assert not out.exists()
+  partial = tmp_path / "out.partial"
+  first = partial / next(iter(sorted(partial.glob("*.safetensors"))))
+  changed = first.stat().st_mtime_ns
+  assert not (partial / "config.json").exists()
+  run(tmp_path / "orbax", out, max_shard_size="300KB")
+  assert (out / first.name).stat().st_mtime_ns == changed
+  folders.assert_same(folders.read(out), found)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  run(tmp_path / "in", tmp_path / "orbax")
+  (chunk,) = (tmp_path / "orbax").glob("**/params.head.w_DV.value/c/0/0")
+  raw = bytearray(chunk.read_bytes())
+  raw[100] ^= 1
+  chunk.write_bytes(raw)
+  with pytest.raises(OSError, match="head.w_DV"):
+    run(tmp_path / "orbax", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_what_was_not_written_as_given_is_found(tmp_path, monkeypatch):
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  run(tmp_path / "in", tmp_path / "orbax")
+  monkeypatch.setattr(convert.files, "checksum", lambda file: 0)
+  with pytest.raises(OSError, match="is not what was written"):
+    run(tmp_path / "orbax", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+  ("options", "says"),
+  [
+    (["nothing", "out"], "neither a Hugging Face folder"),
+    (["in", "in"], "exists"),
+    (["in", "out", "--format=int4"], "int4"),
+  ],
+)
+def test_bad_commands(tmp_path, options, says):
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  root = pathlib.Path(convert.__file__).parents[1]
+  done = subprocess.run(
+    [sys.executable, "-m", "train.convert", *options],
+    cwd=tmp_path,
+    env={"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "PATH": ""},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode not in (0, None)
+  assert says in done.stdout + done.stderr
+  assert not (tmp_path / "out").exists()

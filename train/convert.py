@@ -1,0 +1,233 @@
+"""Converts checkpoints: python -m train.convert SOURCE TARGET [--OPTION=...].
+
+SOURCE decides the direction. A Hugging Face folder (DeepSeek-V3, V3.1, V3.2, or
+GLM with DSA) becomes a checkpoint to train from, by --init-from=TARGET; a run's
+folder or a checkpoint becomes a Hugging Face folder.
+
+A tensor at a time is in memory. What is written is read again and compared. If
+it stops, the same command goes on where it was; TARGET appears when all is
+done.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any, Final, Literal
+
+import numpy as np
+import tqdm
+import tyro
+
+from dsa_jax.hf import ahead
+from dsa_jax.hf import config_json
+from dsa_jax.hf import files
+from dsa_jax.hf import load
+from dsa_jax.hf import save
+from dsa_jax.hf import tensors as tensors_lib
+from train import arrays as arrays_lib
+from train import checkpoint as checkpoint_lib
+
+# Of the folder that a checkpoint was made of: all but the parameters.
+_ORIGIN: Final = "hf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+  """What to convert, and how."""
+
+  source: tyro.conf.Positional[str]
+  """A Hugging Face folder, or a run's folder or one checkpoint of it."""
+  target: tyro.conf.Positional[str]
+  """What to make; must not exist."""
+  dtype: Literal["bfloat16", "float32"] | None = None
+  """Of the checkpoint's parameters; by default as config.json has it. A run
+  reads them in its own."""
+  stage: load.Stage | None = None
+  """What the checkpoint is for: "warmup" gives a model without an indexer (V3,
+  V3.1) a new one."""
+  format: config_json.Format = "bf16"
+  """Of the Hugging Face folder's weights."""
+  max_shard_size: str = "5GB"
+  """Of each of its files."""
+  like: str | None = None
+  """A folder of the model it began as, for the tokenizer, the chat template,
+  the rest of config.json, and the FP8 scales of weights that did not change."""
+
+
+class Journal:
+  """Which parts of a conversion are done, in TARGET.partial."""
+
+  def __init__(self, conversion: Conversion, source: pathlib.Path):
+    """Begins, or goes on.
+
+    Raises:
+      ValueError: The target exists, or another conversion has begun there.
+    """
+    self.target = pathlib.Path(conversion.target).resolve()
+    if self.target.exists():
+      raise ValueError(f"{self.target} exists; give another target.")
+    self.folder = self.target.with_name(self.target.name + ".partial")
+    self._file = self.folder / "conversion.jsonl"
+    options = dataclasses.asdict(conversion)
+    options |= {"source": str(source), "target": str(self.target)}
+    self._done: set[str] = set()
+    if self._file.exists():
+      lines = self._file.read_text(encoding="utf-8").splitlines()
+      begun, *done = map(json.loads, lines)
+      if begun != options:
+        raise ValueError(
+          f"{self.folder} holds a conversion that was begun with other options:"
+          f" {begun}. Give the same, or delete it."
+        )
+      self._done = set(done)
+    else:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._add(options)
+
+  def __contains__(self, part: str) -> bool:
+    return part in self._done
+
+  def add(self, part: str) -> None:
+    """Notes that a part is written and compared."""
+    self._done.add(part)
+    self._add(part)
+
+  def finish(self) -> None:
+    """What was made takes its place."""
+    self._file.unlink()
+    self.folder.rename(self.target)
+
+  def _add(self, value: Any) -> None:
+    with self._file.open("a", encoding="utf-8") as out:
+      out.write(json.dumps(value) + "\n")
+
+
+def convert(conversion: Conversion) -> None:
+  """Converts one way or the other.
+
+  Raises:
+    ValueError: Something does not fit; see `load_hf` and `save_hf`.
+    OSError: Something cannot be read or written; names the file.
+  """
+  source = pathlib.Path(conversion.source).resolve()
+  if (source / "config.json").exists() and (
+    "model_type" in config_json.read_json(source)
+  ):
+    _to_orbax(conversion, source)
+    return
+  found = checkpoint_lib.find(source)
+  if found is None:
+    raise ValueError(
+      f"{source} is neither a Hugging Face folder (config.json with model_type)"
+      " nor a run's folder or a checkpoint."
+    )
+  _to_hf(conversion, found)
+
+
+def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
+  stored = files.Folder(source)
+  raw = config_json.read_json(source)
+  cfg = config_json.parse(raw, conversion.dtype, set(stored.entries))
+  wanted = load.wanted(stored, cfg, conversion.stage)
+  journal = Journal(conversion, source)
+  path = journal.folder / "checkpoints" / "0"
+  out = arrays_lib.NewArrays(path, tensors_lib.leaf_shapes(cfg))
+
+  def write(tensor):
+    for place, part in load.read(stored, tensor):
+      out.write(place, part)
+    return stored.entries[tensor.name].size
+
+  with _progress(sum(stored.entries[t.name].size for t in wanted)) as bar:
+    for file, tensors in itertools.groupby(
+      wanted, lambda t: stored.entries[t.name].file
+    ):
+      if file.name in journal:
+        bar.update(sum(stored.entries[t.name].size for t in tensors))
+        continue
+      for size in ahead.ahead(write, tensors):
+        bar.update(size)
+      journal.add(file.name)
+  if not path.exists():
+    _write_unread(out, cfg, load.has_indexer(stored))
+    out.finish(cfg)
+  _keep(stored, wanted, journal.folder / _ORIGIN)
+  journal.finish()
+
+
+def _write_unread(out, cfg, has_indexer) -> None:
+  """Indexers that the folder does not have: new, or of layers that use none."""
+  if not has_indexer:
+    for leaf, array in load.fresh_indexer(cfg).items():
+      for place in tensors_lib.places(leaf, array.shape):
+        out.write(place, np.asarray(array[place.index]))
+  filled = {
+    place for tensor in tensors_lib.tensors(cfg) for place in tensor.places
+  }
+  for leaf, like in tensors_lib.leaf_shapes(cfg).items():
+    for place in tensors_lib.places(leaf, like.shape):
+      if place not in filled:
+        out.write(place, np.zeros(place.shape, like.dtype))
+
+
+def _keep(stored, wanted, folder) -> None:
+  """What a Hugging Face folder is made of besides the parameters' values."""
+  folder.mkdir(exist_ok=True)
+  save.carry(stored.path, folder)
+  shutil.copyfile(stored.path / "config.json", folder / "config.json")
+  names = [t.name for t in wanted if t.kind == "float32"]
+  scales = [t.name + load.SCALE for t in wanted]
+  names += [name for name in scales if name in stored.entries]
+  specs = [
+    files.Spec(name, files.DTYPES[entry.dtype], entry.shape)
+    for name, entry in ((name, stored.entries[name]) for name in names)
+  ]
+  files.write(folder / "model.safetensors", specs, map(stored.read, names))
+
+
+def _to_hf(conversion: Conversion, source: pathlib.Path) -> None:
+  stored = arrays_lib.Arrays(source)
+  like = conversion.like
+  origin = source.parent.parent / _ORIGIN
+  if like is None and origin.exists():
+    like = origin
+  journal = Journal(conversion, source)
+  out = save.Export(
+    stored.config,
+    journal.folder,
+    conversion.format,
+    save.parse_size(conversion.max_shard_size),
+    like,
+  )
+  names = out.plan(stored.read)
+  sizes = [sum(spec.size for spec in out.specs(i)) for i in range(len(names))]
+  with _progress(sum(sizes)) as bar:
+    for i, name in enumerate(names):
+      if name not in journal:
+        checksum = out.write(i, stored.read)
+        if files.checksum(journal.folder / name) != checksum:
+          raise OSError(f"{journal.folder / name} is not what was written.")
+        journal.add(name)
+      bar.update(sizes[i])
+  out.finish()
+  journal.finish()
+
+
+def _progress(size: int) -> tqdm.tqdm:
+  return tqdm.tqdm(total=size, unit="B", unit_scale=True)
+
+
+def main() -> None:
+  try:
+    convert(
+      tyro.cli(Conversion, prog="python -m train.convert", description=__doc__)
+    )
+  except (ValueError, OSError) as e:
+    sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+  main()
