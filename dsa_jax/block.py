@@ -4,14 +4,18 @@ Letters: B batch, T tokens, D model width, L layers of a stack.
 """
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 import jax
 from jax import ad_checkpoint
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
+from dsa_jax import indexer
 from dsa_jax import mla
 from dsa_jax import moe
 from dsa_jax import norms
@@ -60,8 +64,13 @@ class Block(nnx.Module):
     x: Float[Array, "B T D"],
     frame: frame_lib.Frame,
     cache: mla.LayerCache | None = None,
-  ) -> tuple[Float[Array, "B T D"], LayerOutput]:
-    attended = self.attention(self.attention_norm(x), frame, cache)
+    shared: indexer.Indexed | None = None,
+    full: Bool[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "B T D"], LayerOutput, indexer.Indexed]:
+    """The stream, what the layer did, and what those that share it need."""
+    attended = self.attention(
+      self.attention_norm(x), frame, cache, shared, full
+    )
     x = x + attended.y
     stats = None
     if isinstance(self.ffn, moe.MoE):
@@ -70,12 +79,12 @@ class Block(nnx.Module):
       y = self.ffn(self.ffn_norm(x))
     output = LayerOutput(
       attended.cache,
-      attended.selected,
+      attended.indexed.selected,
       attended.index_loss,
       attended.recall,
       stats,
     )
-    return x + y, output
+    return x + y, output, attended.indexed
 
 
 def make_stack(
@@ -96,10 +105,17 @@ def run_stack(
   x: Float[Array, "B T D"],
   frame: frame_lib.Frame,
   cache: mla.LayerCache | None = None,
+  shared: indexer.Indexed | None = None,
+  full: Bool[np.ndarray, " L"] | None = None,
   *,
   remat: config_lib.Remat,
   keep_hidden: bool,
-) -> tuple[Float[Array, "B T D"], LayerOutput, Float[Array, "L B T D"] | None]:
+) -> tuple[
+  Float[Array, "B T D"],
+  LayerOutput,
+  Float[Array, "L B T D"] | None,
+  indexer.Indexed | None,
+]:
   """Runs the layers one after another; compiled once for all of them.
 
   Args:
@@ -107,18 +123,44 @@ def run_stack(
     x: The residual stream.
     frame: Positions and visible keys.
     cache: The layers' caches, with L in front.
+    shared: What the last full layer of the stack before found; None if this is
+      the first stack.
+    full: Which layers have an indexer of their own; None without sharing. With
+      it, what they find is kept for the backward pass at every layer: K values
+      a token, and if the index loss is asked for, M I more.
     remat: What the backward pass keeps of a layer.
     keep_hidden: Return the stream after every layer, too.
   """
 
-  def layer(x, block_and_cache):
-    block, cache = block_and_cache
-    x, output = block(x, frame, cache)
-    return x, (output, x if keep_hidden else None)
+  def layer(carry, of_layer):
+    (x, shared), (block, cache, full) = carry, of_layer
+    x, output, indexed = block(x, frame, cache, shared, full)
+    shared = None if full is None else indexed
+    return (x, shared), (output, x if keep_hidden else None)
 
   if remat != "none":
     save = ad_checkpoint.checkpoint_policies.save_only_these_names
     policy = save(*_KEPT[remat])
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-  x, (outputs, hidden) = jax.lax.scan(layer, x, (stack, cache))
-  return x, outputs, hidden
+  if full is not None and shared is None:
+    shared = _unread(stack, x, frame, cache)
+  (x, shared), (outputs, hidden) = jax.lax.scan(
+    layer, (x, shared), (stack, cache, full)
+  )
+  return x, outputs, hidden, shared
+
+
+def _unread(stack, x, frame, cache) -> indexer.Indexed:
+  """Zeros in place of what a layer before the first would have found."""
+  treedef: Any = None
+
+  def first(stack, cache, x):
+    nonlocal treedef
+    block, cache = jax.tree.map(lambda y: y[0], (stack, cache))
+    found = block.attention(x, frame, cache).indexed
+    leaves, treedef = jax.tree.flatten(found)
+    return leaves
+
+  shapes = jax.eval_shape(first, stack, cache, x)
+  zeros = [jnp.zeros(y.shape, y.dtype, out_sharding=y.sharding) for y in shapes]
+  return jax.tree.unflatten(treedef, zeros)

@@ -1,12 +1,15 @@
 """Model configuration: the shape of a DeepSeek-V3.2, validated when made."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, get_args, Literal
+
+import numpy as np
 
 from dsa_jax import sharding
 
 type Remat = Literal["none", "attention", "selection"]
 type DType = Literal["float32", "bfloat16"]
+type IndexerType = Literal["full", "shared"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,11 @@ class ModelConfig:
   """K, keys that sparse attention reads for a query."""
   index_rope_interleaved: bool = False
   """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
-  indexer_types: tuple[Literal["full", "shared"], ...] = ()
+  indexer_types: tuple[IndexerType, ...] = ()
+  """Of each layer but MTP's, which is "full"; empty: all are. "full" has an
+  indexer of its own. "shared" reads the keys that the last full layer before it
+  chose (GLM; IndexCache, arXiv 2603.12201): its place in the stacked parameters
+  of the indexers and in their cache is there, but unused."""
 
   dense_ffn_dim: int
   """F of the dense MLP."""
@@ -93,7 +100,7 @@ class ModelConfig:
   """Base of the rotary frequencies."""
   yarn: YarnConfig = YarnConfig()
   norm_eps: float = 1e-6
-  """Added to variances in RMSNorm."""
+  """Added to variances in RMSNorm; MLA's latents have their own, see there."""
   init_std: float = 0.02
   """Standard deviation of initial weights."""
 
@@ -129,6 +136,25 @@ class ModelConfig:
         f"{self.num_dense_layers=} must lie in 0..{self.num_layers=}."
       )
     self._check_experts()
+    self._check_indexers()
+
+  def _check_indexers(self):
+    types = self.indexer_types
+    known = get_args(IndexerType.__value__)
+    if unknown := [kind for kind in types if kind not in known]:
+      raise ValueError(
+        f'indexer_types: {unknown[0]!r} must be "full" or "shared".'
+      )
+    if types and len(types) != self.num_layers:
+      raise ValueError(
+        f"indexer_types has {len(types)} entries for {self.num_layers=}: give "
+        'one a layer, or none where all are "full".'
+      )
+    if types and types[0] != "full":
+      raise ValueError(
+        f"indexer_types[0]={types[0]!r} has no layer before it whose keys it "
+        'could read; make it "full".'
+      )
 
   def _check_experts(self):
     if self.num_experts % self.expert_groups:
@@ -167,6 +193,24 @@ class ModelConfig:
     yarn = YarnConfig(**values["yarn"])
     types = tuple(values["indexer_types"])
     return cls(**values | {"yarn": yarn, "indexer_types": types})
+
+  @property
+  def shares_index(self) -> bool:
+    """Whether any layer reads the keys that another one chose."""
+    return "shared" in self.indexer_types
+
+  @property
+  def has_indexer(self) -> np.ndarray:
+    """For each layer, MTP's last: whether it is full."""
+    types = self.indexer_types or ("full",) * self.num_layers
+    types += ("full",) * self.num_mtp_layers
+    return np.array([kind == "full" for kind in types])
+
+  @property
+  def layers_served(self) -> np.ndarray:
+    """Likewise: how many layers, with itself, read what its indexer chose."""
+    indexer = np.cumsum(self.has_indexer)  # 1 for the layers of the first one
+    return np.bincount(indexer)[indexer]
 
 
 def v32_671b() -> ModelConfig:

@@ -40,12 +40,16 @@ def layer_parameters(cfg: config_lib.ModelConfig) -> LayerParameters:
 
 
 def _layers(cfg: config_lib.ModelConfig, experts: int) -> int:
-  """Weights of all layers, with so many experts in each; MTP's among them."""
+  """Weights of all layers, with so many experts in each; MTP's among them.
+
+  A shared layer has no indexer, though it has a place in the stack.
+  """
   layer = layer_parameters(cfg)
   blocks = cfg.num_layers + cfg.num_mtp_layers
   moe = cfg.num_moe_layers + cfg.num_mtp_layers
   return (
-    blocks * (layer.attention + layer.indexer)
+    blocks * layer.attention
+    + int(cfg.has_indexer.sum()) * layer.indexer
     + cfg.num_dense_layers * layer.dense_ffn
     + moe * (layer.router_and_shared + experts * layer.expert)
     + cfg.num_mtp_layers * 2 * cfg.embed_dim**2
@@ -83,8 +87,9 @@ def training_flops_per_token(
       gradient.
   """
   layer, blocks = layer_parameters(cfg), cfg.num_layers + cfg.num_mtp_layers
+  indexers = int(cfg.has_indexer.sum())
   head = cfg.vocab_size * cfg.embed_dim
-  body = active_parameters(cfg) - blocks * layer.indexer - head
+  body = active_parameters(cfg) - indexers * layer.indexer - head
   model = 2 * body
   if trains_model:  # MTP goes through the head again
     model = 6 * (body + head * (1 + cfg.num_mtp_layers))
@@ -102,7 +107,9 @@ def training_flops_per_token(
     key_width = C + R
     attend = 2 * read * N * (key_width + C)
     index = visible * score + 2 * layer.indexer
-  if trains_indexer:  # the target; the scores of the keys read, both ways
-    index += 2 * read * N * key_width + 3 * read * score
+  compare = 0.0
+  if trains_indexer:
+    # Of every layer: the target; the scores of the keys read, both ways.
+    compare = 2 * read * N * key_width + 3 * read * score
     index += (4 if attention == "sparse" else 6) * layer.indexer
-  return model + blocks * (passes * attend + index)
+  return model + blocks * (passes * attend + compare) + indexers * index

@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
@@ -31,6 +31,17 @@ class Scoring:
   k_BSI: Float[Array, "BX S I"]
   """A copy for each device of the context axis: see zigzag.py."""
   w_BTM: Float[Array, "B T M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+  """What an indexer found, for its own layer and those that share it."""
+
+  selected: Int[Array, "B T K"] | None
+  """The keys to read; None in dense attention, which reads all."""
+  scoring: Scoring | None
+  """What the index loss teaches; None if it is not asked for."""
 
 
 class Indexer(nnx.Module):
@@ -104,6 +115,39 @@ class Indexer(nnx.Module):
     w_BTM = w_BTM * (cfg.index_heads * cfg.index_head_dim) ** -0.5
 
     return Scoring(q_BTMI, k_BSI, w_BTM)
+
+  def find(
+    self,
+    x: Float[Array, "B T D"],
+    q_latent: Float[Array, "B T Q"],
+    frame: frame_lib.Frame,
+    cached: Float[Array, "B S I"] | None = None,
+    shared: Indexed | None = None,
+    full: Bool[Array, ""] | None = None,
+  ) -> tuple[Indexed, Float[Array, "B S I"] | None]:
+    """What a layer's attention needs, and the cached keys with those of `x`.
+
+    Args:
+      x: As of a call, like `q_latent`, `frame` and `cached`.
+      q_latent: See `x`.
+      frame: See `x`.
+      cached: See `x`.
+      shared: What the last full layer found, if layers share it.
+      full: Whether this layer is one; if not, it returns `shared`, and `cached`
+        as it is, at no cost. None without sharing.
+    """
+
+    def own():
+      scoring = self(x, q_latent, frame, cached)
+      selected = None
+      if frame.attention == "sparse":
+        selected = self.select(scoring, frame.start, frame.end)
+      indexed = Indexed(selected, scoring if frame.index_loss else None)
+      return indexed, None if cached is None else scoring.k_BSI
+
+    if full is None:
+      return own()
+    return jax.lax.cond(full, own, lambda: (shared, cached))
 
   def select(
     self,

@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
@@ -32,7 +32,7 @@ class LayerCache:
   kv: Float[Array, "*L B S CR"]
   """Latent and rotated key, `[c; kr]`."""
   k_index: Float[Array, "*L B S I"]
-  """Index keys."""
+  """Index keys; those of a layer without an indexer of its own are unused."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,8 +43,8 @@ class AttentionOutput:
   y: Float[Array, "B T D"]
   cache: LayerCache | None
   """The cache that was given, with these tokens in it."""
-  selected: Int[Array, "B T K"] | None
-  """The keys that were read; None if all were."""
+  indexed: indexer_lib.Indexed
+  """The keys that were read, and their scores; for layers that share them."""
   index_loss: Float[Array, "B T"] | None
   """KL of each query's attention from its index scores, if asked for."""
   recall: Float[Array, "B Q"] | None
@@ -74,10 +74,11 @@ class MLA(nnx.Module):
 
     self.cfg = cfg
     self.q_a_DQ = weight((D, Q), "embed", None)
-    self.q_norm = norms.RMSNorm(Q, cfg)
+    # 1e-6 whatever `norm_eps` is, as in transformers.
+    self.q_norm = norms.RMSNorm(Q, cfg, eps=1e-6)
     self.q_b_QNX = weight((Q, N, H + R), "rank", "heads", None)  # X: H+R
     self.kv_a_DX = weight((D, C + R), "embed", None)  # X: C+R
-    self.kv_norm = norms.RMSNorm(C, cfg)
+    self.kv_norm = norms.RMSNorm(C, cfg, eps=1e-6)
     self.k_b_CNH = weight((C, N, H), "rank", "heads", None)
     self.v_b_CNU = weight((C, N, U), "rank", "heads", None)
     self.out_NUD = weight((N, U, D), "heads", None, "embed")
@@ -88,8 +89,14 @@ class MLA(nnx.Module):
     x: Float[Array, "B T D"],
     frame: frame_lib.Frame,
     cache: LayerCache | None = None,
+    shared: indexer_lib.Indexed | None = None,
+    full: Bool[Array, ""] | None = None,
   ) -> AttentionOutput:
-    """Attends as `frame` says, over `x` and what a cache holds before it."""
+    """Attends as `frame` says, over `x` and what a cache holds before it.
+
+    Where layers share what an indexer found, `shared` and `full` are as of
+    `Indexer.find`.
+    """
     cfg, rules = self.cfg, self.cfg.rules
     C, H, dtype = cfg.kv_rank, cfg.nope_head_dim, cfg.dtype
     per_token = rules("batch", "seq", None)
@@ -117,12 +124,14 @@ class MLA(nnx.Module):
     cached, cached_index = (cache.kv, cache.k_index) if cache else (None, None)
     kv_BSX = frame.extend(cached, zigzag.gather_keys(kv_BTX, rules))
 
-    scoring: Any = None
-    selected_BTK = index_loss_BT = recall_BQ = None
+    indexed, recall_BQ = indexer_lib.Indexed(None, None), None
     if frame.attention == "sparse" or frame.index_loss:
-      scoring = self.indexer(x, q_latent, frame, cached_index)
+      indexed, cached_index = self.indexer.find(
+        x, q_latent, frame, cached_index, shared, full
+      )
+    scoring: Any = indexed.scoring
+    selected_BTK = indexed.selected
     if frame.attention == "sparse":
-      selected_BTK = self.indexer.select(scoring, frame.start, frame.end)
       out_BTNU, index_loss_BT = self._sparse(
         q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
       )
@@ -134,16 +143,15 @@ class MLA(nnx.Module):
       recall_BQ = self._recall(
         q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
       )
-    if cache is not None:
-      k_index = cache.k_index if scoring is None else scoring.k_BSI
-      cache = LayerCache(kv_BSX, k_index)
+    if cached_index is not None:
+      cache = LayerCache(kv_BSX, cached_index)
     y_BTD = jnp.einsum(
       "BTNU,NUD->BTD",
       out_BTNU,
       self.out_NUD[...].astype(dtype),
       out_sharding=per_token,
     )
-    return AttentionOutput(y_BTD, cache, selected_BTK, index_loss_BT, recall_BQ)
+    return AttentionOutput(y_BTD, cache, indexed, index_loss_BT, recall_BQ)
 
   def _dense(self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, frame):
     """Expanded: keys `[c Wuk; kr]` and values `c Wuv` for each head."""

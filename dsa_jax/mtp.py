@@ -53,5 +53,5 @@ class MTP(nnx.Module):
       self.join_XDD[...].astype(cfg.dtype),
       out_sharding=cfg.rules("batch", "seq", None),
     )
-    x_BTD, output = self.block(x_BTD, frame)
+    x_BTD, output, _ = self.block(x_BTD, frame)
     return self.final_norm(x_BTD), output

@@ -18,8 +18,10 @@ def _weight(weight: nnx.Param, ndim: int) -> jax.Array:
 class RMSNorm(nnx.Module):
   """`x / rms(x) * scale`, without a mean or bias."""
 
-  def __init__(self, dim: int, cfg: config_lib.ModelConfig):
-    self.eps = cfg.norm_eps
+  def __init__(
+    self, dim: int, cfg: config_lib.ModelConfig, eps: float | None = None
+  ):
+    self.eps = cfg.norm_eps if eps is None else eps
     self.scale_D = nnx.Param(jnp.ones((dim,), cfg.param_dtype))
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

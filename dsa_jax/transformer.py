@@ -39,8 +39,10 @@ class Losses:
   mtp: Float[Array, "B T"] | None
   """Nats of the one after it, likewise; None also without MTP."""
   index: Float[Array, "L B T"] | None
-  """KL of each layer's attention from its indexer; None if not asked for, 0 if
-  not measured."""
+  """KL of each layer's attention from its indexer, over the number of layers
+  which that serves; None if not asked for, 0 if not measured. Its sum over
+  layers has the gradient of each indexer's KL from the mean attention of its
+  layers (IndexCache, arXiv 2603.12201)."""
   recall: Float[Array, "L B Q"] | None
   """How much of the attention the selected keys hold, on a sample of Q queries
   (see recall.py); None and 0 likewise."""
@@ -213,22 +215,24 @@ class Transformer(nnx.Module):
 
   def _trunk(self, tokens, frame, caches=None, *, keep_hidden=False):
     """The normalised output; of each stack, what its layers did and gave."""
-    x = self._embed(tokens)
+    cfg, x, shared = self.config, self._embed(tokens), None
     outputs: list[block.LayerOutput] = []
     hidden, first = [x[None]], 0
     for stack, length in (
-      (self.dense_layers, self.config.num_dense_layers),
-      (self.moe_layers, self.config.num_moe_layers),
+      (self.dense_layers, cfg.num_dense_layers),
+      (self.moe_layers, cfg.num_moe_layers),
     ):
       if stack is None:
         continue
       layers = slice(first, first + length)
-      x, output, after = block.run_stack(
+      x, output, after, shared = block.run_stack(
         stack,
         x,
         frame,
         jax.tree.map(lambda cached: cached[layers], caches),  # noqa: B023
-        remat=self.config.remat,
+        shared,
+        cfg.has_indexer[layers] if cfg.shares_index else None,
+        remat=cfg.remat,
         keep_hidden=keep_hidden,
       )
       outputs.append(output)
@@ -269,10 +273,14 @@ class Transformer(nnx.Module):
     )
     routers = [o.router for o in outputs if o.router is not None]
     index = _join([o.index_loss for o in outputs if frame.index_loss])
+    if index is not None:
+      index = zigzag.gather(index, rules, axis=2)
+      if self.config.shares_index:
+        index /= self.config.layers_served[:, None, None]
     return Losses(
       lm,
       mtp,
-      index if index is None else zigzag.gather(index, rules, axis=2),
+      index,
       _join([o.recall for o in outputs if frame.index_loss]),
       sampled if frame.index_loss else None,
       _join([r.balance_loss for r in routers]),

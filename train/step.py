@@ -109,7 +109,8 @@ def make_train_step(
   Each array of the batch is [A, B / A, T]. Losses are means over what the whole
   batch holds, so that neither A nor padding nor packing changes them:
     lm: nats over tokens with a next one in their document; mtp: likewise
-    index: KL over queries that see a key, summed over layers
+    index: KL over queries that see a key, summed over layers; of layers that
+      share an indexer, their mean
     balance: over sequences, summed over layers
   The KL and recall of each layer ("index_per_layer", "recall_per_layer") are
   measured in one step of `measure_every`; in the others they are 0.

@@ -169,7 +169,7 @@ def tensors(cfg: config_lib.ModelConfig) -> list[Tensor]:
   def layer(number, ours, stacked, moe):
     prefix = f"model.layers.{number}."
     rows = [*_NORMS, *_ATTENTION]
-    if number not in shared:
+    if cfg.has_indexer[number]:
       rows += _INDEXER
     rows += [*_ROUTER, *_SHARED] if moe else _DENSE
     if moe and not cfg.num_shared_experts:
@@ -180,8 +180,6 @@ def tensors(cfg: config_lib.ModelConfig) -> list[Tensor]:
         theirs = row.theirs.format(expert)
         yield make(row, prefix, ours, (*stacked, expert), theirs)
 
-  types = enumerate(cfg.indexer_types)
-  shared = {number for number, kind in types if kind == "shared"}
   dense = cfg.num_dense_layers
   found = [make(_EMBED, "model.")]
   for i in range(cfg.num_layers):

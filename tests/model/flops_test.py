@@ -45,6 +45,31 @@ class FlopsTest(chex.TestCase):
       (mtp - flops.total_parameters(cfg)) / 1e9, 11.6, delta=0.2
     )
 
+  def test_a_shared_layer_has_no_indexer(self):
+    cfg = dataclasses.replace(models.CONFIG, num_mtp_layers=1)
+    shared = dataclasses.replace(
+      cfg, indexer_types=("full", "shared", "shared")
+    )
+    layer, T = flops.layer_parameters(cfg), 32
+    for count in (flops.total_parameters, flops.active_parameters):
+      self.assertEqual(count(cfg) - count(shared), 2 * layer.indexer)
+
+    def saved(attention):
+      costs = [
+        flops.training_flops_per_token(
+          c, T, attention, trains_model=True, trains_indexer=True
+        )
+        for c in (cfg, shared)
+      ]
+      return costs[0] - costs[1]
+
+    # The loss is every layer's; its gradient to the weights is the indexer's.
+    scores = 2 * 3 * 16 * (T + 1) / 2
+    np.testing.assert_allclose(
+      saved("sparse"), 2 * (scores + 6 * layer.indexer), rtol=1e-9
+    )
+    np.testing.assert_allclose(saved("dense"), 2 * 6 * layer.indexer, rtol=1e-9)
+
   def test_dense_attention_grows_with_t_and_sparse_with_k(self):
     cfg = config_lib.v32_671b()
 

@@ -1,9 +1,10 @@
 """The model against an independent implementation's numbers.
 
-tests/golden/deepseek_v32_tiny: transformers 5.23.0 on torch 2.13.0, CPU, fp32.
+tests/golden/*_tiny: transformers 5.23.0 on torch 2.13.0, CPU, fp32.
 """
 
 import pathlib
+from typing import ClassVar
 
 from absl.testing import absltest
 import chex
@@ -14,16 +15,23 @@ from safetensors.numpy import load_file
 
 import dsa_jax
 
-FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "deepseek_v32_tiny"
+FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 K = 16
 
 
-class GoldenTest(chex.TestCase):
+class DeepSeekTest(chex.TestCase):
+  """A dense layer and three of experts."""
+
+  NAME = "deepseek_v32_tiny"
+  FULL: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)  # layers with an indexer
+  LAST = 3
+
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.expected = load_file(FOLDER / "expected.safetensors")
-    cls.model = dsa_jax.load_hf(FOLDER, dtype=jnp.float32)
+    folder = FOLDER / cls.NAME
+    cls.expected = load_file(folder / "expected.safetensors")
+    cls.model = dsa_jax.load_hf(folder, dtype=jnp.float32)
     cls.tokens = jnp.asarray(cls.expected["input_ids"])
     cls.output = jax.jit(lambda m, t: m.forward(t))(cls.model, cls.tokens)
 
@@ -34,15 +42,16 @@ class GoldenTest(chex.TestCase):
     np.testing.assert_allclose(called, expected, atol=2e-5, rtol=0)
 
   def test_hidden_states(self):
-    self.assertLen(self.output.hidden, 5)
+    self.assertLen(self.output.hidden, self.LAST + 2)
     for i, hidden in enumerate(self.output.hidden):
       expected = self.expected[f"hidden.{i}"]
       np.testing.assert_allclose(hidden, expected, atol=2e-5, rtol=0)
 
   def test_selections(self):
-    self.assertLen(self.output.selected, 4)
+    self.assertLen(self.output.selected, self.LAST + 1)
     for i, selected_BTK in enumerate(self.output.selected):
-      expected_BTK = self.expected[f"selected.{i}"]
+      source = max(full for full in self.FULL if full <= i)
+      expected_BTK = self.expected[f"selected.{source}"]
       np.testing.assert_array_equal(
         selected_BTK[:, K:], np.sort(expected_BTK)[:, K:]
       )
@@ -64,7 +73,7 @@ class GoldenTest(chex.TestCase):
       loss, self.expected["loss"][0], atol=1e-6, rtol=0
     )
 
-    first, moe = grads.dense_layers, grads.moe_layers
+    first, moe, last = grads.dense_layers, grads.moe_layers, self.LAST
     attention = first.attention
     kv_b_CNX = np.concatenate(
       [attention.k_b_CNH[...][0], attention.v_b_CNU[...][0]], -1
@@ -78,12 +87,12 @@ class GoldenTest(chex.TestCase):
       ),
       "model.layers.0.self_attn.kv_b_proj.weight": kv_b_CNX.reshape(32, -1).T,
       "model.layers.0.self_attn.q_a_proj.weight": attention.q_a_DQ[...][0].T,
-      "model.layers.3.mlp.gate.weight": moe.ffn.router.w_DE[...][2].T,
-      "model.layers.3.mlp.shared_experts.down_proj.weight": (
-        moe.ffn.shared.down_FD[...][2].T
+      f"model.layers.{last}.mlp.gate.weight": moe.ffn.router.w_DE[...][-1].T,
+      f"model.layers.{last}.mlp.shared_experts.down_proj.weight": (
+        moe.ffn.shared.down_FD[...][-1].T
       ),
-      "model.layers.3.self_attn.o_proj.weight": (
-        moe.attention.out_NUD[...][2].reshape(-1, 64).T
+      f"model.layers.{last}.self_attn.o_proj.weight": (
+        moe.attention.out_NUD[...][-1].reshape(-1, 64).T
       ),
     }
     given = {
@@ -100,9 +109,9 @@ class GoldenTest(chex.TestCase):
     # One norm an expert; gate and up are one matrix there.
     gate_up = np.concatenate(
       [moe.ffn.gate_EDF[...], moe.ffn.up_EDF[...]], -1
-    ).reshape(3, 16, -1)
-    down = np.asarray(moe.ffn.down_EFD[...]).reshape(3, 16, -1)
-    for layer in (1, 2, 3):
+    ).reshape(last, 16, -1)
+    down = np.asarray(moe.ffn.down_EFD[...]).reshape(last, 16, -1)
+    for layer in range(1, last + 1):
       for name, grad in (("gate_up", gate_up), ("down", down)):
         np.testing.assert_allclose(
           np.linalg.norm(grad[layer - 1], axis=-1),
@@ -113,16 +122,23 @@ class GoldenTest(chex.TestCase):
         )
 
   def test_greedy_tokens(self):
-    # These were made with token 0 as padding, which the first prompt contains
-    # (at 1): it was masked, and the positions closed up.
+    # These were made with token 0 as padding, which DeepSeek's first prompt
+    # contains (at 1): it was masked, and the positions closed up.
     prompts = self.tokens[:, :40]
-    self.assertTrue((prompts[0] == 0).any())
     actual = dsa_jax.generate(self.model, prompts, 24, pad_id=0)
     np.testing.assert_array_equal(actual, self.expected["greedy_ids"])
 
   def test_greedy_tokens_of_a_prompt_without_padding(self):
     actual = dsa_jax.generate(self.model, self.tokens[1:, :40], 24)
     np.testing.assert_array_equal(actual, self.expected["greedy_ids"][1:])
+
+
+class GlmTest(DeepSeekTest):
+  """The same where layers share an indexer, which rotates neighbours."""
+
+  NAME = "glm_moe_dsa_tiny"
+  FULL = (0, 1, 4)
+  LAST = 5
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ FEW = [dict(fsdp=2, context=2, tensor=2), dict(data=2, expert=2)]
 
 
 @functools.cache
-def on(attention, **axes):
+def on(attention, cfg, **axes):
   """Loss, what else the forward pass gives, and gradients."""
   with jax.set_mesh(sharding.make_mesh(**axes)):
-    model, init = step_lib.init(MODEL, 0)
+    model, init = step_lib.init(cfg, 0)
     params, bias = init(jax.random.key(0))
     arrays = {
-      name: jax.device_put(x, MODEL.rules("batch", None))
+      name: jax.device_put(x, cfg.rules("batch", None))
       for name, x in step_test.batch().items()
     }
     arguments = arrays["tokens"], arrays["positions"], arrays["segment_ids"]
@@ -70,10 +70,10 @@ def on(attention, **axes):
     return jax.device_get(grad(params))
 
 
-def check(attention, axes):
-  (loss, (exact, close, rest)), grads = on(attention)
+def check(attention, axes, cfg=MODEL):
+  (loss, (exact, close, rest)), grads = on(attention, cfg)
   (other_loss, (other_exact, other_close, other_rest)), other = on(
-    attention, **axes
+    attention, cfg, **axes
   )
   np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
   np.testing.assert_array_equal(other_exact["load"], exact["load"])

@@ -171,10 +171,16 @@ class TransformerTest(chex.TestCase):
     self.assertEqual(different[0], 18)  # its target changed
     np.testing.assert_array_equal(one[0], other[0])
 
-  def test_remat_changes_no_selection_and_no_gradient(self):
+  @parameterized.parameters(((),), (("full", "shared", "shared"),))
+  def test_remat_changes_no_selection_and_no_gradient(self, indexer_types):
     results = []
     for remat in ("none", "attention", "selection"):
-      cfg = dataclasses.replace(models.CONFIG, remat=remat, num_mtp_layers=0)
+      cfg = dataclasses.replace(
+        models.CONFIG,
+        remat=remat,
+        num_mtp_layers=0,
+        indexer_types=indexer_types,
+      )
 
       @jax.jit
       @functools.partial(jax.grad, has_aux=True)

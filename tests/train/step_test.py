@@ -318,9 +318,11 @@ class ConfigsTest(chex.TestCase):
       self.assertGreater(metrics.get("lm", 9), 3)
 
 
-def optimized(kind, T):
+def optimized(kind, T, indexer_types=()):
   """The step of one sequence, compiled as a user's would be."""
-  model = dataclasses.replace(runs.MODEL, num_mtp_layers=0, num_layers=3)
+  model = dataclasses.replace(
+    runs.MODEL, num_mtp_layers=0, num_layers=3, indexer_types=indexer_types
+  )
   train_step, state = start(stage(kind, seq_len=T, batch_size=1), model)
   jax.config.update("jax_disable_most_optimizations", False)
   try:
@@ -340,11 +342,17 @@ def test_memory_grows_with_the_length(kind):
 class MemoryLawTest(chex.TestCase):
   """No buffer of the compiled training step is as large as T x S."""
 
-  @parameterized.parameters("pretrain", "warmup", "sparse")
-  def test_no_buffer_has_queries_times_keys(self, kind):
+  @parameterized.parameters(
+    ("pretrain",),
+    ("warmup",),
+    ("sparse",),
+    ("warmup", ("full", "shared", "shared")),
+    ("sparse", ("full", "shared", "shared")),
+  )
+  def test_no_buffer_has_queries_times_keys(self, kind, indexer_types=()):
     # A prime, and so large that nothing else of this model amounts to T x T.
     T = 1031
-    text = str(optimized(kind, T).as_text())
+    text = str(optimized(kind, T, indexer_types).as_text())
     self.assertIn(f"[1,{T},", text)
     self.assertEqual(square_buffers(text, T), set())
 
