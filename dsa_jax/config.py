@@ -1,7 +1,7 @@
 """Model configuration: the shape of a DeepSeek-V3.2, validated when made."""
 
 import dataclasses
-from typing import Any, get_args, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -9,7 +9,6 @@ from dsa_jax import sharding
 
 type Remat = Literal["none", "attention", "selection"]
 type DType = Literal["float32", "bfloat16"]
-type IndexerType = Literal["full", "shared"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class ModelConfig:
   """K, keys that sparse attention reads for a query."""
   index_rope_interleaved: bool = False
   """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
-  indexer_types: tuple[IndexerType, ...] = ()
+  indexer_types: tuple[str, ...] = ()
   """Of each layer but MTP's, which is "full"; empty: all are. "full" has an
   indexer of its own. "shared" reads the keys that the last full layer before it
   chose (GLM; IndexCache, arXiv 2603.12201): its place in the stacked parameters
@@ -140,8 +139,7 @@ class ModelConfig:
 
   def _check_indexers(self):
     types = self.indexer_types
-    known = get_args(IndexerType.__value__)
-    if unknown := [kind for kind in types if kind not in known]:
+    if unknown := [kind for kind in types if kind not in ("full", "shared")]:
       raise ValueError(
         f'indexer_types: {unknown[0]!r} must be "full" or "shared".'
       )

@@ -182,6 +182,7 @@ class IndexLossTest(chex.TestCase):
         self.assertGreater(np.abs(grad).max(), 0, name)
 
 
+@pytest.mark.slow
 class DenseIndexLossTest(IndexLossTest):
   """The same of the warm-up, over all visible keys."""
 

@@ -89,6 +89,7 @@ def adam_states(opt_state):
   return [s for s in found if is_adam(s)]
 
 
+@pytest.mark.slow
 class AccumulationTest(chex.TestCase):
   def test_parts_of_a_batch_equal_the_whole(self):
     results = []
@@ -105,6 +106,7 @@ class AccumulationTest(chex.TestCase):
     chex.assert_trees_all_equal(other_bias, bias)
 
 
+@pytest.mark.slow
 class MomentsTest(chex.TestCase):
   def test_are_kept_in_the_dtype_asked_for(self):
     cfg = dataclasses.replace(OPTIMIZER, moments="bfloat16")
@@ -339,6 +341,7 @@ def test_memory_grows_with_the_length(kind):
   assert long < 8.5 * short
 
 
+@pytest.mark.slow
 class MemoryLawTest(chex.TestCase):
   """No buffer of the compiled training step is as large as T x S."""
 
