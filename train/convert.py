@@ -141,15 +141,15 @@ def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
       out.write(place, part)
     return stored.entries[tensor.name].size
 
-  with _progress(sum(stored.entries[t.name].size for t in wanted)) as bar:
+  size = lambda tensors: sum(stored.entries[t.name].size for t in tensors)
+  left = [t for t in wanted if stored.entries[t.name].file.name not in journal]
+  with _progress(size(wanted), size(wanted) - size(left)) as bar:
     for file, tensors in itertools.groupby(
-      wanted, lambda t: stored.entries[t.name].file
+      left, lambda t: stored.entries[t.name].file
     ):
-      if file.name in journal:
-        bar.update(sum(stored.entries[t.name].size for t in tensors))
-        continue
-      for size in ahead.ahead(write, tensors):
-        bar.update(size)
+      for done in ahead.ahead(write, tensors):
+        bar.update(done)
+      out.sync()
       journal.add(file.name)
   if not path.exists():
     _write_unread(out, cfg, load.has_indexer(stored))
@@ -204,20 +204,30 @@ def _to_hf(conversion: Conversion, source: pathlib.Path) -> None:
   )
   names = out.plan(stored.read)
   sizes = [sum(spec.size for spec in out.specs(i)) for i in range(len(names))]
-  with _progress(sum(sizes)) as bar:
+
+  def written():
     for i, name in enumerate(names):
       if name not in journal:
-        checksum = out.write(i, stored.read)
-        if files.checksum(journal.folder / name) != checksum:
-          raise OSError(f"{journal.folder / name} is not what was written.")
-        journal.add(name)
+        yield i, out.write(i, stored.read)
+
+  def compared(file):
+    i, checksum = file
+    if files.checksum(journal.folder / names[i]) != checksum:
+      raise OSError(f"{journal.folder / names[i]} is not what was written.")
+    return i
+
+  done = sum(size for name, size in zip(names, sizes) if name in journal)
+  with _progress(sum(sizes), done) as bar:
+    # A file is compared while the next one is written.
+    for i in ahead.ahead(compared, written()):
+      journal.add(names[i])
       bar.update(sizes[i])
   out.finish()
   journal.finish()
 
 
-def _progress(size: int) -> tqdm.tqdm:
-  return tqdm.tqdm(total=size, unit="B", unit_scale=True)
+def _progress(size: int, done: int) -> tqdm.tqdm:
+  return tqdm.tqdm(total=size, initial=done, unit="B", unit_scale=True)
 
 
 def main() -> None:
