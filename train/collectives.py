@@ -115,8 +115,10 @@ def _read(line, computation, computations) -> None:
     r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", text
   ):
     computation.calls.append((called, 1))
-  if branches := re.search(r"branch_computations=\{([^}]*)\}", text):
-    computation.calls += [(x, 1) for x in _NAME.findall(branches[1])]
+  # Of a conditional; of what a SparseCore does on the side.
+  several = re.search(r"(?:branch|called)_computations=\{([^}]*)\}", text)
+  if several:
+    computation.calls += [(x, 1) for x in _NAME.findall(several[1])]
 
 
 def _rounds(condition: list[str]) -> int:

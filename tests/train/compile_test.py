@@ -52,6 +52,29 @@ def test_collectives_in_loops_count_as_often_as_they_run():
   }
 
 
+def test_collectives_that_run_on_the_side_count():
+  """As TPU7x has them: started by a custom call, or by a call."""
+  hlo = """
+%of_sparsecore (p: bf16[16,8]) -> bf16[32,8] {
+  %p = bf16[16,8] parameter(0)
+  ROOT %gathered = bf16[32,8] all-gather(%p), dimensions={0}
+}
+%of_call (p: f32[4]) -> f32[4] {
+  %p = f32[4] parameter(0)
+  ROOT %sum = f32[4] all-reduce(%p), to_apply=%add
+}
+ENTRY %main (x: bf16[16,8], y: f32[4]) -> f32[4] {
+  %start = () custom-call-start(), called_computations={%of_sparsecore}
+  ROOT %r = ((f32[4]), f32[4], u32[]) call-start(%y), to_apply=%of_call
+}
+"""
+  assert collectives.moved(hlo) == {
+    "all-gather": collectives.Moved(1, 32 * 8 * 2),
+    "all-reduce": collectives.Moved(1, 4 * 4),
+  }
+  assert collectives.moved("") == {}
+
+
 @pytest.mark.parametrize("name", ["v5p:3x5", "v9:2x2", "v5p"])
 def test_refuses_a_topology_that_does_not_exist(name):
   with pytest.raises(ValueError, match=f"compile_only={name} is no TPU"):
