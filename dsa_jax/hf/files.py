@@ -31,6 +31,7 @@ DTYPES: Final = {
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 # A header of 100 MB is more than any model has; a larger one is no header.
 _MAX_HEADER: Final = 100 * 2**20
+_PIECE: Final = 2**24  # bytes that are read or written at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,22 @@ class Folder:
       raise ValueError(f"{entry.file} is cut short within {name}.")
     return array
 
+  def same(self, one: str, other: str) -> bool:
+    """Whether two tensors have the same dtype, shape and bits."""
+    a, b = self.entries[one], self.entries[other]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+      return False
+    with open(a.file, "rb") as first, open(b.file, "rb") as second:
+      first.seek(a.begin)
+      second.seek(b.begin)
+      left = a.size
+      while left:
+        size = min(left, _PIECE)
+        if first.read(size) != second.read(size):
+          return False
+        left -= size
+    return True
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -185,7 +202,7 @@ def checksum(file: pathlib.Path) -> int:
   """The CRC-32 of a file."""
   value = 0
   with open(file, "rb", buffering=0) as opened:
-    while some := opened.read(2**24):
+    while some := opened.read(_PIECE):
       value = zlib.crc32(some, value)
   return value
 
@@ -201,8 +218,8 @@ def _told(file: pathlib.Path, what: str) -> Iterator[None]:
 
 def _put(out, raw, checksum: int) -> int:
   view = memoryview(raw)
-  for at in range(0, len(view), 2**26):
-    some = view[at : at + 2**26]
+  for at in range(0, len(view), _PIECE):
+    some = view[at : at + _PIECE]
     checksum = zlib.crc32(some, checksum)
     while some:  # an unbuffered write may take a part
       some = some[out.write(some) :]

@@ -204,7 +204,7 @@ def _check_copies(stored, tensors) -> None:
     if not copy.copy or copy.name not in stored.entries:
       continue
     original = originals[copy.places[0].leaf]
-    if not np.array_equal(stored.read(copy.name), stored.read(original)):
+    if not stored.same(copy.name, original):
       warnings.warn(
         f"{copy.name} differs from {original}: the model has only the latter,"
         " and reads no other.",
