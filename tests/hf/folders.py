@@ -141,13 +141,11 @@ def shapes(c: dict, indexer: bool = True) -> dict[str, tuple[str, tuple]]:
   return table
 
 
-def tensors(
-  form: str, indexer: bool = True, scales: str = "F32", seed: int = 0
-):
+def tensors(form: str, indexer: bool = True, scales: str = "F32", **config):
   """Random tensors of `CONFIG`, as a release in this format has them."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   found = {}
-  for name, (kind, shape) in shapes(CONFIG, indexer).items():
+  for name, (kind, shape) in shapes(CONFIG | config, indexer).items():
     values = rng.normal(0, 0.05, shape).astype(np.float32)
     if form == "float32" or kind == "f32":
       found[name] = values
@@ -157,7 +155,8 @@ def tensors(
       found |= quantised(name, values, rng, scales)
   for name in ("embed_tokens", "shared_head.head"):
     original = {"embed_tokens": "model.embed_tokens"}.get(name, "lm_head")
-    found[f"model.layers.3.{name}.weight"] = found[f"{original}.weight"]
+    mtp = (CONFIG | config)["num_hidden_layers"]
+    found[f"model.layers.{mtp}.{name}.weight"] = found[f"{original}.weight"]
   return found
 
 

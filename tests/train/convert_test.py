@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -197,6 +198,38 @@ def test_what_was_not_written_as_given_is_found(tmp_path, monkeypatch):
   monkeypatch.setattr(convert.files, "checksum", lambda file: 0)
   with pytest.raises(OSError, match="is not what was written"):
     run(tmp_path / "orbax", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_few_tensors_at_a_time(tmp_path):
+  """A gigabyte goes both ways through far less memory than that."""
+  size = dict(
+    hidden_size=512,
+    moe_intermediate_size=1024,
+    n_routed_experts=64,
+    num_hidden_layers=6,
+  )
+  found = folders.tensors("bf16", **size)
+  assert sum(x.nbytes for x in found.values()) > 1e9
+  folders.write(tmp_path / "in", found, **size)
+  root = pathlib.Path(convert.__file__).parents[1]
+  for source, target in (("in", "orbax"), ("orbax", "out")):
+    program = (
+      "import sys; from train import convert;"
+      f"sys.argv = ['convert', {source!r}, {target!r}]; convert.main();"
+      "print(open('/proc/self/status').read())"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", program],
+      cwd=tmp_path,
+      env={"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    peak = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert peak and int(peak[1]) * 1024 < 800e6
+  folders.assert_same(folders.read(tmp_path / "out"), found)
 
 
 @pytest.mark.parametrize(
