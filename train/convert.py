@@ -61,7 +61,7 @@ class Journal:
   """Which parts of a conversion are done, in TARGET.partial."""
 
   def __init__(self, conversion: Conversion, source: pathlib.Path):
-    """Begins, or goes on.
+    """Reads what is done; changes nothing.
 
     Raises:
       ValueError: The target exists, or another conversion has begun there.
@@ -71,21 +71,26 @@ class Journal:
       raise ValueError(f"{self.target} exists; give another target.")
     self.folder = self.target.with_name(self.target.name + ".partial")
     self._file = self.folder / "conversion.jsonl"
-    options = dataclasses.asdict(conversion)
-    options |= {"source": str(source), "target": str(self.target)}
+    self._options = dataclasses.asdict(conversion) | {
+      "source": str(source),
+      "target": str(self.target),
+    }
     self._done: set[str] = set()
     if self._file.exists():
       lines = self._file.read_text(encoding="utf-8").splitlines()
       begun, *done = map(json.loads, lines)
-      if begun != options:
+      if begun != self._options:
         raise ValueError(
           f"{self.folder} holds a conversion that was begun with other options:"
           f" {begun}. Give the same, or delete it."
         )
       self._done = set(done)
-    else:
+
+  def begin(self) -> None:
+    """Makes the folder, if this is the beginning."""
+    if not self._file.exists():
       self.folder.mkdir(parents=True, exist_ok=True)
-      self._add(options)
+      self._add(self._options)
 
   def __contains__(self, part: str) -> bool:
     return part in self._done
@@ -135,6 +140,7 @@ def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
   journal = Journal(conversion, source)
   path = journal.folder / "checkpoints" / "0"
   out = arrays_lib.NewArrays(path, tensors_lib.leaf_shapes(cfg))
+  journal.begin()
 
   def write(tensor):
     for place, part in load.read(stored, tensor):
@@ -203,6 +209,7 @@ def _to_hf(conversion: Conversion, source: pathlib.Path) -> None:
     like,
   )
   names = out.plan(stored.read)
+  journal.begin()
   sizes = [sum(spec.size for spec in out.specs(i)) for i in range(len(names))]
 
   def written():

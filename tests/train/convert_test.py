@@ -238,10 +238,14 @@ def test_a_few_tensors_at_a_time(tmp_path):
     (["nothing", "out"], "neither a Hugging Face folder"),
     (["in", "in"], "exists"),
     (["in", "out", "--format=int4"], "int4"),
+    (["orbax", "out", "--max-shard-size=big"], "is no size"),
+    (["orbax", "out", "--like=nothing"], "nothing/config.json is missing"),
   ],
 )
 def test_bad_commands(tmp_path, options, says):
   folders.write(tmp_path / "in", folders.tensors("bf16"))
+  if options[0] == "orbax":
+    run(tmp_path / "in", tmp_path / "orbax")
   root = pathlib.Path(convert.__file__).parents[1]
   done = subprocess.run(
     [sys.executable, "-m", "train.convert", *options],
@@ -252,4 +256,4 @@ def test_bad_commands(tmp_path, options, says):
   )
   assert done.returncode not in (0, None)
   assert says in done.stdout + done.stderr
-  assert not (tmp_path / "out").exists()
+  assert not list(tmp_path.glob("out*"))
