@@ -105,12 +105,7 @@ class Folder:
         f"{self.path} has no tensor {name}, which the model needs."
       )
     entry = self.entries[name]
-    if entry.dtype not in DTYPES:
-      raise ValueError(
-        f"{name} in {entry.file} is {entry.dtype}; what is read is"
-        f" {', '.join(DTYPES)}."
-      )
-    array = np.empty(entry.shape, DTYPES[entry.dtype])
+    array = np.empty(entry.shape, self.dtype(name))
     raw = array.reshape(-1).view(np.uint8)
     with open(entry.file, "rb", buffering=0) as file:
       file.seek(entry.begin)
@@ -120,6 +115,20 @@ class Folder:
     if done < raw.size:
       raise ValueError(f"{entry.file} is cut short within {name}.")
     return array
+
+  def dtype(self, name: str) -> np.dtype:
+    """What a tensor is stored in.
+
+    Raises:
+      ValueError: It is none of `DTYPES`.
+    """
+    entry = self.entries[name]
+    if entry.dtype not in DTYPES:
+      raise ValueError(
+        f"{name} in {entry.file} is {entry.dtype}; what is read is"
+        f" {', '.join(DTYPES)}."
+      )
+    return DTYPES[entry.dtype]
 
   def same(self, one: str, other: str) -> bool:
     """Whether two tensors have the same dtype, shape and bits."""

@@ -165,7 +165,7 @@ def _check(stored, tensors, cfg, stage) -> None:
         f" needs {list(tensor.shape)}."
       )
     unknown.discard(tensor.name)
-    if entry.dtype.startswith("F8"):
+    if stored.dtype(tensor.name).itemsize == 1:  # FP8 of some kind
       _check_scale(stored, tensor, entry)
       unknown.discard(tensor.name + SCALE)
   if unknown:
