@@ -6,11 +6,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.indexer_topk import chunked_xla
+from pallas_kernels.indexer_topk import mosaic_gpu
 from pallas_kernels.indexer_topk import reference
 
-type Implementation = Literal["chunked_xla", "reference"]
+type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_gpu": mosaic_gpu.indexer_topk,
   "chunked_xla": chunked_xla.indexer_topk,
   "reference": reference.indexer_topk,
 }

@@ -1,0 +1,475 @@
+"""Exact selection of the highest scores of each row, on Hopper.
+
+One block of threads takes one row:
+
+  1. It guesses, from a sample of the row, a score that somewhat more than K
+     scores reach.
+  2. It reads the row once and lists what reaches the guess, in order.
+  3. It finds the K-th highest of the list by radix: counts the scores by their
+     leading digit, looks which digit holds the K-th, and goes on with the next
+     digit among the scores that share it.
+  4. It writes what lies above the K-th, and of what equals it the first ones,
+     in the order of the list: the indices ascend, ties go to the lowest.
+
+If the guess was bad, fewer than K scores or more than the list holds reach it;
+they were all counted, so the block knows. Then steps 3 and 4 go over the row
+itself, which is slower and needs no list. So the result is always exact.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Final
+
+import jax
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.indexer_topk import threads_mosaic_gpu as threads
+
+U32 = threads.U32
+Bool = threads.Bool
+
+_WARPGROUPS: Final = 4
+THREADS: Final = 128 * _WARPGROUPS
+_WARPS: Final = THREADS // 32
+# A thread takes two times four neighbouring scores at once; four times where
+# it does little more than wait for them.
+_VECTOR: Final = 4
+_LOADS: Final = 2
+_MOST_LOADS: Final = 4
+_LINE: Final = 32  # scores in one line of the cache
+_SAMPLE: Final = THREADS * _LOADS * _VECTOR
+_DIGIT_BITS: Final = 11
+_BINS: Final = 1 << _DIGIT_BITS
+_BINS_PER_THREAD: Final = _BINS // THREADS
+_LARGEST_LIST: Final = 16384
+LARGEST_K: Final = _LARGEST_LIST // 2
+# Words of shared memory through which the warps of a block speak.
+_SUMS, _LOWEST, _HIGHEST, _FOUND, _WORDS = 0, 64, 96, 128, 132
+_SIGN: Final = 2**31
+
+
+def select(
+  scores: Float[Array, "T S_padded"],
+  start: Int[Array, " T"],
+  end: Int[Array, " T"],
+  top_k: int,
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+  """The `top_k` highest of `scores[t, start[t]:end[t]]`, for each row t.
+
+  Equal scores go to the lowest index. The result depends on nothing else.
+
+  Args:
+    scores: fp32. What stands outside [start, end) counts for nothing.
+    start: The first visible score of each row.
+    end: One past the last; clipped to the row. `start >= end` sees none.
+    top_k: K, at least 1.
+
+  Returns:
+    Indices, int32, ascending, filled up with -1 at the end where fewer than K
+    are visible; and their scores, -inf there.
+
+  Raises:
+    NotImplementedError: K is too large, or a row no whole number of vectors.
+  """
+  T, S = scores.shape
+  if scores.dtype != jnp.float32:
+    raise NotImplementedError(f"select: {scores.dtype=} is not float32.")
+  if S % _LINE:
+    raise NotImplementedError(
+      f"select: rows of {S} scores are not a multiple of {_LINE}; pad them."
+    )
+  if top_k > LARGEST_K:
+    raise NotImplementedError(
+      f"select: {top_k=} is above {LARGEST_K}: the list of candidates "
+      "would not fit into shared memory."
+    )
+  start = jnp.clip(start, 0, S).astype(jnp.int32)
+  end = jnp.clip(end, start, S).astype(jnp.int32)
+  kernel = plgpu.kernel(
+    functools.partial(_kernel, top_k=top_k),
+    out_type=(
+      jax.ShapeDtypeStruct((T, top_k), jnp.int32),
+      jax.ShapeDtypeStruct((T, top_k), jnp.float32),
+    ),
+    grid=(T,),
+    grid_names=("row",),
+    num_threads=_WARPGROUPS,
+    thread_name="warpgroup",
+    scratch_types=[
+      plgpu.SMEM((words,), jnp.int32) for words in scratch_words(top_k)
+    ],
+  )
+  return kernel(scores, start, end)
+
+
+def scratch_words(top_k: int) -> tuple[int, int, int, int]:
+  """Sizes of `Row`'s arrays in shared memory."""
+  listed = min(max(4 * top_k, _SAMPLE), _LARGEST_LIST)
+  listed = -(-listed // _SAMPLE) * _SAMPLE
+  return listed, listed, _BINS, _WORDS
+
+
+def _kernel(scores, start, end, indices, chosen, *scratch, top_k):
+  row = lax.axis_index("row")
+  ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+
+  @plgpu.inline_mgpu(arg_types=(number, number, [ref] * 7))
+  def emit(_, start, end, refs):
+    start, end = (U32(x.registers.item()) for x in (start, end))
+    scores, *memory = map(threads.Memory, refs)
+    Row(scores, start, end, *memory, top_k=top_k).emit()
+
+  refs = [scores.at[row], indices.at[row], chosen.at[row], *scratch]
+  emit(start[row], end[row], refs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+  """The scores that a block holds at once; these are one thread's.
+
+  [load][element]: a load is `_VECTOR` neighbours. In the order of the row come
+  the warps, in a warp the loads, in a load the lanes, in a lane the elements.
+  """
+
+  positions: Sequence[U32]  # of each load's first element
+  scores: Sequence[Sequence[U32]]  # bits of a float
+  valid: Sequence[Sequence[Bool]]
+
+
+class _Source:
+  """A sequence of scores, [low, stop) of what `load` reads, in tiles."""
+
+  def __init__(self, load, low, stop, *, first=0, loads=_LOADS):
+    self._load, self._low, self._stop = load, U32(low), U32(stop)
+    self._first, self._loads = U32(first), loads
+
+  def tile(self, i: U32) -> _Tile:
+    warp, lane = threads.warp(), threads.lane()
+    warp_tile = self._loads * 32 * _VECTOR
+    first = self._first + (i * _WARPS + warp) * warp_tile + lane * _VECTOR
+    positions, scores, valid = [], [], []
+    last = (self._stop - 1) & -_VECTOR
+    for j in range(self._loads):
+      position = first + j * 32 * _VECTOR
+      positions.append(position)
+      scores.append(self._load(position.min(last)))
+      valid.append(
+        [
+          position + e - self._low < self._stop - self._low
+          for e in range(_VECTOR)
+        ]
+      )
+    return _Tile(positions, scores, valid)
+
+  def visit(self, body, carried):
+    """Calls `body(i, tile, *carried)` for tile after tile."""
+    size = self._loads * _VECTOR * THREADS
+    tiles = _divide(self._stop - self._first + size - 1, size)
+    return threads.loop(
+      tiles, lambda i, *carried: body(i, self.tile(i), *carried), carried
+    )
+
+
+class _Held(_Source):
+  """A source of one tile, which stays in the registers."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._tile = self.tile(U32(0))
+
+  def visit(self, body, carried):
+    return body(U32(0), self._tile, *carried)
+
+
+class Row:
+  """What the threads of a block do, emitted."""
+
+  def __init__(self, scores, start, end, indices, chosen, *scratch, top_k):
+    self._scores, self._start, self._end = scores, start, end
+    self._indices, self._chosen = indices, chosen
+    self._list_size, *_ = scratch_words(top_k)
+    self._listed, self._listed_scores, self._bins, self._words = scratch
+    self._top_k = top_k
+    self._thread = threads.thread()
+    self._warp, self._lane = threads.warp(), threads.lane()
+
+  def emit(self) -> None:
+    seen = self._end - self._start
+
+    @threads.when(seen <= self._top_k)
+    def _():
+      self._copy(seen)
+
+    @threads.when(seen > self._top_k)
+    def _():
+      self._clear_bins()
+      listed = self._list(self._gate(seen))
+      fits = (listed >= self._top_k) & (listed <= self._list_size)
+
+      @threads.when(fits)
+      def _():
+        source = _Source(self._listed_scores.load4, 0, listed)
+        self._choose(source, self._listed.load)
+
+      @threads.when(~fits)
+      def _():
+        self._choose(self._row(_LOADS), lambda position: position)
+
+  def _row(self, loads: int) -> _Source:
+    return _Source(
+      *(self._scores.load4, self._start, self._end),
+      first=self._start & -_LINE,
+      loads=loads,
+    )
+
+  def _copy(self, seen: U32) -> None:
+    """Chooses all that the row sees."""
+
+    def body(i):
+      k = i * THREADS + self._thread
+      sees = k < seen
+      score = self._scores.load(sees.where(self._start + k, 0))
+      score = sees.where(score, threads.MINUS_INFINITY)
+      index = sees.where(self._start + k, -1)
+      self._indices.store(k, index, where=k < self._top_k)
+      self._chosen.store(k, score, where=k < self._top_k)
+      return ()
+
+    threads.loop(U32(-(-self._top_k // THREADS)), body, ())
+
+  def _gate(self, seen: U32) -> U32:
+    """A guess: the key that somewhat more than K scores of the row reach."""
+    first = self._start & -_VECTOR
+
+    def load(position):  # neighbours, evenly spread over the row
+      spread = _divide(position * _divide(seen, _VECTOR), _SAMPLE)
+      return self._scores.load4(first + spread * _VECTOR)
+
+    def guess(*_):
+      sample = _Held(load, 0, _SAMPLE)
+      # The K-th of the row is about the m-th of the sample. It is before the
+      # (m + 6 sqrt(m) + 8)-th but for one row in a billion, even if there are
+      # but half as many independent scores; and 6 sqrt(m) <= 3/16 m + 48.
+      rank = U32(_SAMPLE * self._top_k * 19 // 16) // seen + 57
+      floor, ties = self._kth_highest(sample, rank)
+      return [floor + ties.equals(0).number()]
+
+    # Short rows are listed as they are.
+    [gate] = threads.loop((seen > self._list_size).number(), guess, [U32(0)])
+    return gate
+
+  def _list(self, gate: U32) -> U32:
+    """Lists what reaches the gate. Returns how many do."""
+
+    def body(i, tile, listed):
+      reach = _flags(tile, lambda score: _key(score) >= gate)
+      [ranks], [count] = self._ranks(i, tile, [reach])
+      for j, rank in enumerate(ranks):
+        place = listed + rank
+        for e in range(_VECTOR):
+          reaches = _flag(reach, j, e)
+          inside = reaches & (place < self._list_size)
+          self._listed.store(place, tile.positions[j] + e, where=inside)
+          self._listed_scores.store(place, tile.scores[j][e], where=inside)
+          place = place + reaches.number()
+      return [listed + count]
+
+    [listed] = self._row(_MOST_LOADS).visit(body, [U32(0)])
+    threads.barrier()
+    return listed
+
+  def _choose(self, source: _Source, index: Callable[[U32], U32]) -> None:
+    """Writes the K highest of a source of more than K."""
+    floor, ties = self._kth_highest(source, U32(self._top_k))
+
+    def body(i, tile, above_before, equal_before):
+      above = _flags(tile, lambda score: _key(score) > floor)
+      equal = _flags(tile, lambda score: _key(score).equals(floor))
+      ranks, counts = self._ranks(i, tile, [above, equal])
+      for j, (n_above, n_equal) in enumerate(zip(*ranks)):
+        n_above, n_equal = above_before + n_above, equal_before + n_equal
+        for e in range(_VECTOR):
+          is_above, is_equal = _flag(above, j, e), _flag(equal, j, e)
+          place = n_above + n_equal.min(ties)
+          position, score = tile.positions[j] + e, tile.scores[j][e]
+
+          @threads.when(is_above | (is_equal & (n_equal < ties)))
+          def _(place=place, position=position, score=score):
+            self._indices.store(place, index(position))
+            self._chosen.store(place, score)
+
+          n_above = n_above + is_above.number()
+          n_equal = n_equal + is_equal.number()
+      return [above_before + counts[0], equal_before + counts[1]]
+
+    source.visit(body, [U32(0), U32(0)])
+
+  def _kth_highest(self, source: _Source, k: U32) -> tuple[U32, U32]:
+    """Returns (floor, ties): the k highest keys of the source are those above
+    `floor`, and `ties` of those equal to it."""
+    lowest, highest = self._extremes(source)
+    span = highest - lowest
+    digits_out = (32 - _DIGIT_BITS) - span.leading_zeros()
+    shift = (span < _BINS).where(0, digits_out)
+
+    # The k-th key is among base ... base + last, the rank-th highest there.
+    def digit(base, last, shift, rank, _):
+      def count(_, tile):
+        for load, valid in zip(tile.scores, tile.valid):
+          for score, is_valid in zip(load, valid):
+            offset = _key(score) - base
+            self._bins.add(
+              offset >> shift, 1, where=is_valid & (offset <= last)
+            )
+        return ()
+
+      source.visit(count, ())
+      threads.barrier()
+      bin_, rank, count = self._find_bin(rank)
+      base = base + (bin_ << shift)
+      last = (U32(1) << shift) - 1
+      whole = count.equals(rank) & (base > 0)
+      done = whole | shift.equals(0)
+      shift = (shift < _DIGIT_BITS).where(0, shift - _DIGIT_BITS)
+      return (
+        whole.where(base - 1, base),
+        last,
+        shift,
+        whole.where(0, rank),
+        done.number(),
+      )
+
+    floor, _, _, ties, _ = threads.loop_while(
+      lambda *carried: carried[-1].equals(0),
+      digit,
+      [lowest, span, shift, k, U32(0)],
+    )
+    return floor, ties
+
+  def _extremes(self, source: _Source) -> tuple[U32, U32]:
+    """The lowest and the highest key of a source."""
+
+    def body(_, tile, lowest, highest):
+      for load, valid in zip(tile.scores, tile.valid):
+        for score, is_valid in zip(load, valid):
+          lowest = lowest.min(is_valid.where(_key(score), -1))
+          highest = highest.max(is_valid.where(_key(score), 0))
+      return [lowest, highest]
+
+    lowest, highest = source.visit(body, [U32(-1), U32(0)])
+    first = self._lane.equals(0)
+    self._words.store(_LOWEST + self._warp, threads.warp_min(lowest), first)
+    self._words.store(_HIGHEST + self._warp, threads.warp_max(highest), first)
+    threads.barrier()
+    other = self._lane.min(_WARPS - 1)
+    return (
+      threads.warp_min(self._words.load(other + _LOWEST)),
+      threads.warp_max(self._words.load(other + _HIGHEST)),
+    )
+
+  def _first_bin(self) -> U32:
+    """Threads own bins from the highest down."""
+    return (THREADS - 1 - self._thread) * _BINS_PER_THREAD
+
+  def _find_bin(self, rank: U32) -> tuple[U32, U32, U32]:
+    """The bin of the rank-th highest, its rank in it, and the bin's count.
+
+    Clears the bins.
+    """
+    counts = self._bins.load4(self._first_bin())
+    self._clear_bins()
+    mine = functools.reduce(U32.__add__, counts)
+    through = threads.warp_sums(mine)
+    before, _ = self._across_warps(threads.last_lane(through), U32(0))
+    before = before + through - mine
+    for i in reversed(range(_BINS_PER_THREAD)):
+      found = (before < rank) & (rank <= before + counts[i])
+      for word, x in enumerate(
+        (self._first_bin() + i, rank - before, counts[i])
+      ):
+        self._words.store(_FOUND + word, x, where=found)
+      before = before + counts[i]
+    threads.barrier()
+    return tuple(self._words.load(_FOUND + i) for i in range(3))
+
+  def _clear_bins(self) -> None:
+    for i in range(_BINS_PER_THREAD):
+      self._bins.store(self._first_bin() + i, 0)
+
+  def _ranks(self, turn: U32, tile: _Tile, kinds: Sequence[U32]):
+    """For each kind of flags of a tile, how many are set before each load of
+    this thread, and how many in the tile."""
+    loads = range(len(tile.positions))
+    befores, totals = [], []
+    for flags in kinds:
+      # A byte for each load: it has 128 elements.
+      counts = [
+        ((flags >> j * _VECTOR) & ((1 << _VECTOR) - 1)).bit_count() << 8 * j
+        for j in loads
+      ]
+      mine = functools.reduce(U32.__or__, counts)
+      through = threads.warp_sums(mine)
+      in_warp, before = threads.last_lane(through), through - mine
+      total, ranks = U32(0), []
+      for j in loads:
+        ranks.append(total + ((before >> 8 * j) & 255))
+        total = total + ((in_warp >> 8 * j) & 255)
+      befores.append(ranks)
+      totals.append(total)
+    # Two bytes for each kind: a tile has less than 2^16 elements.
+    packed = [total << 16 * i for i, total in enumerate(totals)]
+    before, in_tile = self._across_warps(
+      functools.reduce(U32.__or__, packed), turn & 1
+    )
+    half = lambda x, i: (x >> 16 * i) & 0xFFFF
+    ranks = [
+      [half(before, i) + rank for rank in ranks]
+      for i, ranks in enumerate(befores)
+    ]
+    return ranks, [half(in_tile, i) for i in range(len(kinds))]
+
+  def _across_warps(self, x: U32, slot: U32) -> tuple[U32, U32]:
+    """The sum of the x of the warps before, and of all.
+
+    What stands in one slot may only be overwritten after another barrier:
+    calls with no barrier between them take turns.
+    """
+    slot = _SUMS + slot * threads.WARP
+    self._words.store(slot + self._warp, x, where=self._lane.equals(0))
+    threads.barrier()
+    sums = self._words.load(slot + self._lane.min(_WARPS - 1))
+    before, every = self._lane < self._warp, self._lane < _WARPS
+    return (
+      threads.warp_sum(before.where(sums, 0)),
+      threads.warp_sum(every.where(sums, 0)),
+    )
+
+
+def _key(score: U32) -> U32:
+  """The bits of a float, as a number of the same order. -0.0 equals 0.0."""
+  bits = score.plus_zero()
+  return bits ^ (bits.sign() | _SIGN)
+
+
+def _divide(x: U32, power_of_two: int) -> U32:
+  return x >> (power_of_two.bit_length() - 1)
+
+
+def _flags(tile: _Tile, test: Callable[[U32], Bool]) -> U32:
+  """A bit for each valid element of the tile that passes the test."""
+  flags = U32(0)
+  for j, load in enumerate(zip(tile.scores, tile.valid)):
+    for e, (score, valid) in enumerate(zip(*load)):
+      passes = valid & test(score)
+      flags = flags | (passes.number() << j * _VECTOR + e)
+  # The compiler would rather keep sixteen registers of one bit each.
+  return flags.opaque()
+
+
+def _flag(flags: U32, j: int, e: int) -> Bool:
+  return (flags & (1 << j * _VECTOR + e)) > 0

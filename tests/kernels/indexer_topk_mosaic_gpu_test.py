@@ -1,0 +1,150 @@
+"""The selection kernel is exact, and the op lowers for Hopper."""
+
+import functools
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.indexer_topk import mosaic_gpu
+from pallas_kernels.indexer_topk import select_mosaic_gpu
+
+from . import simulated_threads as threads
+
+S, K = 20000, 1000
+INF = np.inf
+
+
+def choose(scores, start, end, top_k):
+  """By a stable sort."""
+  row = scores[start:end] + np.float32(0)  # -0.0 is 0.0
+  chosen = np.sort(np.argsort(-row, kind="stable")[:top_k]) + start
+  missing = top_k - chosen.size
+  return (
+    np.pad(chosen, (0, missing), constant_values=-1),
+    np.pad(scores[chosen], (0, missing), constant_values=-INF),
+  )
+
+
+def simulate(scores, start, end, top_k):
+  """What the kernel's threads do with one row."""
+  indices = np.full(top_k, -9, np.int32)
+  chosen = np.full(top_k, np.nan, np.float32)
+  scratch = select_mosaic_gpu.scratch_words(top_k)
+  garbage = np.random.default_rng(0)
+  with threads.simulate(select_mosaic_gpu, select_mosaic_gpu.THREADS):
+    select_mosaic_gpu.Row(
+      threads.Memory(scores.copy()),
+      *map(threads.U32, (start, end)),
+      *map(threads.Memory, (indices, chosen)),
+      *(
+        threads.Memory(garbage.integers(0, 2**32, n, np.uint32), shared=True)
+        for n in scratch
+      ),
+      top_k=top_k,
+    ).emit()
+  return indices, chosen
+
+
+def rows():
+  """Scores by name; S of them."""
+  x = np.random.default_rng(1)
+  normal = x.normal(size=S)
+  signs = x.choice([-1, 1], S)
+  some = lambda fraction, value: np.where(x.random(S) < fraction, value, normal)
+  rows = {
+    "normal": normal,
+    "far from zero": 1000 + normal,
+    "negative": -1000 + normal,
+    "of every size": signs * np.exp2(100 * normal.clip(-1, 1)),
+    "all tied": np.zeros(S),
+    "zeros of both signs": 0.0 * signs,
+    "mostly zero": np.where(x.random(S) < 0.01, normal, 0.0 * signs),
+    "few values": x.integers(-3, 4, S),
+    "two values": x.integers(0, 2, S) + 1e-6,
+    "ascending": np.arange(S),
+    "descending": -np.arange(S),
+    "infinite": some(0.01, INF),
+    "mostly infinite": some(0.7, INF),
+    "mostly minus infinity": some(0.99, -INF),
+    # The sample, which is spread evenly, sees none of the highest.
+    "worse than sampled": np.where(np.arange(S) % 19 >= 4, normal + 9, normal),
+    # Neighbours are alike.
+    "clustered": np.repeat(normal[: S // 50], 50) + 0.01 * normal,
+  }
+  rows = {name: row.astype(np.float32) for name, row in rows.items()}
+  tiny = x.integers(0, 9000, S).astype(np.uint32).view(np.float32)
+  return rows | {"denormal": tiny}
+
+
+class SelectTest(chex.TestCase):
+  def assert_exact(self, scores, start=3, end=S - 5, top_k=K):
+    indices, chosen = simulate(scores, start, end, top_k)
+    expected_indices, expected_scores = choose(scores, start, end, top_k)
+    np.testing.assert_array_equal(indices, expected_indices)
+    np.testing.assert_array_equal(chosen, expected_scores)
+
+  @parameterized.parameters(*rows())
+  def test_scores(self, name):
+    self.assert_exact(rows()[name])
+
+  @parameterized.parameters(
+    *((0, 0), (S, S), (7, 8), (7, K + 6), (7, K + 7), (7, K + 8)),
+    *((31, 4096 + 31), (31, 4096 + 32), (33, 4096 + 34), (0, S)),
+  )
+  def test_ranges(self, start, end):
+    for name in ("normal", "few values"):
+      self.assert_exact(rows()[name], start, end)
+
+  @parameterized.parameters(1, 2, 64, 2048, 5000, select_mosaic_gpu.LARGEST_K)
+  def test_numbers_of_keys(self, top_k):
+    for name in ("normal", "few values"):
+      self.assert_exact(rows()[name], top_k=top_k)
+
+  def test_long_rows(self):
+    self.assert_exact(np.tile(rows()["normal"], 9), end=9 * S, top_k=2048)
+
+
+class LoweringTest(chex.TestCase):
+  @parameterized.parameters((4096, 32768), (4096, 131072), (1, 4096))
+  def test_lowers_at_real_shapes(self, T, S):
+    B, M, I = 1, 64, 128
+    args = [
+      jax.ShapeDtypeStruct(shape, dtype)
+      for shape, dtype in (
+        ((B, T, M, I), jnp.bfloat16),
+        ((B, S, I), jnp.bfloat16),
+        ((B, T, M), jnp.float32),
+        ((B, T), jnp.int32),
+        ((B, T), jnp.int32),
+      )
+    ]
+
+    def step(q, k, w, start, end):
+      def op(q, k, w):
+        indices, scores = mosaic_gpu.indexer_topk(q, k, w, start, end, 2048)
+        return jnp.sum(scores), indices
+
+      return jax.value_and_grad(op, argnums=(0, 1, 2), has_aux=True)(q, k, w)
+
+    lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",))
+    self.assertIn("mosaic_gpu", lowered.as_text())
+
+  def test_refuses(self):
+    start = end = jnp.zeros(8, jnp.int32)
+    for dtype, S, K, reason in (
+      (jnp.bfloat16, 64, 8, "float32"),
+      (jnp.float32, 65, 8, "multiple"),
+      (jnp.float32, 64, select_mosaic_gpu.LARGEST_K + 1, "top_k"),
+    ):
+      with self.assertRaisesRegex(NotImplementedError, reason):
+        select = functools.partial(select_mosaic_gpu.select, top_k=K)
+        jax.eval_shape(select, jax.ShapeDtypeStruct((8, S), dtype), start, end)
+
+  def test_chunks_keep_the_memory_law(self):
+    for T, S in ((4096, 131072), (1, 1), (5000, 32768), (8192, 1000)):
+      chunk = mosaic_gpu.chunk_size(T, S)
+      self.assertLessEqual(4 * chunk * S, 256 << 20)
+      self.assertLess(-(-T // chunk) * chunk, T + 8 * (1 + T // chunk))

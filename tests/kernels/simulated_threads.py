@@ -1,0 +1,250 @@
+"""Runs on a CPU what a kernel emits through `threads_mosaic_gpu`.
+
+The same names, computed by numpy at once for all threads of one block. Shared
+memory tells when a word is read or overwritten that another warp has touched
+since the last barrier.
+"""
+
+import functools
+from unittest import mock
+
+import numpy as np
+
+from pallas_kernels.indexer_topk import threads_mosaic_gpu
+
+WARP = threads_mosaic_gpu.WARP
+MINUS_INFINITY = threads_mosaic_gpu.MINUS_INFINITY
+
+
+class _Block:
+  """The threads that run, and how many barriers they have passed."""
+
+  def __init__(self, n):
+    self.n = n
+    self.active = np.ones(n, bool)
+    self.barriers = 0
+
+
+_block = _Block(0)
+
+
+def simulate(module, n: int):
+  """Patches a module that uses threads: its code runs as one block of n."""
+  global _block
+  _block = _Block(n)
+  this = globals()
+  names = {"threads": _Namespace(this), "U32": U32, "Bool": Bool}
+  return mock.patch.multiple(module, **names)
+
+
+class _Namespace:
+  def __init__(self, names):
+    self.__dict__.update(names)
+
+
+class Bool(threads_mosaic_gpu.Bool):
+  def __init__(self, value):
+    self.value = np.broadcast_to(np.asarray(value, bool), (_block.n,))
+
+  def __and__(self, other):
+    return Bool(self.value & other.value)
+
+  def __or__(self, other):
+    return Bool(self.value | other.value)
+
+  def __invert__(self):
+    return Bool(~self.value)
+
+  def number(self):
+    return U32(self.value)
+
+  def where(self, yes, no):
+    return U32(np.where(self.value, U32(yes).value, U32(no).value))
+
+
+class U32(threads_mosaic_gpu.U32):
+  def __init__(self, value):
+    if isinstance(value, U32):
+      value = value.value
+    if isinstance(value, int):
+      value %= 2**32
+    self.value = np.broadcast_to(
+      np.asarray(value).astype(np.uint32), (_block.n,)
+    )
+
+  def min(self, other):
+    return U32(np.minimum(self.value, U32(other).value))
+
+  def max(self, other):
+    return U32(np.maximum(self.value, U32(other).value))
+
+  def sign(self):
+    return U32(self.value.astype(np.int32) >> 31)
+
+  def plus_zero(self):
+    with np.errstate(invalid="ignore"):
+      return U32((self.value.view(np.float32) + np.float32(0)).view(np.uint32))
+
+  def leading_zeros(self):
+    return U32([32 - int(x).bit_length() for x in self.value])
+
+  def bit_count(self):
+    return U32([int(x).bit_count() for x in self.value])
+
+  def opaque(self):
+    return self
+
+  def equals(self, other):
+    return Bool(self.value == U32(other).value)
+
+
+def _operator(name, result):
+  def apply(self, other):
+    return result(getattr(np.ndarray, name)(self.value, U32(other).value))
+
+  return apply
+
+
+for _name in ("add", "sub", "mul", "floordiv", "and", "or", "xor"):
+  setattr(U32, f"__{_name}__", _operator(f"__{_name}__", U32))
+for _name in ("lt", "le", "gt", "ge"):
+  setattr(U32, f"__{_name}__", _operator(f"__{_name}__", Bool))
+for _name in ("lshift", "rshift"):
+
+  def _shift(self, other, name=f"__{_name}__"):
+    distance = U32(other).value
+    assert (distance < 32).all(), distance.max()
+    return U32(getattr(np.ndarray, name)(self.value, distance))
+
+  setattr(U32, f"__{_name}__", _shift)
+U32.__radd__ = U32.__add__
+U32.__rsub__ = lambda self, other: U32(other) - self
+
+
+class Memory(threads_mosaic_gpu.Memory):
+  """`words`: an array, which it changes. `shared`: threads may race for it."""
+
+  def __init__(self, words, shared=False):
+    self.words = words.view(np.uint32)
+    self._shared = shared
+    # Of each word, who wrote and who read it last, and after which barrier.
+    self._written = np.full((2, words.size), -1)
+    self._read = np.full((2, words.size), -1)
+
+  def _check(self, touched, i, what):
+    if not self._shared:
+      return
+    warp = thread().value.astype(int)[_block.active] // WARP
+    other = touched[0, i] != warp
+    race = other & (touched[1, i] == _block.barriers)
+    assert not race.any(), f"{what} word {i[race][0]}, no barrier before"
+
+  def load(self, i):
+    i = np.where(_block.active, U32(i).value, 0).astype(int)
+    assert (i < self.words.size).all(), i.max()
+    active = i[_block.active]
+    self._check(self._written, active, "reads")
+    self._touch(self._read, active)
+    return U32(self.words[i])
+
+  def load4(self, i):
+    assert (U32(i).value % 4 == 0).all()
+    return [self.load(U32(i) + e) for e in range(4)]
+
+  def _touch(self, touched, i):
+    touched[0, i] = thread().value[_block.active] // WARP
+    touched[1, i] = _block.barriers
+
+  def _targets(self, i, where):
+    write = _block.active if where is None else _block.active & where.value
+    return write, U32(i).value.astype(int)[write]
+
+  def store(self, i, word, where=None):
+    write, i = self._targets(i, where)
+    assert (i < self.words.size).all(), i.max()
+    assert np.unique(i).size == i.size, "two threads write one word"
+    self.words[i] = U32(word).value[write]
+    with _only(write):
+      self._check(self._written, i, "overwrites")
+      self._check(self._read, i, "overwrites")
+      self._touch(self._written, i)
+
+  def add(self, i, word, where=None):
+    write, i = self._targets(i, where)
+    np.add.at(self.words, i, U32(word).value[write])
+    with _only(write):
+      self._check(self._read, i, "adds to")
+      self._touch(self._written, i)
+
+
+class _only:
+  def __init__(self, active):
+    self._new = active
+
+  def __enter__(self):
+    self._old, _block.active = _block.active, self._new
+
+  def __exit__(self, *_):
+    _block.active = self._old
+
+
+def thread():
+  return U32(np.arange(_block.n))
+
+
+def warp():
+  return thread() >> 5
+
+
+def lane():
+  return thread() & (WARP - 1)
+
+
+def barrier():
+  assert _block.active.all(), "not every thread comes to the barrier"
+  _block.barriers += 1
+
+
+def when(condition):
+  def run(body):
+    with _only(_block.active & condition.value):
+      if _block.active.any():
+        body()
+
+  return run
+
+
+def _uniform(x):
+  [value] = np.unique(x.value)
+  return value
+
+
+def loop(times, body, carried):
+  for i in range(_uniform(times)):
+    carried = body(U32(i), *carried)
+  return list(carried)
+
+
+def loop_while(condition, body, carried):
+  while _uniform(condition(*carried)):
+    carried = body(*carried)
+  return list(carried)
+
+
+def _by_warp(compute):
+  def run(x):
+    assert _block.active.all()
+    warps = x.value.reshape(-1, WARP)
+    result = compute(warps, axis=1)
+    if result.ndim == 1:
+      result = result[:, None]
+    return U32(np.broadcast_to(result, warps.shape).reshape(-1))
+
+  return run
+
+
+last_lane = _by_warp(lambda x, axis: x[:, -1])
+warp_sums = _by_warp(functools.partial(np.cumsum, dtype=np.uint32))
+warp_sum = _by_warp(functools.partial(np.sum, dtype=np.uint32))
+warp_min = _by_warp(np.min)
+warp_max = _by_warp(np.max)
