@@ -17,6 +17,10 @@ KERNEL_BACKEND: Final = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 PORTABLE: Final = "chunked_xla"
 
 
+# Whether an op may choose a kernel by itself.
+_allowed: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  "allowed", default=True
+)
 # Where `record` collects; None: nowhere.
 _record: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
   "record", default=None
@@ -32,6 +36,19 @@ def record() -> Iterator[dict[str, str]]:
     yield chosen
   finally:
     _record.reset(token)
+
+
+@contextlib.contextmanager
+def kernels(allowed: bool) -> Iterator[None]:
+  """If not allowed, ops that are traced inside choose plain XLA by themselves.
+
+  For comparing with it. What was traced before stays as it is.
+  """
+  token = _allowed.set(allowed)
+  try:
+    yield
+  finally:
+    _allowed.reset(token)
 
 
 def platform() -> str:
@@ -55,7 +72,8 @@ def call(
     implementations: Implementations by name.
     implementation: A name takes that one, and its `NotImplementedError` reaches
       the caller. `None` tries the kernels of the platform, then
-      `chunked_xla`; an accelerator that ends there is told so once.
+      `chunked_xla`; an accelerator that ends there is told so, and why, once
+      for each shape.
     *args: The op's arguments.
     **kwargs: The op's arguments.
 
@@ -73,6 +91,8 @@ def call(
         f"{op}: {implementation=} is unknown; take one of {known}."
       )
     return _run(op, implementations, implementation, *args, **kwargs)
+  if not _allowed.get():
+    return _run(op, implementations, PORTABLE, *args, **kwargs)
   backend = platform()
   refusals = []
   for name in implementations:
@@ -82,7 +102,8 @@ def call(
       except NotImplementedError as e:
         refusals.append(f"{name}: {e}")
   if backend != "cpu":
-    _warn_portable(op, backend, "; ".join(refusals) or "there is none yet")
+    reason = "; ".join(refusals) or "there is none yet"
+    _warn_portable(op, backend, _shapes(args), reason)
   return _run(op, implementations, PORTABLE, *args, **kwargs)
 
 
@@ -93,10 +114,21 @@ def _run(op, implementations, name, /, *args, **kwargs):
   return result
 
 
-@functools.cache  # once for each op and reason
-def _warn_portable(op: str, backend: str, reason: str) -> None:
+def _shapes(args: tuple[Any, ...]) -> str:
+  """Of the arrays among them: "bfloat16[1,8,4,576] int32[1,8,64]"."""
+  return " ".join(
+    f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    for x in args
+    if isinstance(x, jax.Array)
+  )
+
+
+@functools.cache  # once for each op, shape and reason
+def _warn_portable(op: str, backend: str, shapes: str, reason: str) -> None:
   warnings.warn(
     f"{op} runs as plain XLA ({PORTABLE}) on {backend}, far below the speed of "
-    f"a kernel ({reason}).",
+    f"a kernel ({reason}). Its arguments are {shapes or 'no arrays'}. Give it "
+    f"what a kernel takes, or implementation={PORTABLE!r} to run without this "
+    "warning.",
     stacklevel=2,
   )

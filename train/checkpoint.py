@@ -16,11 +16,12 @@ from train import processes
 from train import step as step_lib
 
 # What may differ between a run and its continuation: where things lie, what is
-# logged and saved, and which devices compute.
+# logged and saved, and which devices compute, by what.
 _FREE = (
   "run_dir",
   "mesh",
   "distributed",
+  "kernels",
   "checkpoint",
   "log",
   "resume",

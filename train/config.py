@@ -209,6 +209,9 @@ class TrainConfig:
   """Of the initial weights, the order of the data, and the samples."""
   resume: bool = False
   """Go on from the newest checkpoint in run_dir."""
+  kernels: bool = True
+  """Let ops run as kernels, where there are some for the device and the shapes;
+  if not, as plain XLA: to compare with."""
   compile_only: str | None = None
   """Train nothing: compile the steps for TPUs that need not be here, such as
   v5p:8x8x8 (chips along each side), and say what they would take."""

@@ -15,6 +15,7 @@ import numpy as np
 import dsa_jax
 from dsa_jax import flops
 from dsa_jax import sharding
+from pallas_kernels import dispatch
 from train import checkpoint as checkpoint_lib
 from train import config as config_lib
 from train import data as data_lib
@@ -74,6 +75,7 @@ class Run:
       contextlib.closing(self.metrics),
       contextlib.closing(self.checkpoints),
       jax.set_mesh(self.mesh),
+      dispatch.kernels(cfg.kernels),
       _signals(self._ask_to_stop),
     ):
       _, self._init = step_lib.init(cfg.model, cfg.seed)
@@ -214,12 +216,15 @@ class Run:
 
   def _compile(self, train_step, state, batch, stage):
     start = time.perf_counter()
-    compiled = train_step.lower(state, batch).compile()
+    with dispatch.record() as ops:
+      lowered = train_step.lower(state, batch)
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory else 0
+    chosen = ", ".join(f"{op} by {name}" for op, name in sorted(ops.items()))
     processes.say(
       f"{stage.kind}: compiled in {time.perf_counter() - start:.0f} s,"
-      f" {metrics_lib.size(temporary)} of temporaries a device"
+      f" {metrics_lib.size(temporary)} of temporaries a device; {chosen}"
     )
     return compiled
 

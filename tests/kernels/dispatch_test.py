@@ -157,6 +157,27 @@ class DispatchTest(chex.TestCase):
         self.assertEqual(self.call(), "chunked_xla")
       self.assert_silent("chunked_xla")
 
+  def test_a_warning_names_the_shapes_once_each(self):
+    self.ops["mosaic_gpu"].side_effect = refuse
+
+    def call(length):
+      return dispatch.call("op", self.ops, None, jnp.zeros((2, length)), 3)
+
+    with backend("gpu"):
+      with self.assertWarnsRegex(UserWarning, r"float32\[2,5\]. .*chunked_xla"):
+        call(5)
+      with self.assertWarnsRegex(UserWarning, r"float32\[2,6\]"):
+        call(6)
+      with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(5)
+
+  @parameterized.parameters("tpu", "gpu", "cpu")
+  def test_no_kernel_is_chosen_where_none_is_allowed(self, name):
+    with backend(name), dispatch.kernels(False):
+      self.assert_silent("chunked_xla")
+      self.assert_silent("mosaic_gpu", implementation="mosaic_gpu")
+
   def test_an_error_is_no_refusal(self):
     self.ops["mosaic_tpu"].side_effect = ValueError("a bug")
     with backend("tpu"), self.assertRaisesRegex(ValueError, "a bug"):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from tests.train import runs
 from train import feed
 from train import lifecycle
@@ -196,6 +197,26 @@ def test_a_life_cycle_has_a_control(folder, unbroken, monkeypatch, capsys):
     recall = f"{evals[step]['recall']:.1%}" if way == "sparse" else ""
     assert row[5].strip() == recall
   assert rows[7][3].strip() == f"{last:.4f}"
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_kernels_may_be_ruled_out(folder, monkeypatch, kernels):
+  cfg = dataclasses.replace(
+    runs.config(folder, f"kernels_{kernels}"), kernels=kernels
+  )
+  ops = {"mosaic_gpu": lambda: "kernel", "chunked_xla": lambda: "xla"}
+  chosen = []
+
+  def start(*_):
+    with monkeypatch.context() as patch:
+      patch.setattr(dispatch, "platform", lambda: "gpu")
+      chosen.append(dispatch.call("op", ops, None))
+    raise loop.Diverged("seen enough")
+
+  monkeypatch.setattr(loop.Run, "_start", start)
+  with pytest.raises(loop.Diverged):
+    loop.Run(cfg).train()
+  assert chosen == ["kernel" if kernels else "xla"]
 
 
 def test_a_life_cycle_is_dense_then_warmup_then_sparse(folder):

@@ -1,0 +1,153 @@
+"""Is an op right, and how fast? python -m pallas_kernels.bench OP [--OPTION=..]
+
+First its results (with --grad, its gradients too) are compared with those of
+the op's reference in float32, on fresh random data; a wrong one ends it. Then
+it is timed: the median of batches of back-to-back calls, each batch waited for.
+The table says what of the device's peak that is, of a matmul and of a copy
+measured in the same run, and the floor: what the peaks allow for these FLOPs
+and for reading each input and writing each result once. Plain XLA stands
+beside it.
+
+  python -m pallas_kernels.bench sparse_mla --shape=32k --grad
+  python -m pallas_kernels.bench indexer_topk --shape=128k --json=out.json
+  python -m pallas_kernels.bench attention --shape=128k --grad
+  python -m pallas_kernels.bench sparse_mla --shape=tiny      # also on a CPU
+
+OP is one of the five ops, on the last T queries of a sequence of S; or a whole
+layer's work on a sequence (T = S):
+
+  attention  indexer_topk, then sparse_mla, beside dense causal attention of the
+             same model; with --grad also backward, and sparse_indexer_loss
+  warmup     dense_mla, then dense_indexer_loss and its gradient
+"""
+
+import dataclasses
+import pathlib
+import random
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from pallas_kernels import shapes as shapes_lib
+from pallas_kernels.bench import cases
+from pallas_kernels.bench import programs
+from pallas_kernels.bench import report as report_lib
+
+type Op = Literal[
+  "indexer_topk",
+  "sparse_mla",
+  "dense_mla",
+  "sparse_indexer_loss",
+  "dense_indexer_loss",
+  "attention",
+  "warmup",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """See the module."""
+
+  op: tyro.conf.Positional[Op]
+  """What to run."""
+  shape: Literal["tiny", "8k", "32k", "64k", "128k"] = "32k"
+  """Sizes by name: 4096 queries, keys as it says, the widths of DeepSeek-V3.2;
+  tiny is for a CPU. The options below replace single ones."""
+  queries: int | None = None
+  """T."""
+  keys: int | None = None
+  """S."""
+  top_k: int | None = None
+  """K."""
+  heads: int | None = None
+  """N."""
+  index_heads: int | None = None
+  """M."""
+  grad: bool = False
+  """Also check and time the gradient."""
+  implementation: str | None = None
+  """Of the ops; the one that they choose themselves unless given."""
+  baseline: str | None = "chunked_xla"
+  """What to time beside it (not for a whole sequence); None: nothing."""
+  indices: cases.Order = "random"
+  """The order of a query's chosen keys, which are random ones: as drawn, or
+  ascending, as indexer_topk returns them."""
+  visible: cases.Visible = "causal"
+  """What dense ops and the indexer see: up to the query's own key, or all."""
+  checked: int = 256
+  """Queries that are compared with the reference."""
+  seed: int | None = None
+  """Of the data; another one each time unless given."""
+  json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
+  """Where to write everything, too."""
+
+  def sizes(self) -> shapes_lib.Shape:
+    """The shape that is asked for.
+
+    Raises:
+      ValueError: The options do not fit each other.
+    """
+    if self.checked < 1:
+      raise ValueError(f"{self.checked=} must be at least 1.")
+    if self.grad and self.op == "indexer_topk":
+      raise ValueError(
+        "indexer_topk is a choice, which has no gradient; leave out --grad, or "
+        "take sparse_indexer_loss, which computes its scores again."
+      )
+    named = {
+      "T": self.queries,
+      "S": self.keys,
+      "K": self.top_k,
+      "N": self.heads,
+      "M": self.index_heads,
+    }
+    given = {name: x for name, x in named.items() if x is not None}
+    shape = shapes_lib.SHAPES[self.shape]
+    if self.op in ("attention", "warmup") and self.queries is None:
+      given["T"] = given.get("S", shape.S)
+    return dataclasses.replace(shape, **given)
+
+
+def main(args: list[str] | None = None) -> None:
+  try:
+    options = tyro.cli(
+      Options,
+      prog="python -m pallas_kernels.bench",
+      description=__doc__,
+      args=args,
+    )
+    shape = options.sizes()
+  except ValueError as e:
+    sys.exit(f"error: {e}")
+  seed = options.seed
+  if seed is None:
+    seed = random.SystemRandom().randrange(1 << 31)
+  report = report_lib.Report(
+    op=options.op,
+    shape=" ".join(f"{k}={v}" for k, v in dataclasses.asdict(shape).items()),
+    data=f"bf16, {options.indices} indices, {options.visible} keys visible",
+    seed=seed,
+  )
+  run = programs.Programs(
+    report=report,
+    shape=shape,
+    seed=seed,
+    grad=options.grad,
+    implementation=options.implementation,
+    baseline=options.baseline,
+    order=options.indices,
+    visible=options.visible,
+    checked=options.checked,
+  )
+  try:
+    getattr(run, options.op)()
+  except (ValueError, NotImplementedError, report_lib.Wrong) as e:
+    sys.exit(f"error: {e}")
+  finally:
+    if options.json is not None:
+      report.write(options.json)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,302 @@
+"""Compares an op with its reference in float32, query by query.
+
+The reference holds much for each query, so it sees a sample of them, some at a
+time. Cotangents are zero outside the sample: then the gradient of what all
+queries share is that of the sample, too.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from pallas_kernels.bench import cases
+from pallas_kernels.bench import measure
+
+# What results in bf16 of sums in fp32 may differ by. Of a number: either the
+# difference or that over the number; of a row: 1 - cosine.
+OUT_ABSOLUTE: Final = 8e-4
+OUT_RELATIVE: Final = 3.01 / 128
+OUT_COSINE: Final = 7e-6
+LSE_ABSOLUTE: Final = 1e-6
+LSE_RELATIVE: Final = 2.01 / 65536
+LOSS_ABSOLUTE: Final = 1e-5
+LOSS_RELATIVE: Final = 1e-3
+# 1 - 2 <x, y> / (|x|^2 + |y|^2), which is |x - y|^2 / (|x|^2 + |y|^2), of all.
+GRADIENT: Final = 1e-4
+# The same of one row. A row far below the others is what rounding leaves where
+# large terms cancel: it is held to this share of their mean square.
+GRADIENT_ROW: Final = 1e-3
+ROW_FLOOR: Final = 1e-2
+# Of sum_j |w_j| relu(q_j . k), the largest of a query's: what summing in
+# another order may change.
+SCORE: Final = 1e-5
+# What the reference may hold at once.
+_BYTES: Final = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """How far one result is from the reference, where it is farthest."""
+
+  name: str
+  rows: int
+  error: float
+  limit: float
+  what: str
+  """Which error it is."""
+
+  @property
+  def right(self) -> bool:
+    return self.error <= self.limit  # NaN is not
+
+
+def sample(T: int, count: int, seed: int) -> np.ndarray:
+  """`count` of T queries, with the first few and the last."""
+  count = min(count, T)
+  rng = np.random.default_rng(seed)
+  some_T = rng.permutation(T)
+  special = [*range(min(4, T)), T - 1]
+  some_T = np.concatenate([special, some_T])
+  _, first = np.unique(some_T, return_index=True)
+  return np.sort(some_T[np.sort(first)][:count])
+
+
+def check(
+  case: cases.Case,
+  implementation: str | None,
+  rows: np.ndarray,
+  cotangents: Any | None,
+) -> list[Finding]:
+  """Compares the queries `rows`; given cotangents, their gradients too."""
+  inputs, rest = case.split()
+  if cotangents is None:
+    out = measure.run(case.forward(implementation), *inputs, *rest)
+    expected, _ = _reference(case, rows, None)
+    if case.op == "indexer_topk":
+      return [*_selection(case, rows, out, expected)]
+    return [*_results(case, _take(out, rows), expected)]
+  masked = jax.tree.map(functools.partial(_mask, rows=rows), cotangents)
+  out, gradients = measure.run(
+    case.forward_backward(implementation), (*inputs, *rest), masked
+  )
+  expected, expected_gradients = _reference(case, rows, _take(masked, rows))
+  findings = [*_results(case, _take(out, rows), expected)]
+  for name, x, y in zip(case.inputs, gradients, expected_gradients):
+    findings += _gradient(name, x if name in case.shared else x[:, rows], y)
+  return findings
+
+
+def _take(tree: Any, rows: np.ndarray) -> Any:
+  return jax.tree.map(lambda x: x[:, rows], tree)
+
+
+def _mask(x: Array, rows: np.ndarray) -> Array:
+  kept_T = np.zeros(x.shape[1], bool)
+  kept_T[rows] = True
+  kept = jnp.asarray(kept_T).reshape(1, -1, *[1] * (x.ndim - 2))
+  return jnp.where(kept, x, 0)
+
+
+def _float32(tree: Any) -> Any:
+  """Floating numbers in fp32; others as they are."""
+
+  def convert(x):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.float32) if floating else x
+
+  return jax.tree.map(convert, tree)
+
+
+def _reference(
+  case: cases.Case, rows: np.ndarray, cotangents: Any | None
+) -> tuple[Any, list[Array]]:
+  """The reference's results for the queries `rows`, and the gradients.
+
+  Args:
+    case: The op and its inputs.
+    rows: The queries.
+    cotangents: Of the results for `rows`.
+  """
+  n = case.differentiated
+  names = [*case.inputs]
+  shared = [name in case.shared for name in names]
+
+  def tile(inputs, cotangents):
+    inputs, cotangents = _float32((inputs, cotangents))
+    call = case.forward("reference")
+    if cotangents is None:
+      return call(*inputs), ()
+    out, pullback = jax.vjp(lambda *xs: call(*xs, *inputs[n:]), *inputs[:n])
+    return out, pullback(cotangents)
+
+  outs, gradients = [], []
+  bT = max(_BYTES // case.bytes_per_query, 1)
+  with jax.default_matmul_precision("highest"):  # a GPU would take tf32
+    for first in range(0, len(rows), bT):
+      some = rows[first : first + bT]
+      inputs = tuple(
+        x if is_shared else x[:, some]
+        for x, is_shared in zip(case.inputs.values(), shared)
+      )
+      place = np.arange(first, first + len(some))
+      masked = None if cotangents is None else _take(cotangents, place)
+      out, gradient = measure.run(tile, inputs, masked)
+      outs.append(out)
+      gradients.append(gradient)
+  join = lambda *xs: jnp.concatenate(xs, 1)
+  out = jax.tree.map(join, *outs)
+  if cotangents is None:
+    return out, []
+  return out, [
+    functools.reduce(jnp.add, parts) if is_shared else join(*parts)
+    for is_shared, parts in zip(shared, zip(*gradients))
+  ]
+
+
+def _results(case: cases.Case, actual: Any, expected: Any) -> Iterator[Finding]:
+  tolerances = {
+    "out": (OUT_ABSOLUTE, OUT_RELATIVE),
+    "lse": (LSE_ABSOLUTE, LSE_RELATIVE),
+    "loss": (LOSS_ABSOLUTE, LOSS_RELATIVE),
+  }
+  actual = actual if isinstance(actual, tuple) else (actual,)
+  expected = expected if isinstance(expected, tuple) else (expected,)
+  for name, x, y in zip(case.outputs, actual, expected):
+    count = x.shape[1]
+    yield Finding(
+      *(name, count, float(_excess(x, y, *tolerances[name])), 1.0),
+      "over what is allowed for a number",
+    )
+    if name == "out":
+      error = float(_cosine(x, y))
+      yield Finding(name, count, error, OUT_COSINE, "1 - cosine of a row")
+
+
+@jax.jit(static_argnames=("absolute", "relative"))
+def _excess(
+  x: Array, y: Array, absolute: float, relative: float
+) -> Float[Array, ""]:
+  """The largest error over its limit; NaN where a number is none."""
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  error = jnp.abs(x - y) / jnp.maximum(absolute, relative * jnp.abs(y))
+  # -inf is right where it is expected, and only there.
+  error = jnp.where(x == y, 0.0, error)
+  return jnp.max(jnp.where(jnp.isnan(error), jnp.inf, error))
+
+
+@jax.jit
+def _cosine(x: Array, y: Array) -> Float[Array, ""]:
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  norms = jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(y, axis=-1)
+  x, y = (
+    z / jnp.where(norm > 0, norm, 1.0)[..., None]
+    for z, norm in zip((x, y), norms)
+  )
+  # Half of |x - y|^2: what 1 - x . y would lose to rounding.
+  return jnp.max(jnp.sum(jnp.square(x - y), -1) / 2)
+
+
+@jax.jit
+def _distances(x: Array, y: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  apart = jnp.sum(jnp.square(x - y), -1)
+  size = jnp.sum(jnp.square(x) + jnp.square(y), -1)
+  floor = ROW_FLOOR * jnp.mean(size)
+  row = apart / jnp.maximum(size, floor)
+  return jnp.max(row), jnp.sum(apart) / jnp.sum(size)
+
+
+def _gradient(name: str, x: Array, y: Array) -> Iterator[Finding]:
+  row, whole = _distances(x, y)
+  rows = x.size // x.shape[-1]
+  what = "1 - similarity"
+  yield Finding(f"d {name}", rows, float(whole), GRADIENT, what)
+  yield Finding(f"d {name}", rows, float(row), GRADIENT_ROW, f"{what} of a row")
+
+
+def _selection(
+  case: cases.Case, rows: np.ndarray, actual: Any, expected: Any
+) -> Iterator[Finding]:
+  """Whether the best keys were chosen, but for scores that rounding may swap.
+
+  The lists have the right length, ascend, and hold visible keys only. No key
+  that was left out scores above one that was taken, by more than rounding.
+  """
+  indices, scores = _take(actual, rows)
+  wrong, errors, scored = 0.0, [], []
+  bT = max(_BYTES // case.bytes_per_query, 1)
+  x = case.inputs
+  with jax.default_matmul_precision("highest"):
+    for first in range(0, len(rows), bT):
+      part = slice(first, first + bT)
+      some = rows[part]
+      bad_T, swapped_T, off_T = measure.run(
+        _judge,
+        indices[:, part],
+        scores[:, part],
+        *_float32((x["q_index"][:, some], x["k_index"], x["w"][:, some])),
+        x["start"][:, some],
+        x["end"][:, some],
+      )
+      wrong += float(bad_T.sum())
+      errors.append(float(swapped_T.max()))
+      scored.append(float(off_T.max()))
+  count, same = len(rows), (indices == expected[0]).all(-1).sum()
+  yield Finding("indices", count, wrong, 0.0, "lists out of order")
+  yield Finding(
+    *("indices", count, max(errors), SCORE),
+    f"a key left out over one taken ({int(same)} rows as the reference's)",
+  )
+  yield Finding("scores", count, max(scored), SCORE, "of the largest")
+
+
+def _judge(
+  indices: Int[Array, "1 T K"],
+  scores: Float[Array, "1 T K"],
+  q: Float[Array, "1 T M I"],
+  k: Float[Array, "1 S I"],
+  w: Float[Array, "1 T M"],
+  start: Int[Array, "1 T"],
+  end: Int[Array, "1 T"],
+) -> tuple[Bool[Array, "1 T"], Float[Array, "1 T"], Float[Array, "1 T"]]:
+  """For each query: a wrong list; by how much keys and scores are off."""
+  S, K = k.shape[1], indices.shape[2]
+  relu = jax.nn.relu(jnp.einsum("BTMI,BSI->BTMS", q, k))
+  true_BTS = jnp.einsum("BTMS,BTM->BTS", relu, w)
+  largest_BT = jnp.einsum("BTMS,BTM->BTS", relu, jnp.abs(w)).max(-1)
+  largest_BT = jnp.maximum(largest_BT, jnp.finfo(jnp.float32).tiny)
+  key = jnp.arange(S)[None, None]
+  visible_BTS = (key >= start[..., None]) & (key < end[..., None])
+  valid_BTK = (indices >= 0) & (indices < S)
+  safe_BTK = jnp.where(valid_BTK, indices, S)  # S: dropped
+  taken_BTS = jax.vmap(
+    jax.vmap(lambda i: jnp.zeros(S, bool).at[i].set(True, mode="drop"))
+  )(safe_BTK)
+
+  count_BT = valid_BTK.sum(-1)
+  place_K = jnp.arange(K)[None, None]
+  ascends_BTK = (indices[..., 1:] > indices[..., :-1]) | ~valid_BTK[..., 1:]
+  bad_BT = (
+    (count_BT != jnp.minimum(visible_BTS.sum(-1), K))
+    | (valid_BTK != (place_K < count_BT[..., None])).any(-1)
+    | ((indices != -1) & ~valid_BTK).any(-1)
+    | ~ascends_BTK.all(-1)
+    | (taken_BTS & ~visible_BTS).any(-1)
+  )
+  lowest_BT = jnp.where(taken_BTS, true_BTS, jnp.inf).min(-1)
+  left_BT = jnp.where(visible_BTS & ~taken_BTS, true_BTS, -jnp.inf).max(-1)
+  swapped_BT = jnp.maximum(left_BT - lowest_BT, 0.0) / largest_BT
+
+  padded_BTS = jnp.pad(
+    true_BTS, [(0, 0), (0, 0), (0, 1)], constant_values=-jnp.inf
+  )
+  due_BTK = jnp.take_along_axis(padded_BTS, safe_BTK, -1)
+  off_BTK = jnp.where(due_BTK == scores, 0.0, jnp.abs(due_BTK - scores))
+  off_BTK = jnp.where(jnp.isnan(off_BTK), jnp.inf, off_BTK)
+  return bad_BT, swapped_BT, off_BTK.max(-1) / largest_BT

@@ -1,0 +1,58 @@
+"""Real shapes by name, which tests, benchmarks and tuning share."""
+
+import dataclasses
+from typing import Final
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+  """Sizes of one call of an op; by default those of DeepSeek-V3.2's layers."""
+
+  T: int = 4096
+  """Queries."""
+  S: int
+  """Keys."""
+  K: int = 2048
+  """Chosen keys of a query."""
+  N: int = 128
+  """Attention heads."""
+  H: int = 128
+  """Width of a head's part without position."""
+  R: int = 64
+  """Width of its rotated part."""
+  U: int = 128
+  """Width of a head's value."""
+  C: int = 512
+  """Rank of the key/value latent."""
+  M: int = 64
+  """Index heads."""
+  I: int = 128
+  """Width of an index head."""
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 1:
+        raise ValueError(
+          f"{field.name}={getattr(self, field.name)} must be at least 1."
+        )
+    if self.T > self.S:
+      raise ValueError(
+        f"{self.T=} queries exceed {self.S=} keys: the queries are the last "
+        "tokens of the sequence. Lower T or raise S."
+      )
+
+  @property
+  def scale(self) -> float:
+    """What multiplies the logits."""
+    return (self.H + self.R) ** -0.5
+
+
+SHAPES: Final = {
+  # What a CPU does in a second, with no size like another.
+  "tiny": Shape(T=40, S=97, K=32, N=4, H=24, R=16, U=28, C=64, M=6, I=20),
+  # A chunk of 4096 queries at the end of ever longer sequences.
+  "8k": Shape(S=8192),
+  "32k": Shape(S=32_768),
+  "64k": Shape(S=65_536),
+  "128k": Shape(S=131_072),
+}
