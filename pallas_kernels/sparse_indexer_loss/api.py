@@ -6,11 +6,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_indexer_loss import chunked_xla
+from pallas_kernels.sparse_indexer_loss import mosaic_gpu
 from pallas_kernels.sparse_indexer_loss import reference
 
-type Implementation = Literal["chunked_xla", "reference"]
+type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_gpu": mosaic_gpu.sparse_indexer_loss,
   "chunked_xla": chunked_xla.sparse_indexer_loss,
   "reference": reference.sparse_indexer_loss,
 }
@@ -36,8 +38,9 @@ def sparse_indexer_loss(
   heads of the main attention's weights there and I the index scores
   (DeepSeek-V3.2, eq. 4). In fp32. Its gradient to I is exactly softmax(I) - p,
   times that of the result. Nothing flows into `q`, `kv` and `lse`. Work is
-  O(T K); memory is the gradients and one tile of queries, except for
-  `reference`'s gathered copy.
+  O(T K); memory is the gradients and one tile of queries, or on Hopper the
+  target, except for `reference`'s gathered copy. Where the attention runs in
+  the same step, `sparse_mla_with_loss` is cheaper.
 
   Args:
     q_index: Index queries, as given to `indexer_topk`.

@@ -1,0 +1,82 @@
+"""The Hopper kernels of sparse_indexer_loss: they lower, or refuse in time.
+
+Their numbers are checked on a GPU: `python -m pallas_kernels.bench`.
+"""
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sparse_indexer_loss import mosaic_gpu
+
+T, S, N, CR, M, I = 16, 32_768, 128, 576, 64, 128
+SCALE = 0.07
+bf16 = jnp.bfloat16
+op = mosaic_gpu.sparse_indexer_loss
+
+
+def shapes(B=1, K=2048, N=N, M=M, I=I, CR=CR, index=bf16, attention=bf16):
+  return [
+    jax.ShapeDtypeStruct(shape, dtype)
+    for shape, dtype in (
+      ((B, T, M, I), index),
+      ((B, S, I), index),
+      ((B, T, M), jnp.float32),
+      ((B, T, K), jnp.int32),
+      ((B, T, N, CR), attention),
+      ((B, S, CR), attention),
+      ((B, T, N), jnp.float32),
+    )
+  ]
+
+
+def gradients(*args):
+  loss = lambda *index: jnp.sum(op(*index, *args[3:], SCALE))
+  return jax.value_and_grad(loss, (0, 1, 2))(*args[:3])
+
+
+def lowered(f, args) -> str:
+  return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+class SparseIndexerLossMosaicGPUTest(chex.TestCase):
+  @parameterized.parameters(
+    {"K": 2048}, {"K": 8192}, {"B": 3, "K": 192}, {"N": 16, "M": 32}
+  )
+  def test_lowers_for_cuda_with_gradients(self, **sizes):
+    text = lowered(gradients, shapes(**sizes))
+    # Target, comparison, gradient.
+    self.assertEqual(text.count("mosaic_gpu_v2"), 3)
+
+  def test_a_loss_that_is_not_measured_is_behind_a_condition(self):
+    def step(measure, *args):
+      return op(*args, SCALE, measure=measure)
+
+    measure = jax.ShapeDtypeStruct((), bool)
+    text = lowered(step, [measure, *shapes()])
+    self.assertEqual(text.count("mosaic_gpu_v2"), 2)
+    self.assertIn("stablehlo.case", text)
+
+  @parameterized.parameters(
+    ({"index": jnp.float32}, "q_index.dtype=float32"),
+    ({"attention": jnp.float32}, "q.dtype=float32"),
+    ({"M": 65}, "M=65"),
+    ({"I": 64}, "I=64"),
+    ({"K": 8193}, "K=8193"),
+    ({"N": 136}, "N=136"),
+    ({"N": 20}, "N=20"),
+    ({"CR": 512}, "CR=512"),
+  )
+  def test_refuses_before_it_compiles(self, sizes, reason):
+    with self.assertRaisesRegex(NotImplementedError, reason):
+      jax.eval_shape(lambda *args: op(*args, SCALE), *shapes(**sizes))
+
+  def test_heads_without_weight_and_keys_without_place_are_added(self):
+    x = jnp.ones((2, 3, 5, 7))
+    heads = mosaic_gpu._pad_heads(x, 2)
+    self.assertEqual(heads.shape, (2, 3, 64, 7))
+    self.assertEqual(float(heads.sum()), x.size)
+    keys = mosaic_gpu._pad_keys(jnp.zeros((2, 3, 300), jnp.int32), -1)
+    self.assertEqual(keys.shape, (2, 3, 512))
+    self.assertEqual(int(keys.sum()), -2 * 3 * 212)
