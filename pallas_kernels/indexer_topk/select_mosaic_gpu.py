@@ -17,9 +17,11 @@ itself, which is slower and needs no list. So the result is always exact.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 from typing import Final
 
 import jax
@@ -41,8 +43,8 @@ _WARPS: Final = THREADS // 32
 _VECTOR: Final = 4
 _LOADS: Final = 2
 _MOST_LOADS: Final = 4
-_LINE: Final = 32  # scores in one line of the cache
-_SAMPLE: Final = THREADS * _LOADS * _VECTOR
+_SAMPLE: Final = 4096
+_SAMPLE_LOADS: Final = _SAMPLE // (THREADS * _VECTOR)
 _DIGIT_BITS: Final = 11
 _BINS: Final = 1 << _DIGIT_BITS
 _BINS_PER_THREAD: Final = _BINS // THREADS
@@ -50,7 +52,6 @@ _LARGEST_LIST: Final = 16384
 LARGEST_K: Final = _LARGEST_LIST // 2
 # Words of shared memory through which the warps of a block speak.
 _SUMS, _LOWEST, _HIGHEST, _FOUND, _WORDS = 0, 64, 96, 128, 132
-_SIGN: Final = 2**31
 
 
 def select(
@@ -79,9 +80,9 @@ def select(
   T, S = scores.shape
   if scores.dtype != jnp.float32:
     raise NotImplementedError(f"select: {scores.dtype=} is not float32.")
-  if S % _LINE:
+  if S % _VECTOR:
     raise NotImplementedError(
-      f"select: rows of {S} scores are not a multiple of {_LINE}; pad them."
+      f"select: rows of {S} scores are not a multiple of {_VECTOR}; pad them."
     )
   if top_k > LARGEST_K:
     raise NotImplementedError(
@@ -107,25 +108,32 @@ def select(
   return kernel(scores, start, end)
 
 
-def scratch_words(top_k: int) -> tuple[int, int, int, int]:
+def scratch_words(top_k: int) -> tuple[int, ...]:
   """Sizes of `Row`'s arrays in shared memory."""
-  listed = min(max(4 * top_k, _SAMPLE), _LARGEST_LIST)
-  listed = -(-listed // _SAMPLE) * _SAMPLE
-  return listed, listed, _BINS, _WORDS
+  # The list has two parts; one load may begin on the last word of a part.
+  return 2 * (_list_size(top_k) + _VECTOR), _BINS, _WORDS
 
 
-def _kernel(scores, start, end, indices, chosen, *scratch, top_k):
-  row = lax.axis_index("row")
+def _list_size(top_k: int) -> int:
+  return min(max(4 * top_k, _SAMPLE), _LARGEST_LIST)
+
+
+def _kernel(*refs, top_k):
   ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 
-  @plgpu.inline_mgpu(arg_types=(number, number, [ref] * 7))
-  def emit(_, start, end, refs):
-    start, end = (U32(x.registers.item()) for x in (start, end))
-    scores, *memory = map(threads.Memory, refs)
-    Row(scores, start, end, *memory, top_k=top_k).emit()
+  @plgpu.inline_mgpu(arg_types=(number, [ref] * len(refs)))
+  def emit(_, row, refs):
+    row = U32(row.registers.item())
+    scores, start, end, indices, chosen, *scratch = refs
+    again = lambda ref: lambda: threads.Memory(ref, row.opaque())
+    Row(
+      *(again(ref) for ref in (scores, indices, chosen)),
+      *(threads.Memory(ref).load(row) for ref in (start, end)),
+      *(threads.Memory(ref) for ref in scratch),
+      top_k=top_k,
+    ).emit()
 
-  refs = [scores.at[row], indices.at[row], chosen.at[row], *scratch]
-  emit(start[row], end[row], refs)
+  emit(lax.axis_index("row"), list(refs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,38 +146,57 @@ class _Tile:
 
   positions: Sequence[U32]  # of each load's first element
   scores: Sequence[Sequence[U32]]  # bits of a float
-  valid: Sequence[Sequence[Bool]]
+  valid: U32  # a bit for each element
+
+  def flags(self, test: Callable[[U32], Bool]) -> U32:
+    """A bit for each valid element whose score passes the test."""
+    flags = U32(0)
+    for j, load in enumerate(self.scores):
+      for e, score in enumerate(load):
+        flags = flags.with_bit(j * _VECTOR + e, test(score))
+    return flags & self.valid
+
+  def elements(self) -> Iterator[tuple[U32, Bool]]:
+    """The scores, and which of them are valid."""
+    for j, load in enumerate(self.scores):
+      for e, score in enumerate(load):
+        yield score, _flag(self.valid, j, e)
 
 
 class _Source:
   """A sequence of scores, [low, stop) of what `load` reads, in tiles."""
 
-  def __init__(self, load, low, stop, *, first=0, loads=_LOADS):
-    self._load, self._low, self._stop = load, U32(low), U32(stop)
-    self._first, self._loads = U32(first), loads
+  def __init__(self, load, low, stop, loads=_LOADS):
+    self._load, self._stop, self._loads = load, U32(stop), loads
+    self._first = U32(low) & -_VECTOR
+    self._size = THREADS * loads * _VECTOR
+    # Opaque, so that registers do not hold what two sources have in common.
+    thread = threads.thread().opaque()
+    warp, lane = thread >> 5, thread & 31
+    self._mine = warp * (threads.WARP * loads * _VECTOR) + lane * _VECTOR
+    # The elements of the first load that come before `low`.
+    self._below = thread.equals(0).where(
+      (U32(1) << U32(low) - self._first) - 1, 0
+    )
 
   def tile(self, i: U32) -> _Tile:
-    warp, lane = threads.warp(), threads.lane()
-    warp_tile = self._loads * 32 * _VECTOR
-    first = self._first + (i * _WARPS + warp) * warp_tile + lane * _VECTOR
-    positions, scores, valid = [], [], []
+    step = threads.WARP * _VECTOR
+    first = self._first + i * self._size + self._mine
     last = (self._stop - 1) & -_VECTOR
+    positions = [first + j * step for j in range(self._loads)]
+    scores = self._load([position.min(last) for position in positions])
+    # Of each load the elements before `stop`: as 2^n - 1, without a branch,
+    # at which the loads would wait for each other.
+    valid, left = U32(0), self._stop - first
     for j in range(self._loads):
-      position = first + j * 32 * _VECTOR
-      positions.append(position)
-      scores.append(self._load(position.min(last)))
-      valid.append(
-        [
-          position + e - self._low < self._stop - self._low
-          for e in range(_VECTOR)
-        ]
-      )
-    return _Tile(positions, scores, valid)
+      before = left.signed_clamp(j * step, j * step + _VECTOR) - j * step
+      valid = valid + (U32(1) << before + j * _VECTOR) - (1 << j * _VECTOR)
+    below = i.opaque().equals(0).where(self._below, 0)
+    return _Tile(positions, scores, valid & ~below)
 
   def visit(self, body, carried):
     """Calls `body(i, tile, *carried)` for tile after tile."""
-    size = self._loads * _VECTOR * THREADS
-    tiles = _divide(self._stop - self._first + size - 1, size)
+    tiles = _divide(self._stop - self._first + self._size - 1, self._size)
     return threads.loop(
       tiles, lambda i, *carried: body(i, self.tile(i), *carried), carried
     )
@@ -189,11 +216,14 @@ class _Held(_Source):
 class Row:
   """What the threads of a block do, emitted."""
 
-  def __init__(self, scores, start, end, indices, chosen, *scratch, top_k):
-    self._scores, self._start, self._end = scores, start, end
-    self._indices, self._chosen = indices, chosen
-    self._list_size, *_ = scratch_words(top_k)
-    self._listed, self._listed_scores, self._bins, self._words = scratch
+  def __init__(self, scores, indices, chosen, start, end, *scratch, top_k):
+    # Each use finds out anew where its row is: registers are scarce.
+    self._scores, self._indices, self._chosen = scores, indices, chosen
+    self._start, self._end = start, end
+    self._list_size = _list_size(top_k)
+    self._list_stride = self._list_size + _VECTOR
+    # Positions, and `_list_stride` further on their scores.
+    self._listed, self._bins, self._words = scratch
     self._top_k = top_k
     self._thread = threads.thread()
     self._warp, self._lane = threads.warp(), threads.lane()
@@ -213,31 +243,30 @@ class Row:
 
       @threads.when(fits)
       def _():
-        source = _Source(self._listed_scores.load4, 0, listed)
-        self._choose(source, self._listed.load)
+        stride = self._list_stride
+        scores = lambda at: self._listed.load4s([i + stride for i in at])
+        self._choose(_Source(scores, 0, listed), self._listed.load)
 
       @threads.when(~fits)
       def _():
-        self._choose(self._row(_LOADS), lambda position: position)
+        self._choose(self._row(1), lambda position: position)
 
   def _row(self, loads: int) -> _Source:
-    return _Source(
-      *(self._scores.load4, self._start, self._end),
-      first=self._start & -_LINE,
-      loads=loads,
-    )
+    start, end = self._start.opaque(), self._end.opaque()
+    return _Source(self._scores().load4s, start, end, loads)
 
   def _copy(self, seen: U32) -> None:
     """Chooses all that the row sees."""
+    scores, indices, chosen = self._scores(), self._indices(), self._chosen()
 
     def body(i):
       k = i * THREADS + self._thread
       sees = k < seen
-      score = self._scores.load(sees.where(self._start + k, 0))
+      score = scores.load(sees.where(self._start + k, 0))
       score = sees.where(score, threads.MINUS_INFINITY)
       index = sees.where(self._start + k, -1)
-      self._indices.store(k, index, where=k < self._top_k)
-      self._chosen.store(k, score, where=k < self._top_k)
+      indices.store(k, index, where=k < self._top_k)
+      chosen.store(k, score, where=k < self._top_k)
       return ()
 
     threads.loop(U32(-(-self._top_k // THREADS)), body, ())
@@ -246,37 +275,46 @@ class Row:
     """A guess: the key that somewhat more than K scores of the row reach."""
     first = self._start & -_VECTOR
 
-    def load(position):  # neighbours, evenly spread over the row
-      spread = _divide(position * _divide(seen, _VECTOR), _SAMPLE)
-      return self._scores.load4(first + spread * _VECTOR)
+    scores = self._scores()
+
+    def load(positions):  # neighbours, evenly spread over the row
+      vectors = _divide(seen, _VECTOR)
+      spread = [_divide(x * vectors, _SAMPLE) for x in positions]
+      return scores.load4s([first + x * _VECTOR for x in spread])
 
     def guess(*_):
-      sample = _Held(load, 0, _SAMPLE)
+      sample = _Held(load, 0, _SAMPLE, _SAMPLE_LOADS)
       # The K-th of the row is about the m-th of the sample. It is before the
       # (m + 6 sqrt(m) + 8)-th but for one row in a billion, even if there are
       # but half as many independent scores; and 6 sqrt(m) <= 3/16 m + 48.
       rank = U32(_SAMPLE * self._top_k * 19 // 16) // seen + 57
-      floor, ties = self._kth_highest(sample, rank)
+      floor, ties = self._kth_highest(sample, rank, slack=_divide(rank, 4))
       return [floor + ties.equals(0).number()]
 
     # Short rows are listed as they are.
-    [gate] = threads.loop((seen > self._list_size).number(), guess, [U32(0)])
+    everything = U32(threads.MINUS_INFINITY).float_order()
+    [gate] = threads.loop(
+      (seen > self._list_size).number(), guess, [everything]
+    )
     return gate
 
   def _list(self, gate: U32) -> U32:
     """Lists what reaches the gate. Returns how many do."""
 
+    lowest = gate.float_of_order()
+
     def body(i, tile, listed):
-      reach = _flags(tile, lambda score: _key(score) >= gate)
+      reach = tile.flags(lambda score: score.float_at_least(lowest))
       [ranks], [count] = self._ranks(i, tile, [reach])
       for j, rank in enumerate(ranks):
         place = listed + rank
+        inside = (place < self._list_size).where(reach, 0)
+        cursor = self._listed.cursor(place)
         for e in range(_VECTOR):
-          reaches = _flag(reach, j, e)
-          inside = reaches & (place < self._list_size)
-          self._listed.store(place, tile.positions[j] + e, where=inside)
-          self._listed_scores.store(place, tile.scores[j][e], where=inside)
-          place = place + reaches.number()
+          entry = tile.positions[j] + e, tile.scores[j][e]
+          cursor = self._listed.append(
+            cursor, entry, inside, j * _VECTOR + e, stride=self._list_stride
+          )
       return [listed + count]
 
     [listed] = self._row(_MOST_LOADS).visit(body, [U32(0)])
@@ -286,10 +324,11 @@ class Row:
   def _choose(self, source: _Source, index: Callable[[U32], U32]) -> None:
     """Writes the K highest of a source of more than K."""
     floor, ties = self._kth_highest(source, U32(self._top_k))
+    indices, chosen = self._indices(), self._chosen()
 
     def body(i, tile, above_before, equal_before):
-      above = _flags(tile, lambda score: _key(score) > floor)
-      equal = _flags(tile, lambda score: _key(score).equals(floor))
+      above = tile.flags(lambda score: score.float_order() > floor)
+      equal = tile.flags(lambda score: score.float_order().equals(floor))
       ranks, counts = self._ranks(i, tile, [above, equal])
       for j, (n_above, n_equal) in enumerate(zip(*ranks)):
         n_above, n_equal = above_before + n_above, equal_before + n_equal
@@ -300,8 +339,8 @@ class Row:
 
           @threads.when(is_above | (is_equal & (n_equal < ties)))
           def _(place=place, position=position, score=score):
-            self._indices.store(place, index(position))
-            self._chosen.store(place, score)
+            indices.store(place, index(position))
+            chosen.store(place, score)
 
           n_above = n_above + is_above.number()
           n_equal = n_equal + is_equal.number()
@@ -309,9 +348,14 @@ class Row:
 
     source.visit(body, [U32(0), U32(0)])
 
-  def _kth_highest(self, source: _Source, k: U32) -> tuple[U32, U32]:
+  def _kth_highest(
+    self, source: _Source, k: U32, slack: U32 | int = 0
+  ) -> tuple[U32, U32]:
     """Returns (floor, ties): the k highest keys of the source are those above
-    `floor`, and `ties` of those equal to it."""
+    `floor`, and `ties` of those equal to it.
+
+    With some slack, up to so many keys more.
+    """
     lowest, highest = self._extremes(source)
     span = highest - lowest
     digits_out = (32 - _DIGIT_BITS) - span.leading_zeros()
@@ -320,12 +364,9 @@ class Row:
     # The k-th key is among base ... base + last, the rank-th highest there.
     def digit(base, last, shift, rank, _):
       def count(_, tile):
-        for load, valid in zip(tile.scores, tile.valid):
-          for score, is_valid in zip(load, valid):
-            offset = _key(score) - base
-            self._bins.add(
-              offset >> shift, 1, where=is_valid & (offset <= last)
-            )
+        for score, valid in tile.elements():
+          offset = score.float_order() - base
+          self._bins.add(offset >> shift, 1, where=valid & (offset <= last))
         return ()
 
       source.visit(count, ())
@@ -333,7 +374,7 @@ class Row:
       bin_, rank, count = self._find_bin(rank)
       base = base + (bin_ << shift)
       last = (U32(1) << shift) - 1
-      whole = count.equals(rank) & (base > 0)
+      whole = (count - rank <= slack) & (base > 0)
       done = whole | shift.equals(0)
       shift = (shift < _DIGIT_BITS).where(0, shift - _DIGIT_BITS)
       return (
@@ -355,10 +396,10 @@ class Row:
     """The lowest and the highest key of a source."""
 
     def body(_, tile, lowest, highest):
-      for load, valid in zip(tile.scores, tile.valid):
-        for score, is_valid in zip(load, valid):
-          lowest = lowest.min(is_valid.where(_key(score), -1))
-          highest = highest.max(is_valid.where(_key(score), 0))
+      for score, valid in tile.elements():
+        key = score.float_order()
+        lowest = lowest.min(valid.where(key, -1))
+        highest = highest.max(valid.where(key, 0))
       return [lowest, highest]
 
     lowest, highest = source.visit(body, [U32(-1), U32(0)])
@@ -381,7 +422,9 @@ class Row:
 
     Clears the bins.
     """
-    counts = self._bins.load4(self._first_bin())
+    vectors = range(0, _BINS_PER_THREAD, _VECTOR)
+    vectors = self._bins.load4s([self._first_bin() + i for i in vectors])
+    counts = list(itertools.chain(*vectors))
     self._clear_bins()
     mine = functools.reduce(U32.__add__, counts)
     through = threads.warp_sums(mine)
@@ -450,25 +493,8 @@ class Row:
     )
 
 
-def _key(score: U32) -> U32:
-  """The bits of a float, as a number of the same order. -0.0 equals 0.0."""
-  bits = score.plus_zero()
-  return bits ^ (bits.sign() | _SIGN)
-
-
 def _divide(x: U32, power_of_two: int) -> U32:
   return x >> (power_of_two.bit_length() - 1)
-
-
-def _flags(tile: _Tile, test: Callable[[U32], Bool]) -> U32:
-  """A bit for each valid element of the tile that passes the test."""
-  flags = U32(0)
-  for j, load in enumerate(zip(tile.scores, tile.valid)):
-    for e, (score, valid) in enumerate(zip(*load)):
-      passes = valid & test(score)
-      flags = flags | (passes.number() << j * _VECTOR + e)
-  # The compiler would rather keep sixteen registers of one bit each.
-  return flags.opaque()
 
 
 def _flag(flags: U32, j: int, e: int) -> Bool:

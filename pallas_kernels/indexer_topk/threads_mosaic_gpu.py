@@ -21,6 +21,7 @@ from jaxlib.mlir.dialects import scf
 
 WARP: Final = 32
 _EVERY_LANE: Final = 2**32 - 1
+_SIGN: Final = 2**31
 MINUS_INFINITY: Final = struct.unpack("I", struct.pack("f", -float("inf")))[0]
 
 
@@ -91,6 +92,9 @@ class U32:
   def __xor__(self, other: "U32 | int") -> "U32":
     return self._apply(arith.xori, other)
 
+  def __invert__(self) -> "U32":
+    return self ^ -1
+
   def __lshift__(self, other: "U32 | int") -> "U32":
     return self._apply(arith.shli, other)
 
@@ -103,16 +107,31 @@ class U32:
   def max(self, other: "U32 | int") -> "U32":
     return self._apply(arith.maxui, other)
 
+  def signed_clamp(self, low: int, high: int) -> "U32":
+    """Of the number as a signed one."""
+    return self._apply(arith.minsi, high)._apply(arith.maxsi, low)
+
   def sign(self) -> "U32":
     """All ones if the highest bit is set, else 0."""
     return self._apply(arith.shrsi, 31)
 
-  def plus_zero(self) -> "U32":
-    """The bits of this number of floating point, with 0.0 in place of -0.0."""
+  def float_order(self) -> "U32":
+    """For the bits of a float: a number of the same order. -0.0 equals 0.0."""
     f32 = ir.F32Type.get()
-    zero = arith.constant(f32, 0.0)
+    zero = arith.constant(f32, 0.0)  # added to -0.0, it gives 0.0
     total = arith.addf(arith.bitcast(f32, self.value), zero)
-    return U32(arith.bitcast(_i32(), total))
+    bits = U32(arith.bitcast(_i32(), total))
+    return bits ^ (bits.sign() | _SIGN)
+
+  def float_of_order(self) -> "U32":
+    """Undoes `float_order`."""
+    return self ^ (~self.sign() | _SIGN)
+
+  def float_at_least(self, other: "U32") -> Bool:
+    """For the bits of floats."""
+    f32 = ir.F32Type.get()
+    mine, others = (arith.bitcast(f32, x.value) for x in (self, other))
+    return Bool(arith.cmpf(arith.CmpFPredicate.OGE, mine, others))
 
   def leading_zeros(self) -> "U32":
     return U32(
@@ -127,7 +146,23 @@ class U32:
   def opaque(self) -> "U32":
     """The same number; the compiler must not know where it comes from."""
     return U32(
-      mgpu_utils.inline_ptx("mov.b32 $0, $1;", self.value, result_types=_i32())
+      mgpu_utils.inline_ptx(
+        "mov.b32 $0, $1;",
+        self.value,
+        result_types=_i32(),
+        has_side_effects=True,
+      )
+    )
+
+  def with_bit(self, bit: int, where: Bool) -> "U32":
+    """Sets a bit. The compiler would rather hold many registers of one bit
+    each before it packs them: it may not look into this."""
+    return U32(
+      mgpu_utils.inline_ptx(
+        f"mov.b32 $0, $1; @$2 or.b32 $0, $0, {1 << bit};",
+        *(self.value, where.value),
+        result_types=_i32(),
+      )
     )
 
   def _compare(self, predicate: arith.CmpIPredicate, other: "U32 | int"):
@@ -150,9 +185,9 @@ class U32:
 
 
 class Memory:
-  """Consecutive words of global or of shared memory."""
+  """Consecutive words of shared memory, or of one row of a global array."""
 
-  def __init__(self, ref: ir.Value):
+  def __init__(self, ref: ir.Value, row: U32 | None = None):
     pointer = mgpu_utils.memref_ptr(ref)
     if mgpu_utils.is_smem_ref(ref):
       self._space, self._address_type = "shared", _i32()
@@ -161,30 +196,47 @@ class Memory:
       self._address_type = ir.IntegerType.get_signless(64)
       pointer = llvm.addrspacecast(llvm.PointerType.get(1), pointer)
     self._base = llvm.ptrtoint(self._address_type, pointer)
+    self._row = row
+    if row is not None:
+      *_, self._words = ir.MemRefType(ref.type).shape
+      self._base = self._at(self._base, row, 4 * self._words)
+
+  def _at(self, base: ir.Value, index: U32, stride: int) -> ir.Value:
+    offset = index.value
+    if self._space == "global":
+      offset = arith.extui(self._address_type, offset)
+    stride = arith.constant(self._address_type, stride)
+    return arith.addi(base, arith.muli(offset, stride))
 
   def _address(self, i: U32 | int) -> ir.Value:
-    index = U32(i).value
-    if self._space == "global":
-      index = arith.extui(self._address_type, index)
-    word = arith.constant(self._address_type, 4)
-    return arith.addi(self._base, arith.muli(index, word))
+    return self._at(self._base, U32(i), 4)
 
   def load(self, i: U32 | int) -> U32:
-    [word] = self._load("b32 {$0}", i, 1)
+    [[word]] = self._load([U32(i)], 1)
     return word
 
-  def load4(self, i: U32 | int) -> list[U32]:
+  def load4(self, i: U32) -> list[U32]:
     """Four neighbours; `i` is a multiple of four."""
-    return self._load("v4.b32 {$0, $1, $2, $3}", i, 4)
+    [words] = self._load([i], 4)
+    return words
 
-  def _load(self, what: str, i: U32 | int, n: int) -> list[U32]:
+  def load4s(self, starts: Sequence[U32]) -> list[list[U32]]:
+    """Four neighbours from each start, all asked for before any is there."""
+    return self._load(starts, 4)
+
+  def _load(self, starts: Sequence[U32], n: int) -> list[list[U32]]:
+    code, type_ = "", "v4.b32" if n == 4 else "b32"
+    for j in range(len(starts)):
+      words = ", ".join(f"${j * n + e}" for e in range(n))
+      code += f"ld.{self._space}.{type_} {{{words}}}, [${n * len(starts) + j}];"
     words = mgpu_utils.inline_ptx(
-      f"ld.{self._space}.{what}, [${n}];",
-      self._address(i),
-      result_types=[_i32()] * n,
+      code,
+      *(self._address(i) for i in starts),
+      result_types=[_i32()] * (n * len(starts)),
       has_side_effects=True,
     )
-    return [U32(word) for word in words]
+    words = [U32(word) for word in words]
+    return [words[j * n :][:n] for j in range(len(starts))]
 
   def store(self, i: U32 | int, word: U32 | int, where: Bool | None = None):
     self._update("st", i, word, where)
@@ -192,6 +244,32 @@ class Memory:
   def add(self, i: U32 | int, word: U32 | int, where: Bool | None = None):
     """Adds at once for all threads that add to the same word."""
     self._update("red", i, word, where)
+
+  def append(
+    self, cursor: U32, words: Sequence[U32], flags: U32, bit: int, stride: int
+  ) -> U32:
+    """Where the bit is set, stores a word at the cursor, the next `stride`
+    words further on and so forth; and moves the cursor on. Shared memory only.
+
+    The cursor is what `cursor` makes of an index.
+    """
+    n = len(words)
+    stores = "".join(
+      f"@p st.shared.b32 [$1 + {4 * stride * i}], ${3 + i};" for i in range(n)
+    )
+    return U32(
+      mgpu_utils.inline_ptx(
+        "{ .reg .pred p; .reg .b32 t;"
+        f"and.b32 t, $2, {1 << bit}; setp.ne.u32 p, t, 0;"
+        f"{stores} mov.b32 $0, $1; @p add.u32 $0, $0, 4; }}",
+        *(x.value for x in (cursor, flags, *words)),
+        result_types=_i32(),
+        has_side_effects=True,
+      )
+    )
+
+  def cursor(self, i: U32) -> U32:
+    return U32(self._address(i))
 
   def _update(self, what: str, i: U32 | int, word: U32 | int, where):
     suffix = "add.u32" if what == "red" else "b32"

@@ -32,13 +32,13 @@ def simulate(scores, start, end, top_k):
   """What the kernel's threads do with one row."""
   indices = np.full(top_k, -9, np.int32)
   chosen = np.full(top_k, np.nan, np.float32)
+  scores = scores.copy()
   scratch = select_mosaic_gpu.scratch_words(top_k)
   garbage = np.random.default_rng(0)
   with threads.simulate(select_mosaic_gpu, select_mosaic_gpu.THREADS):
     select_mosaic_gpu.Row(
-      threads.Memory(scores.copy()),
+      *(lambda x=x: threads.Memory(x) for x in (scores, indices, chosen)),
       *map(threads.U32, (start, end)),
-      *map(threads.Memory, (indices, chosen)),
       *(
         threads.Memory(garbage.integers(0, 2**32, n, np.uint32), shared=True)
         for n in scratch

@@ -78,18 +78,31 @@ class U32(threads_mosaic_gpu.U32):
   def max(self, other):
     return U32(np.maximum(self.value, U32(other).value))
 
+  def signed_clamp(self, low, high):
+    return U32(self.value.astype(np.int32).clip(low, high))
+
   def sign(self):
     return U32(self.value.astype(np.int32) >> 31)
 
-  def plus_zero(self):
+  def _floats(self):
+    return self.value.view(np.float32)
+
+  def float_order(self):
     with np.errstate(invalid="ignore"):
-      return U32((self.value.view(np.float32) + np.float32(0)).view(np.uint32))
+      bits = U32((self._floats() + np.float32(0)).view(np.uint32))
+    return bits ^ (bits.sign() | 2**31)
+
+  def float_at_least(self, other):
+    return Bool(self._floats() >= other._floats())
 
   def leading_zeros(self):
     return U32([32 - int(x).bit_length() for x in self.value])
 
   def bit_count(self):
     return U32([int(x).bit_count() for x in self.value])
+
+  def with_bit(self, bit, where):
+    return self | (where.number() << bit)
 
   def opaque(self):
     return self
@@ -150,6 +163,18 @@ class Memory(threads_mosaic_gpu.Memory):
   def load4(self, i):
     assert (U32(i).value % 4 == 0).all()
     return [self.load(U32(i) + e) for e in range(4)]
+
+  def load4s(self, starts):
+    return [self.load4(i) for i in starts]
+
+  def append(self, cursor, words, flags, bit, stride):
+    where = (flags & (1 << bit)) > 0
+    for i, word in enumerate(words):
+      self.store(cursor + stride * i, word, where=where)
+    return where.where(cursor + 1, cursor)
+
+  def cursor(self, i):
+    return i
 
   def _touch(self, touched, i):
     touched[0, i] = thread().value[_block.active] // WARP
