@@ -1,0 +1,339 @@
+"""From d scores to the gradients of index queries and keys, for one chunk.
+
+With g[t, m, s] = d scores[t, s] where head m is active, else 0:
+
+  query_sums: sum_s g[t, m, s] k[s]
+  key_sums:   sum_tm g[t, m, s] w[t, m] q[t, m]
+
+Both are matrix products whose left factor, g, is made in registers: its bits
+select from d scores by a bitwise and. So it is 0 where a query does not see a
+key, whatever d scores has there.
+"""
+
+from typing import Any, Final
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import vector
+import numpy as np
+
+from pallas_kernels.dense_indexer_loss import mosaic_gpu_scores
+
+HEADS: Final = mosaic_gpu_scores.HEADS
+_WORDS: Final = HEADS // mosaic_gpu_scores.WORD
+_I: Final = 128
+# query_sums: a warpgroup has so many queries, and takes so many keys at a time.
+_QUERIES: Final = 2
+query_bT: Final = 2 * _QUERIES
+_KEYS: Final = 128
+_QUERY_STAGES: Final = 5
+# key_sums: a block has so many keys, and takes so many queries, two at a time.
+key_bS: Final = 256
+key_bT: Final = 64
+_PAIR: Final = 2
+_KEY_STAGES: Final = 4
+
+
+def query_scratch(dtype) -> tuple[Any, ...]:
+  """Of one block, for `query_sums`."""
+  return (
+    plgpu.SMEM((_QUERY_STAGES, query_bT, _KEYS), jnp.bfloat16),
+    plgpu.SMEM((_QUERY_STAGES, _WORDS, query_bT, _KEYS), jnp.int32),
+    _operand((_QUERY_STAGES, _KEYS, _I), dtype),
+    plgpu.Barrier(num_arrivals=3, num_barriers=_QUERY_STAGES),
+    plgpu.Barrier(num_arrivals=2, num_barriers=_QUERY_STAGES),
+  )
+
+
+def query_sums(inputs, sums, row, d_s, active_s, k_s, full, free) -> None:
+  """Of `query_bT` queries from `row` on; called by all warpgroups of a block.
+
+  Args:
+    inputs: Refs of d scores [chunk, width], bits of active heads [2, chunk,
+      width], k_index [B, S, 128], place: batch row and first query of the
+      chunk, start and end [chunk]: the first key that a query sees, and one
+      past the last.
+    sums: Ref of the sums [chunk, 64, 128], f32.
+    row: In the chunk.
+    d_s: And what follows: the scratch.
+  """
+  d_scores, active, k, place, start, end = inputs
+  wg = lax.axis_index("wg")
+  first, last = jnp.int32(2**31 - 1), jnp.int32(0)
+  for i in range(query_bT):
+    a, b = start[row + i], end[row + i]
+    first = jnp.where(a < b, jnp.minimum(first, a), first)
+    last = jnp.where(a < b, jnp.maximum(last, b), last)
+  first = lax.div(first, _KEYS)
+  steps = jnp.maximum(lax.div(last + _KEYS - 1, _KEYS) - first, 0)
+
+  @pl.when(wg == 2)
+  def _load():
+    plgpu.set_max_registers(40, action="decrease")
+
+    def step(i, _):
+      slot, key = lax.rem(i, _QUERY_STAGES), (first + i) * _KEYS
+      pl.when(i >= _QUERY_STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+      rows, keys = pl.ds(row, query_bT), pl.ds(key, _KEYS)
+      for source, target in (
+        (k.at[place[0], keys], k_s),
+        (d_scores.at[rows, keys], d_s),
+        (active.at[:, rows, keys], active_s),
+      ):
+        plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+
+    lax.fori_loop(0, steps, step, None)
+
+  @pl.when(wg < 2)
+  def _compute():
+    plgpu.set_max_registers(232, action="increase")
+
+    def walk(*sums):
+      def step(i, _):
+        slot = lax.rem(i, _QUERY_STAGES)
+        plgpu.barrier_wait(full.at[slot])
+        for j, sum_MI in enumerate(sums):
+          query = wg * _QUERIES + j
+          g_MS = _heads_by_keys(
+            d_s.at[slot, query], active_s.at[slot, :, query]
+          )
+          plgpu.wgmma(sum_MI, g_MS, k_s.at[slot])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free.at[slot])
+
+      lax.fori_loop(0, steps, step, None)
+      return [sum_MI[...] for sum_MI in sums]
+
+    accumulators = [plgpu.ACC((HEADS, _I), jnp.float32)] * _QUERIES
+    for j, sum_MI in enumerate(pl.run_scoped(walk, *accumulators)):
+      sums[row + wg * _QUERIES + j] = sum_MI
+
+
+def key_scratch(dtype) -> tuple[Any, ...]:
+  """Of one block, for `key_sums`."""
+  return (
+    plgpu.SMEM((_KEY_STAGES, _PAIR, key_bS), jnp.bfloat16),
+    plgpu.SMEM((_KEY_STAGES, _WORDS, _PAIR, key_bS), jnp.int32),
+    _operand((_KEY_STAGES, _PAIR, HEADS, _I), dtype),
+    plgpu.SMEM(
+      (2, 64, _I),
+      jnp.float32,
+      transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+    ),
+    plgpu.Barrier(num_arrivals=3, num_barriers=_KEY_STAGES),
+    plgpu.Barrier(num_arrivals=2, num_barriers=_KEY_STAGES),
+  )
+
+
+def key_sums(
+  inputs, d_k, row, key, d_s, active_s, q_s, sum_s, full, free
+) -> None:
+  """Of `key_bT` queries to `key_bS` keys; called by all warpgroups of a block.
+
+  Args:
+    inputs: Refs of d scores [chunk, width], bits of active heads [2, chunk,
+      width] and w q_index [chunk, 64, 128].
+    d_k: Ref [width, 128], f32, to which the sums are added, in any order.
+    row: The first query, in the chunk.
+    key: The first key.
+    d_s: And what follows: the scratch.
+  """
+  d_scores, active, q = inputs
+  wg, steps = lax.axis_index("wg"), key_bT // _PAIR
+
+  @pl.when(wg == 2)
+  def _load():
+    plgpu.set_max_registers(40, action="decrease")
+
+    def step(i, _):
+      slot = lax.rem(i, _KEY_STAGES)
+      pl.when(i >= _KEY_STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+      rows, keys = pl.ds(row + i * _PAIR, _PAIR), pl.ds(key, key_bS)
+      for source, target in (
+        (q.at[rows], q_s),
+        (d_scores.at[rows, keys], d_s),
+        (active.at[:, rows, keys], active_s),
+      ):
+        plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+
+    lax.fori_loop(0, steps, step, None)
+
+  @pl.when(wg < 2)
+  def _compute():
+    plgpu.set_max_registers(232, action="increase")
+
+    def walk(*sums):
+      def step(i, _):
+        slot = lax.rem(i, _KEY_STAGES)
+        plgpu.barrier_wait(full.at[slot])
+        for j in range(_PAIR):
+          for half, sum_SI in enumerate(sums):
+            keys = pl.ds(wg * 128 + half * 64, 64)
+            g_SM = _keys_by_heads(
+              d_s.at[slot, j, keys], active_s.at[slot, :, j, keys]
+            )
+            plgpu.wgmma(sum_SI, g_SM, q_s.at[slot, j])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free.at[slot])
+
+      lax.fori_loop(0, steps, step, None)
+      return [sum_SI[...] for sum_SI in sums]
+
+    accumulators = [plgpu.ACC((64, _I), jnp.float32)] * 2
+    for half, sum_SI in enumerate(pl.run_scoped(walk, *accumulators)):
+      sum_s[wg] = sum_SI
+      plgpu.commit_smem()
+      keys = pl.ds(key + wg * 128 + half * 64, 64)
+      plgpu.copy_smem_to_gmem(sum_s.at[wg], d_k.at[keys], reduction_op="add")
+      plgpu.wait_smem_to_gmem(0)
+
+
+def _operand(shape, dtype):
+  transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _heads_by_keys(d_scores, active):
+  """g of one query, [64 heads, 128 keys], as a wgmma's left operand.
+
+  A thread holds heads r and r + 8 of its warp's 16, and of each 8 keys the pair
+  from 2 c on, for r = lane // 4 and c = lane % 4.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),) * 2, return_type=_matrix(_KEYS)
+  )
+  def make(ctx, d_scores, active):
+    del ctx
+    warp, r, c = _thread()
+    odd, byte = arith.andi(r, _int(1)), arith.andi(warp, _int(1))
+    word = arith.index_cast(_index(), arith.shrui(warp, _int(1)))
+    # A head's bit is number r // 2 (+ 4 for r + 8) of its byte; of the bytes,
+    # the parity of r says which half, that of the warp which one of the half.
+    pick = arith.select(_is_set(odd), _int(0x7632), _int(0x5410))
+    shift = arith.subi(_int(3), arith.shrui(r, _int(1)))
+    signs = arith.select(_is_set(byte), _int(0xBB99), _int(0xAA88))
+    registers = _registers(_KEYS)
+    for i in range(_KEYS // 8):
+      key = arith.addi(_int(8 * i), arith.shli(c, _int(1)))
+      key = arith.index_cast(_index(), key)
+      pair = _load(active, 2, [word, key])
+      d = _load(d_scores, 2, [key])
+      d = vector.extract(
+        vector.bitcast(ir.VectorType.get((1,), _i32()), d), [], [0]
+      )
+      words = [vector.extract(pair, [], [e]) for e in range(2)]
+      both = _asm("prmt.b32 $0, $1, $2, $3;", *words, pick)
+      second = arith.shli(both, shift)
+      for half, bits in enumerate((arith.shli(second, _int(4)), second)):
+        mask = _asm("prmt.b32 $0, $1, $1, $2;", bits, signs)
+        _set(registers, i, half, arith.andi(mask, d))
+    return _array(registers)
+
+  return make(d_scores, active)
+
+
+def _keys_by_heads(d_scores, active):
+  """g of one query, [64 keys, 64 heads], as a wgmma's left operand.
+
+  A thread holds keys r and r + 8 of its warp's 16, and of each 8 heads the pair
+  from 2 c on, for r = lane // 4 and c = lane % 4.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),) * 2, return_type=_matrix(HEADS)
+  )
+  def make(ctx, d_scores, active):
+    del ctx
+    warp, r, c = _thread()
+    shift = arith.subi(_int(3), c)
+    registers = _registers(HEADS)
+    for half in range(2):
+      key = arith.addi(arith.shli(warp, _int(4)), r)
+      key = arith.index_cast(_index(), arith.addi(key, _int(8 * half)))
+      d = _load(d_scores, 1, [key])
+      d = vector.bitcast(
+        ir.VectorType.get((1,), ir.IntegerType.get_signless(16)), d
+      )
+      d = arith.extui(_i32(), vector.extract(d, [], [0]))
+      d = _asm("prmt.b32 $0, $1, $1, 0x1010;", d)
+      for word in range(_WORDS):
+        at = arith.constant(_index(), ir.IntegerAttr.get(_index(), word))
+        bits = vector.extract(_load(active, 1, [at, key]), [], [0])
+        # Heads 2 c + 8 i and the next: bits c + 4 i of the two halves.
+        odd = arith.shli(bits, shift)
+        even = arith.shli(odd, _int(4))
+        for i in range(4):
+          mask = _asm(
+            f"prmt.b32 $0, $1, $1, {('0xAA88', '0xBB99')[i // 2]};",
+            (even, odd)[i % 2],
+          )
+          _set(registers, 4 * word + i, half, arith.andi(mask, d))
+    return _array(registers)
+
+  return make(d_scores, active)
+
+
+def _matrix(columns):
+  return plgpu.ShapeDtypeStruct(
+    (64, columns), jnp.bfloat16, layout=plgpu.Layout.WGMMA
+  )
+
+
+def _registers(columns):
+  shape = mgpu.WGMMA_LAYOUT.registers_shape((64, columns))
+  return np.empty(shape, dtype=object)
+
+
+def _set(registers, column_group, half, word):
+  """Rows r (half 0) or r + 8 (half 1), columns from 8 column_group + 2 c on."""
+  bf16x2 = ir.VectorType.get((2,), ir.BF16Type.get())
+  word = vector.from_elements(ir.VectorType.get((1,), _i32()), [word])
+  registers.reshape(-1, 2)[column_group, half] = vector.bitcast(bf16x2, word)
+
+
+def _array(registers):
+  return mgpu.FragmentedArray(
+    _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
+  )
+
+
+def _thread():
+  """Warp of the warpgroup, row and column in an 8 x 4 warp."""
+  thread = arith.andi(mgpu.thread_idx(), _int(127))
+  lane = arith.andi(thread, _int(31))
+  warp = arith.shrui(thread, _int(5))
+  return warp, arith.shrui(lane, _int(2)), arith.andi(lane, _int(3))
+
+
+def _load(ref, n, at):
+  element = ir.MemRefType(ref.type).element_type
+  return vector.load(ir.VectorType.get((n,), element), ref, at)
+
+
+def _is_set(x):
+  return arith.cmpi(arith.CmpIPredicate.ne, x, _int(0))
+
+
+def _i32():
+  return ir.IntegerType.get_signless(32)
+
+
+def _index():
+  return ir.IndexType.get()
+
+
+def _int(x):
+  return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), x))
+
+
+def _asm(instruction, *args):
+  """An instruction from 32-bit registers to one."""
+  constraints = ",".join(["=r", *"r" * len(args)])
+  return llvm.inline_asm(_i32(), list(args), instruction, constraints)
