@@ -15,6 +15,8 @@ import jax
 # anywhere; of these, `chunked_xla` is the one that is chosen automatically.
 KERNEL_BACKEND: Final = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 PORTABLE: Final = "chunked_xla"
+# What the kernels of "mosaic_gpu" are compiled for, as devices call themselves.
+HOPPER: Final = ("H100", "H200", "H800", "H20", "GH200")
 
 
 # Whether an op may choose a kernel by itself.
@@ -58,6 +60,12 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+  """What the mesh in context, or otherwise the default device, calls itself."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device or jax.devices()[0]).device_kind
+
+
 def call(
   op: str,
   implementations: Mapping[str, Callable[..., Any]],
@@ -98,6 +106,8 @@ def call(
   for name in implementations:
     if KERNEL_BACKEND.get(name) == backend:
       try:
+        if name == "mosaic_gpu":
+          _check_hopper()
         return _run(op, implementations, name, *args, **kwargs)
       except NotImplementedError as e:
         refusals.append(f"{name}: {e}")
@@ -105,6 +115,13 @@ def call(
     reason = "; ".join(refusals) or "there is none yet"
     _warn_portable(op, backend, _shapes(args), reason)
   return _run(op, implementations, PORTABLE, *args, **kwargs)
+
+
+def _check_hopper() -> None:
+  if not any(name in device_kind() for name in HOPPER):
+    raise NotImplementedError(
+      f"this device is {device_kind()!r}, the kernels are for {HOPPER}"
+    )
 
 
 def _run(op, implementations, name, /, *args, **kwargs):

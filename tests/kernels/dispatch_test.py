@@ -1,5 +1,6 @@
 """Which implementation is called, and with what."""
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -33,6 +34,7 @@ CALLS = {
       "start": i32((B, T)),
       "end": i32((B, T)),
       "top_k": K,
+      "score_dtype": "float8_e4m3fn",
     },
     (i32((B, T, K)), f32((B, T, K))),
   ),
@@ -95,8 +97,13 @@ def refuse(*args, **kwargs):
   raise NotImplementedError("no such shape")
 
 
-def backend(name):
-  return mock.patch.object(jax, "default_backend", return_value=name)
+@contextlib.contextmanager
+def backend(name, kind="NVIDIA H200"):
+  with (
+    mock.patch.object(jax, "default_backend", return_value=name),
+    mock.patch.object(dispatch, "device_kind", return_value=kind),
+  ):
+    yield
 
 
 class DispatchTest(chex.TestCase):
@@ -177,6 +184,12 @@ class DispatchTest(chex.TestCase):
     with backend(name), dispatch.kernels(False):
       self.assert_silent("chunked_xla")
       self.assert_silent("mosaic_gpu", implementation="mosaic_gpu")
+
+  def test_a_gpu_that_is_no_hopper_is_told_so(self):
+    with backend("gpu", kind="NVIDIA A100-SXM4-80GB"):
+      with self.assertWarnsRegex(UserWarning, "op .*A100"):
+        self.assertEqual(self.call(), "chunked_xla")
+    self.ops["mosaic_gpu"].assert_not_called()
 
   def test_an_error_is_no_refusal(self):
     self.ops["mosaic_tpu"].side_effect = ValueError("a bug")
