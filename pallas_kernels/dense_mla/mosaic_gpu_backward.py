@@ -1,0 +1,335 @@
+"""Attention to a range of keys on Hopper, backward, in one kernel.
+
+A block of threads takes 128 keys of one head, and walks over tiles of 64
+queries. Two warpgroups have 64 keys each; keys are the rows of their products:
+
+  S^T = K Q^T, dP^T = V dO^T     from shared memory
+  dV += P^T dO, dK += dS^T Q     P^T and dS^T in registers, as they come
+  dQ = dS K                      dS of both warpgroups in shared memory; each
+                                 makes half of the columns
+
+dK and dV stay in registers until the end. dQ is added to device memory in
+float32 by TMA, in whatever order the blocks come: its last bit varies from run
+to run.
+"""
+
+import functools
+import math
+from typing import Final
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import vector
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from pallas_kernels import ptx
+
+bT: Final = 64
+bS: Final = 128
+_ROWS: Final = 64  # keys of a warpgroup
+_STAGES: Final = 2
+_LOG2E: Final = math.log2(math.e)
+_BY_COLUMN: Final = plgpu.Layout.WGMMA.reduce(0)
+# Half of dQ's columns, 96, are no multiple of 64: tiles that have to do with
+# them are 32 wide.
+_WIDE: Final = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_NARROW: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
+_FLOATS: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+# Meetings of the two warpgroups: dS is there; dS and K are read no more.
+_WRITTEN: Final = 10
+_READ: Final = 11
+_BOTH: Final = 256
+
+
+def backward(
+  q: Float[Array, "B tileableT N HR"],
+  k: Float[Array, "B tileableS N HR"],
+  v: Float[Array, "B tileableS N U"],
+  d_out: Float[Array, "B tileableT N U"],
+  lse: Float[Array, "B N paddedT"],
+  delta: Float[Array, "B N paddedT"],
+  start: Int[Array, "B paddedT"],
+  end: Int[Array, "B paddedT"],
+  plan: Int[Array, "B nS 4"],
+  scale: float,
+) -> tuple[
+  Float[Array, "B tileableT N HR"],
+  Float[Array, "B tileableS N HR"],
+  Float[Array, "B tileableS N U"],
+]:
+  """dQ / scale in float32, dK, dV.
+
+  Args:
+    q: Queries; their number is a multiple of 8, and a tile or more.
+    k: Keys, as many as a multiple of 8, and a tile or more.
+    v: Values.
+    d_out: Gradient of the output.
+    lse: In units of log 2; infinite for a query that sees no key.
+    delta: What d weights are compared to.
+    start: The first key of each query, of whole tiles of queries.
+    end: One past the last one, at most S.
+    plan: For each tile of keys, tiles of queries: from the first to the second
+      some see some of it, from the third to the fourth all see all of it.
+    scale: Of the logits.
+  """
+  (B, T, N, HR), (S, U) = q.shape, (k.shape[1], v.shape[-1])
+  nS = plan.shape[1]
+  kernel = functools.partial(_kernel, scale=scale, nS=nS)
+  wide, narrow = (
+    functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=x)
+    for x in (_WIDE, _NARROW)
+  )
+  d_q = jax.new_ref(jnp.zeros((B, T, N, HR), jnp.float32))
+  d_k, d_v = plgpu.kernel(
+    kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((B, S, N, HR), k.dtype),
+      jax.ShapeDtypeStruct((B, S, N, U), v.dtype),
+    ),
+    grid=(B * N * nS,),
+    grid_names=("block",),
+    num_threads=3,
+    thread_name="wg",
+    scratch_types=(
+      narrow((bS, HR)),
+      wide((bS, U)),
+      narrow((_STAGES, bT, HR)),
+      wide((_STAGES, bT, U)),
+      narrow((bS, bT)),
+      plgpu.SMEM((2, bT, HR // 2), jnp.float32, transforms=_FLOATS),
+      plgpu.SMEM((_STAGES, bT), jnp.float32),
+      plgpu.SMEM((_STAGES, bT), jnp.float32),
+      plgpu.Barrier(num_arrivals=2),
+      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
+      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
+      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
+      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
+    ),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+    ),
+    kernel_name="dense_mla_backward",
+  )(q, k, v, d_out, lse, delta, start, end, plan.reshape(-1), d_q)
+  return d_q[...], d_k, d_v
+
+
+def _fresh(number):
+  """The same number, of which the compiler does not know it.
+
+  Or it keeps the addresses of all operands in registers throughout a loop.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WG_SPLAT,),
+    return_type=plgpu.ShapeDtypeStruct(
+      (), jnp.int32, layout=plgpu.Layout.WG_SPLAT
+    ),
+  )
+  def emit(ctx, number):
+    del ctx
+    x = number.registers.item()
+    x = llvm.inline_asm(
+      x.type, [x], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
+    )
+    return mgpu.FragmentedArray.splat(x, (), is_signed=True)
+
+  return emit(number)
+
+
+def _map_registers(x, dtype, function):
+  """Applies `function` to the registers of a tile, each of two elements."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA,),
+    return_type=plgpu.ShapeDtypeStruct(
+      x.shape, dtype, layout=plgpu.Layout.WGMMA
+    ),
+  )
+  def emit(ctx, x):
+    del ctx
+    registers = np.empty_like(x.registers)
+    for i, register in np.ndenumerate(x.registers):
+      registers[i] = function(register)
+    return mgpu.FragmentedArray(
+      _registers=registers, _layout=x.layout, _is_signed=None
+    )
+
+  return emit(x)
+
+
+def _pack(x):
+  """float32 -> bfloat16, such that the compiler does not take it apart.
+
+  Or it keeps each half in a register of its own, if `_unpack` needs it again.
+  """
+
+  def pack(pair):
+    low, high = (
+      vector.extract(pair, dynamic_position=[], static_position=[i])
+      for i in range(2)
+    )
+    word = ir.IntegerType.get_signless(32)
+    both = llvm.inline_asm(
+      word, [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
+    )
+    return llvm.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), both)
+
+  return _map_registers(x, jnp.bfloat16, pack)
+
+
+def _unpack(x):
+  """bfloat16 -> float32."""
+
+  def unpack(pair):
+    word, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    both = llvm.bitcast(word, pair)
+    low = arith.shli(both, ptx.i32(16))
+    high = arith.andi(both, ptx.i32(-(2**16)))
+    return vector.from_elements(
+      ir.VectorType.get((2,), f32), [arith.bitcast(f32, y) for y in (low, high)]
+    )
+
+  return _map_registers(x, jnp.float32, unpack)
+
+
+def _kernel(
+  q, k, v, d_out, lse, delta, start, end, plan, d_q, d_k, d_v,
+  k_smem, v_smem, q_smem, do_smem, ds_smem, dq_smem, lse_smem, delta_smem,
+  kv_full, q_full, do_full, q_free, do_free,
+  *, scale, nS,
+):  # fmt: skip
+  N, HR, U = q.shape[2], q.shape[3], v.shape[3]
+  block, wg = lax.axis_index("block"), lax.axis_index("wg")
+  # The first keys first: if more queries see them, they take longer.
+  head, i_s = lax.div(block, nS), lax.rem(block, nS)
+  batch, head = lax.div(head, N), lax.rem(head, N)
+  at = 4 * (batch * nS + i_s)
+  first, last, whole, unwhole = (plan[at + i] for i in range(4))
+
+  @pl.when(wg == 2)
+  def _load():
+    plgpu.set_max_registers(24, action="decrease")
+    keys = pl.ds(i_s * bS, bS)
+    plgpu.copy_gmem_to_smem(k.at[batch, keys, head], k_smem, kv_full)
+    plgpu.copy_gmem_to_smem(v.at[batch, keys, head], v_smem, kv_full)
+
+    def step(i, _):
+      slot = lax.rem(i - first, _STAGES)
+      queries = pl.ds(i * bT, bT)
+      for source, target, sums, sums_smem, full, free in (
+        (q, q_smem, lse, lse_smem, q_full, q_free),
+        (d_out, do_smem, delta, delta_smem, do_full, do_free),
+      ):
+        pl.when(i - first >= _STAGES)(
+          lambda free=free: plgpu.barrier_wait(free.at[slot])
+        )
+        plgpu.copy_gmem_to_smem(
+          source.at[batch, queries, head], target.at[slot], full.at[slot]
+        )
+        plgpu.copy_gmem_to_smem(
+          sums.at[batch, head, queries], sums_smem.at[slot], full.at[slot]
+        )
+
+    lax.fori_loop(first, last, step, None)
+
+  @pl.when(wg < 2)
+  def _compute():
+    plgpu.set_max_registers(240, action="increase")
+    mine = pl.ds(wg * _ROWS, _ROWS)
+
+    def spread(x):
+      return lax.broadcast_in_dim(x, (_ROWS, bT), [1])
+
+    def zeros(n):
+      return plgpu.layout_cast(
+        jnp.zeros((_ROWS, n), jnp.float32), plgpu.Layout.WGMMA
+      )
+
+    def masked(logits_ST, i):
+      key = plgpu.broadcasted_iota(
+        jnp.int32, (_ROWS, bT), 0, layout=plgpu.Layout.WGMMA
+      )
+      key += i_s * bS + wg * _ROWS
+      start_T, end_T = (
+        plgpu.load(
+          x.at[batch, pl.ds(i * bT, bT)], layout=_BY_COLUMN, optimized=False
+        )
+        for x in (start, end)
+      )
+      seen = (key >= spread(start_T)) & (key < spread(end_T))
+      return jnp.where(seen, logits_ST, -jnp.inf)
+
+    def compute(dk_acc, dv_acc, s_acc, dp_acc, dq_acc):
+      dk_acc[...], dv_acc[...] = zeros(HR), zeros(U)
+      plgpu.barrier_wait(kv_full)
+
+      def step(i, _):
+        slot = lax.rem(i - first, _STAGES)
+        here = _fresh(wg)
+        mine = pl.ds(pl.multiple_of(here * _ROWS, _ROWS), _ROWS)
+        half = pl.multiple_of(here * (HR // 2), HR // 2)
+        columns = pl.ds(half, HR // 2)
+        s_acc[...] = zeros(bT)
+        plgpu.barrier_wait(q_full.at[slot])
+        plgpu.wgmma(s_acc, k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
+        logits_ST = plgpu.wgmma_accumulator_load(s_acc)
+        logits_ST = lax.cond(
+          (i >= whole) & (i < unwhole),
+          lambda x: x,
+          lambda x: masked(x, i),
+          logits_ST,
+        )
+        plgpu.barrier_wait(do_full.at[slot])
+        lse_T = plgpu.load(lse_smem.at[slot], layout=_BY_COLUMN)
+        p_ST = jnp.exp2(logits_ST * (scale * _LOG2E) - spread(lse_T))
+        p_ST = _pack(p_ST)
+        plgpu.wgmma(dv_acc, p_ST, do_smem.at[slot])
+        dp_acc[...] = zeros(bT)
+        plgpu.wgmma(dp_acc, v_smem.at[mine], do_smem.at[slot].transpose((1, 0)))
+        delta_T = plgpu.load(delta_smem.at[slot], layout=_BY_COLUMN)
+        dp_ST = plgpu.wgmma_accumulator_load(dp_acc)
+        plgpu.barrier_arrive(do_free.at[slot])
+        ds_ST = _unpack(p_ST) * (dp_ST - spread(delta_T))
+        ds_ST = _pack(ds_ST)
+        ptx.meet(_READ, _BOTH)
+        ds_smem[mine] = ds_ST
+        ptx.fence_smem()
+        plgpu.wgmma(dk_acc, ds_ST, q_smem.at[slot])
+        ptx.meet(_WRITTEN, _BOTH)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(q_free.at[slot])
+        dq_acc[...] = zeros(HR // 2)
+        plgpu.wgmma(dq_acc, ds_smem.transpose((1, 0)), k_smem.at[:, columns])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        dq_smem[wg] = plgpu.wgmma_accumulator_load(dq_acc)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+          dq_smem.at[wg],
+          d_q.at[batch, pl.ds(i * bT, bT), head, columns],
+          reduction_op="add",
+        )
+
+      lax.fori_loop(first, last, step, None)
+      ptx.meet(_READ, _BOTH)
+      k_smem[mine] = (plgpu.wgmma_accumulator_load(dk_acc) * scale).astype(
+        d_k.dtype
+      )
+      v_smem[mine] = plgpu.wgmma_accumulator_load(dv_acc).astype(d_v.dtype)
+      plgpu.commit_smem()
+      rows = pl.ds(i_s * bS + wg * _ROWS, _ROWS)
+      plgpu.copy_smem_to_gmem(k_smem.at[mine], d_k.at[batch, rows, head])
+      plgpu.copy_smem_to_gmem(v_smem.at[mine], d_v.at[batch, rows, head])
+      plgpu.wait_smem_to_gmem(0)
+
+    pl.run_scoped(
+      compute,
+      *(plgpu.ACC((_ROWS, n), jnp.float32) for n in (HR, U, bT, bT, HR // 2)),
+    )

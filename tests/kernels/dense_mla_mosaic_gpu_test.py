@@ -1,0 +1,168 @@
+"""dense_mla on Hopper, as far as a machine without a GPU can tell.
+
+The kernels lower for CUDA at the real shapes. What surrounds them is run with
+each kernel replaced by what its docstring says, which trusts the plan: tiles
+that it leaves out are not looked at, those that it calls whole not masked.
+"""
+
+import functools
+from unittest import mock
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.dense_mla import api
+from pallas_kernels.dense_mla import mosaic_gpu
+from pallas_kernels.dense_mla import mosaic_gpu_backward
+from pallas_kernels.dense_mla import mosaic_gpu_forward
+from pallas_kernels.dense_mla import reference
+
+from . import inputs
+from . import rows
+
+B, HR, U = inputs.B, 192, 128
+SCALE = 0.1
+
+
+def shapes(B, T, S, N, dtype=jnp.bfloat16, HR=HR, U=U):
+  a = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  return (
+    *(a(B, T, N, HR), a(B, S, N, HR), a(B, S, N, U)),
+    *(a(B, T, dtype=jnp.int32), a(B, T, dtype=jnp.int32)),
+    *(a(B, T, N, U), a(B, T, N, dtype=jnp.float32)),
+  )
+
+
+def value_and_vjp(op, q, k, v, start, end, d_out, d_lse, scale=SCALE):
+  results, pullback = jax.vjp(
+    lambda q, k, v: op(q, k, v, start, end, scale), q, k, v
+  )
+  return *results, *pullback((d_out, d_lse))
+
+
+def make_inputs(kind, T, S, N):
+  bf16 = jnp.bfloat16
+  start, end = inputs.ranges(kind, T, S)
+  dead = jnp.maximum(start, 0) >= jnp.minimum(end, S)
+  return (
+    inputs.normal(0, B, T, N, HR, dtype=bf16),
+    inputs.normal(1, B, S, N, HR, dtype=bf16),
+    inputs.normal(2, B, S, N, U, dtype=bf16),
+    *(start, end),
+    inputs.normal(3, B, T, N, U, dtype=bf16),
+    jnp.where(dead[..., None], jnp.nan, inputs.normal(4, B, T, N)),
+  )
+
+
+def grow(x, length):
+  """Axis 1 at `length`: TMA reads zeros beyond an array, writes nothing."""
+  x = x[:, :length]
+  widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths)
+
+
+def as_planned(plan, walked, kept):
+  """bool[B, kept items, walked items]: tiles looked at, and not masked."""
+  plan = np.asarray(plan)
+  tiles = np.arange(max(plan[..., 1].max(), 1))
+  first, last, whole, unwhole = np.moveaxis(plan, -1, 0)[..., None]
+  seen = (tiles >= first) & (tiles < last)
+  plain = seen & (tiles >= whole) & (tiles < unwhole)
+  return (np.repeat(np.repeat(x, kept, 1), walked, 2) for x in (seen, plain))
+
+
+def visible(seen, plain, start, end):
+  """bool[B, T, S]"""
+  start, end = np.asarray(start)[..., None], np.asarray(end)[..., None]
+  key = np.arange(seen.shape[2])
+  return seen & (plain | ((key >= start) & (key < end)))
+
+
+def fake_forward(q, k, v, start, end, plan, scale):
+  bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_forward.bS
+  visible_BTS = visible(*as_planned(plan, bS, bT), start, end)
+  tileable_T, (T, S) = q.shape[1], visible_BTS.shape[1:]
+  q, k, v = grow(q, T), grow(k, S), grow(v, S)
+  logits = scale * jnp.einsum(
+    "BTND,BSND->BNTS", q, k, preferred_element_type=jnp.float32
+  )
+  logits = jnp.where(visible_BTS[:, None], logits, -jnp.inf)
+  lse_BNT = jax.nn.logsumexp(logits, -1)
+  alive = (start < end)[:, None]
+  weights = jnp.where(alive[..., None], jnp.exp(logits - lse_BNT[..., None]), 0)
+  out = jnp.einsum("BNTS,BSNU->BTNU", weights, v.astype(jnp.float32))
+  out = grow(out, tileable_T).astype(q.dtype)
+  return out, jnp.where(alive, lse_BNT, -jnp.inf)
+
+
+def fake_backward(q, k, v, d_out, lse, delta, start, end, plan, scale):
+  bT, bS = mosaic_gpu_backward.bT, mosaic_gpu_backward.bS
+  seen, plain = (
+    grow(x.swapaxes(1, 2), start.shape[1]) for x in as_planned(plan, bT, bS)
+  )
+  visible_BTS = visible(seen, plain, start, end)
+  tileable_T, tileable_S, (T, S) = q.shape[1], k.shape[1], visible_BTS.shape[1:]
+  q, d_out, k, v = (
+    grow(x, n).astype(jnp.float32)
+    for x, n in ((q, T), (d_out, T), (k, S), (v, S))
+  )
+  log2 = scale * np.log2(np.e) * jnp.einsum("BTND,BSND->BNTS", q, k)
+  log2 = jnp.where(visible_BTS[:, None], log2, -jnp.inf)
+  weights = jnp.exp2(log2 - lse[..., None])
+  d_weights = jnp.einsum("BTNU,BSNU->BNTS", d_out, v)
+  d_logits = weights * (d_weights - delta[..., None])
+  d_q = jnp.einsum("BNTS,BSND->BTND", d_logits, k)
+  d_k = scale * jnp.einsum("BNTS,BTND->BSND", d_logits, q)
+  d_v = jnp.einsum("BNTS,BTNU->BSNU", weights, d_out)
+  d_k, d_v = (grow(x, tileable_S).astype(jnp.bfloat16) for x in (d_k, d_v))
+  return grow(d_q, tileable_T), d_k, d_v
+
+
+class DenseMlaMosaicGpuTest(chex.TestCase):
+  @parameterized.parameters(
+    dict(B=1, T=32768, S=32768, N=128),
+    dict(B=1, T=4096, S=131072, N=128),
+    dict(B=2, T=95, S=300, N=8),
+  )
+  def test_lowers(self, B, T, S, N):
+    step = functools.partial(value_and_vjp, mosaic_gpu.dense_mla)
+    lowered = jax.jit(step).trace(*shapes(B, T, S, N))
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    self.assertEqual(text.count("@mosaic_gpu_v2"), 2)
+
+  @parameterized.parameters(
+    (dict(dtype=jnp.float32), "float32"),
+    (dict(HR=128), "HR=128"),
+    (dict(U=64), "U=64"),
+    (dict(scale=-1.0), "scale"),
+  )
+  def test_refuses(self, change, message):
+    scale = change.pop("scale", SCALE)
+    args = shapes(1, 256, 256, 2, **change)
+    f = functools.partial(
+      api.dense_mla, scale=scale, implementation="mosaic_gpu"
+    )
+    with self.assertRaisesRegex(NotImplementedError, message):
+      jax.eval_shape(f, *args[:5])
+
+  @parameterized.product(kind=inputs.RANGES, size=((300, 330, 1), (95, 95, 2)))
+  def test_surroundings(self, kind, size):
+    args = make_inputs(kind, *size)
+    with (
+      mock.patch.object(mosaic_gpu_forward, "forward", fake_forward),
+      mock.patch.object(mosaic_gpu_backward, "backward", fake_backward),
+    ):
+      # Not jitted: the fakes' sizes depend on the plan.
+      actual = value_and_vjp(mosaic_gpu.dense_mla, *args)
+    *args, d_lse = args
+    expected = jax.jit(functools.partial(value_and_vjp, reference.dense_mla))(
+      *args, jnp.nan_to_num(d_lse)
+    )
+    rtols = 2**-7, 2e-6, 2**-6, 2**-6, 2**-6
+    atols = 0.0, 2e-6, 2**-6, 2**-6, 2**-6
+    for x, y, rtol, atol in zip(actual, expected, rtols, atols, strict=True):
+      self.assertEqual(x.dtype, y.dtype)
+      rows.assert_close(x, y, rtol, atol)
