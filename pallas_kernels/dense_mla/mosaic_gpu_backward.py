@@ -3,10 +3,13 @@
 A block of threads takes 128 keys of one head, and walks over tiles of 64
 queries. Two warpgroups have 64 keys each; keys are the rows of their products:
 
-  S^T = K Q^T, dP^T = V dO^T     from shared memory
-  dV += P^T dO, dK += dS^T Q     P^T and dS^T in registers, as they come
-  dQ = dS K                      dS of both warpgroups in shared memory; each
-                                 makes half of the columns
+  S^T = K Q^T, dP^T = V dO^T, dV += P^T dO     P^T in registers, as it comes
+  dK += dS^T Q, dQ = dS K                      dS^T in shared memory, of both;
+                                               each makes half of dQ's columns
+
+While one part of these runs, the threads do something else: the first half
+of dK is multiplied while dQ is written out, the second during the exponentials
+of the next tile, dV while dS is made.
 
 dK and dV stay in registers until the end. dQ is added to device memory in
 float32 by TMA, in whatever order the blocks come: its last bit varies from run
@@ -268,19 +271,29 @@ def _kernel(
       return jnp.where(seen, logits_ST, -jnp.inf)
 
     def compute(dk_acc, dv_acc, s_acc, dp_acc, dq_acc):
-      dk_acc[...], dv_acc[...] = zeros(HR), zeros(U)
-      plgpu.barrier_wait(kv_full)
-
-      def step(i, _):
-        slot = lax.rem(i - first, _STAGES)
+      def operands(i):
         here = _fresh(wg)
         mine = pl.ds(pl.multiple_of(here * _ROWS, _ROWS), _ROWS)
         half = pl.multiple_of(here * (HR // 2), HR // 2)
-        columns = pl.ds(half, HR // 2)
+        return lax.rem(i - first, _STAGES), mine, pl.ds(half, HR // 2)
+
+      def multiply_logits(i):
+        slot, mine, _ = operands(i)
         s_acc[...] = zeros(bT)
-        plgpu.barrier_wait(q_full.at[slot])
         plgpu.wgmma(s_acc, k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
-        logits_ST = plgpu.wgmma_accumulator_load(s_acc)
+
+      def multiply_dk(i, part):
+        slot, mine, _ = operands(i)
+        queries = pl.ds(part * (bT // 2), bT // 2)
+        plgpu.wgmma(dk_acc, ds_smem.at[mine, queries], q_smem.at[slot, queries])
+
+      dk_acc[...], dv_acc[...] = zeros(HR), zeros(U)
+      plgpu.barrier_wait(kv_full)
+      plgpu.barrier_wait(q_full.at[0])
+      multiply_logits(first)
+
+      def step(i, logits_ST):
+        slot, mine, columns = operands(i)
         logits_ST = lax.cond(
           (i >= whole) & (i < unwhole),
           lambda x: x,
@@ -291,33 +304,48 @@ def _kernel(
         lse_T = plgpu.load(lse_smem.at[slot], layout=_BY_COLUMN)
         p_ST = jnp.exp2(logits_ST * (scale * _LOG2E) - spread(lse_T))
         p_ST = _pack(p_ST)
-        plgpu.wgmma(dv_acc, p_ST, do_smem.at[slot])
         dp_acc[...] = zeros(bT)
         plgpu.wgmma(dp_acc, v_smem.at[mine], do_smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(dv_acc, p_ST, do_smem.at[slot])
         delta_T = plgpu.load(delta_smem.at[slot], layout=_BY_COLUMN)
-        dp_ST = plgpu.wgmma_accumulator_load(dp_acc)
-        plgpu.barrier_arrive(do_free.at[slot])
+        dp_ST = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+
+        @pl.when(i > first)
+        def _():
+          plgpu.barrier_arrive(q_free.at[1 - slot])
+
         ds_ST = _unpack(p_ST) * (dp_ST - spread(delta_T))
         ds_ST = _pack(ds_ST)
         ptx.meet(_READ, _BOTH)
         ds_smem[mine] = ds_ST
         ptx.fence_smem()
-        plgpu.wgmma(dk_acc, ds_ST, q_smem.at[slot])
         ptx.meet(_WRITTEN, _BOTH)
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(q_free.at[slot])
+        plgpu.barrier_arrive(do_free.at[slot])
         dq_acc[...] = zeros(HR // 2)
         plgpu.wgmma(dq_acc, ds_smem.transpose((1, 0)), k_smem.at[:, columns])
+        multiply_dk(i, 0)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        dq_smem[wg] = plgpu.wgmma_accumulator_load(dq_acc)
+        dq_smem[wg] = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
           dq_smem.at[wg],
           d_q.at[batch, pl.ds(i * bT, bT), head, columns],
           reduction_op="add",
         )
+        following = jnp.minimum(i + 1, last - 1)
 
-      lax.fori_loop(first, last, step, None)
+        @pl.when(i + 1 < last)
+        def _():
+          plgpu.barrier_wait(q_full.at[1 - slot])
+
+        # After the last tile, its logits once more, which nobody takes.
+        multiply_logits(following)
+        multiply_dk(i, 1)
+        return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+
+      logits_ST = plgpu.wgmma_accumulator_load(s_acc)
+      lax.fori_loop(first, last, step, logits_ST)
       ptx.meet(_READ, _BOTH)
       k_smem[mine] = (plgpu.wgmma_accumulator_load(dk_acc) * scale).astype(
         d_k.dtype
