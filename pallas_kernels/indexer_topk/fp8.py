@@ -1,0 +1,86 @@
+"""Index queries and keys in 8 bits, as DeepSeek-V3.2 has them.
+
+A vector of I numbers is rotated by a Hadamard matrix, which spreads what stands
+out over all of them and leaves every q.k as it is, and then divided by a power
+of two that brings its greatest number to at most 448, the largest of e4m3. With
+`q, q_scale` and `k, k_scale` of `quantize`,
+
+  score[t, s] = k_scale[s] sum_j (w q_scale)[t, j] relu(q[t, j] . k[s])
+"""
+
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+LARGEST: Final = 448.0  # of e4m3
+_LEAST: Final = 1e-4  # greatest number of a vector, at least
+_MANTISSA: Final = 23  # bits, of float32
+
+
+def quantize(
+  x: Float[Array, "*N I"],
+) -> tuple[Float[Array, "*N I"], Float[Array, "*N"]]:
+  """Rotates, and rounds to e4m3.
+
+  Args:
+    x: Index queries or keys, I a power of two.
+
+  Returns:
+    The rotated numbers divided by their scale, float8_e4m3fn; and the scale of
+    each vector, float32, a power of two (ue8m0 holds it exactly).
+  """
+  rotated = rotate(x).astype(jnp.float32)
+  scale = _scale(jnp.max(jnp.abs(rotated), axis=-1))
+  # Dividing by a power of two is exact.
+  scaled = jnp.clip(rotated / scale[..., None], -LARGEST, LARGEST)
+  return scaled.astype(jnp.float8_e4m3fn), scale
+
+
+def rounded(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
+  """What `quantize` keeps of the rotated numbers, in the dtype of `x`.
+
+  Nothing more is lost: a number has 4 significant bits.
+  """
+  values, scale = quantize(x)
+  return (values.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
+
+
+def rotate(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
+  """I^-1/2 x H, with H the Hadamard matrix of Sylvester's order.
+
+  Sums are in float32; the result has the dtype of `x`.
+
+  Raises:
+    ValueError: I is not a power of two.
+  """
+  I = x.shape[-1]
+  if I & (I - 1):
+    raise ValueError(f"Vectors of {I=} numbers: a rotation takes a power of 2.")
+  rotated = jnp.einsum(
+    "...I,IJ->...J",
+    x,
+    jnp.asarray(_hadamard(I), x.dtype),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+  return (rotated * I**-0.5).astype(x.dtype)
+
+
+def _hadamard(n: int) -> np.ndarray:
+  """[n, n] of 1 and -1: the parity of the bits that both indices have."""
+  i = np.arange(n, dtype=np.uint32)
+  return 1 - 2 * (np.bitwise_count(i[:, None] & i) % 2).astype(np.int32)
+
+
+def _scale(greatest: Float[Array, "*N"]) -> Float[Array, "*N"]:
+  """The least power of two that is not below `greatest / LARGEST`."""
+  ratio = jnp.maximum(greatest, _LEAST) * jnp.float32(1 / LARGEST)
+  bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
+  exponent = bits >> _MANTISSA
+  above = (bits & ((1 << _MANTISSA) - 1)) != 0
+  return jax.lax.bitcast_convert_type(
+    (exponent + above) << _MANTISSA, jnp.float32
+  )

@@ -1,0 +1,104 @@
+"""The kernel of the index scores: its plan, and that it lowers for CUDA.
+
+No CPU can run it: its arithmetic is PTX.
+"""
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import shapes
+from pallas_kernels.indexer_topk import scores_mosaic_gpu
+
+bS = scores_mosaic_gpu.bS
+
+
+def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16, scaled=None):
+  struct = jax.ShapeDtypeStruct
+  scaled = dtype == jnp.float8_e4m3fn if scaled is None else scaled
+  number = struct((T,), jnp.int32)
+  return (
+    struct((T, M, I), dtype),
+    struct((S, I), dtype),
+    struct((T, M), jnp.float32),
+    number,
+    number,
+    struct((S,), jnp.float32) if scaled else None,
+  )
+
+
+def lower(*args, **kwargs):
+  traced = jax.jit(scores_mosaic_gpu.scores).trace(*inputs(*args, **kwargs))
+  return traced.lower(lowering_platforms=("cuda",))
+
+
+def visits(shares, groups):
+  """(group, tile) in the order in which each block of the kernel has them."""
+  for begin, stop, first_group, last_group in np.asarray(shares):
+    mine = []
+    for group in range(first_group, last_group):
+      before, after, shift = np.asarray(groups[group])
+      positions = range(max(begin, before), min(stop, after))
+      mine += [(group, i + shift) for i in positions]
+    assert len(mine) == stop - begin
+    yield mine
+
+
+class ShareOutTest(chex.TestCase):
+  @parameterized.parameters("causal", "any", "dead", "one")
+  def test_each_visible_tile_once(self, kind):
+    bT, T, S = 8, 96, 1000
+    rng = np.random.default_rng(0)
+    if kind == "causal":
+      start, end = np.zeros(T, int), np.arange(1, T + 1) * S // T
+    else:
+      start = rng.integers(0, S, T)
+      end = np.minimum(start + rng.integers(-50, S, T), S)
+      start[16:24], end[16:24] = 70, 60  # a group that sees nothing
+    if kind == "dead":
+      end[:] = start
+    if kind == "one":
+      end[:] = start
+      start[50], end[50] = 130, 131
+    seen = set()
+    for t in range(T):
+      if start[t] < end[t]:
+        group = slice(t // bT * bT, t // bT * bT + bT)
+        alive = start[group] < end[group]
+        first, last = start[group][alive].min(), end[group][alive].max()
+        tiles = range(first // bS, -(-last // bS))
+        seen |= {(t // bT, tile) for tile in tiles}
+
+    plan = scores_mosaic_gpu.share_out(
+      *(jnp.asarray(x, jnp.int32) for x in (start, end)), bT
+    )
+    visited = list(visits(*plan))
+    self.assertEqual(sum(visited, []), sorted(seen))
+    sizes = [len(mine) for mine in visited]
+    self.assertLessEqual(max(sizes) - min(sizes), 1)
+
+
+class LoweringTest(chex.TestCase):
+  @parameterized.parameters(
+    *(dict(T=2048, S=shapes.SHAPES[name].S) for name in ("32k", "128k")),
+    dict(T=512, S=32_768, dtype=jnp.float8_e4m3fn),
+    dict(T=3, S=95),
+    dict(T=100, S=1000, M=32),
+    dict(T=100, S=1000, M=16, I=64),
+  )
+  def test_lowers_for_cuda(self, **kwargs):
+    self.assertIn("mosaic_gpu", lower(**kwargs).as_text())
+
+  @parameterized.parameters(
+    (dict(M=24), "M=24"),
+    (dict(I=96), "I=96"),
+    (dict(I=64, dtype=jnp.float8_e4m3fn), "I=64"),
+    (dict(dtype=jnp.float32), "float32"),
+    (dict(dtype=jnp.float8_e4m3fn, scaled=False), "scales"),
+    (dict(scaled=True), "scales"),
+  )
+  def test_refusals_name_their_reason(self, kwargs, reason):
+    with self.assertRaisesRegex(NotImplementedError, reason):
+      jax.eval_shape(scores_mosaic_gpu.scores, *inputs(8, 64, **kwargs))
