@@ -49,7 +49,7 @@ class Shape:
 
 SHAPES: Final = {
   # What a CPU does in a second, with no size like another.
-  "tiny": Shape(T=40, S=97, K=32, N=4, H=24, R=16, U=28, C=64, M=6, I=20),
+  "tiny": Shape(T=40, S=97, K=30, N=4, H=24, R=16, U=28, C=64, M=6, I=32),
   # A chunk of 4096 queries at the end of ever longer sequences.
   "8k": Shape(S=8192),
   "32k": Shape(S=32_768),

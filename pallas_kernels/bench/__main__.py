@@ -13,11 +13,11 @@ beside it.
   python -m pallas_kernels.bench attention --shape=128k --grad
   python -m pallas_kernels.bench sparse_mla --shape=tiny      # also on a CPU
 
-OP is one of the five ops, on the last T queries of a sequence of S; or a whole
+OP is one of the ops, on the last T queries of a sequence of S; or a whole
 layer's work on a sequence (T = S):
 
   attention  indexer_topk, then sparse_mla, beside dense causal attention of the
-             same model; with --grad also backward, and sparse_indexer_loss
+             same model; with --grad also backward, and with the indexer's loss
   warmup     dense_mla, then dense_indexer_loss and its gradient
 """
 
@@ -39,6 +39,7 @@ type Op = Literal[
   "sparse_mla",
   "dense_mla",
   "sparse_indexer_loss",
+  "sparse_mla_with_loss",
   "dense_indexer_loss",
   "attention",
   "warmup",
@@ -75,8 +76,13 @@ class Options:
   ascending, as indexer_topk returns them."""
   visible: cases.Visible = "causal"
   """What dense ops and the indexer see: up to the query's own key, or all."""
+  score_dtype: cases.ScoreDType | None = None
+  """Of the indexer's products, float8_e4m3fn; None: bfloat16."""
   checked: int = 256
   """Queries that are compared with the reference."""
+  measure: bool = True
+  """Compute the losses, which training does now and then; if not, only their
+  gradients, as in the other steps."""
   seed: int | None = None
   """Of the data; another one each time unless given."""
   json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -127,6 +133,8 @@ def main(args: list[str] | None = None) -> None:
     op=options.op,
     shape=" ".join(f"{k}={v}" for k, v in dataclasses.asdict(shape).items()),
     data=f"bf16, {options.indices} indices, {options.visible} keys visible",
+    measured=options.measure,
+    scores=options.score_dtype or "bfloat16",
     seed=seed,
   )
   run = programs.Programs(
@@ -139,6 +147,8 @@ def main(args: list[str] | None = None) -> None:
     order=options.indices,
     visible=options.visible,
     checked=options.checked,
+    measure=options.measure,
+    score_dtype=options.score_dtype,
   )
   try:
     getattr(run, options.op)()

@@ -19,6 +19,7 @@ from pallas_kernels import shapes
 
 type Order = Literal["random", "ascending"]
 type Visible = Literal["causal", "all"]
+type ScoreDType = Literal["float8_e4m3fn"]
 
 # A multiplication and an addition.
 _FLOP: Final = 2
@@ -47,6 +48,8 @@ class Case:
   flops: int
   """Of the forward pass."""
   flops_backward: int = 0
+  score_dtype: ScoreDType | None = None
+  """In 8 bits, the forward pass computes at twice the peak."""
   bytes_per_query: int
   """Of the reference's largest temporary."""
 
@@ -157,13 +160,19 @@ def index_inputs(key: jax.Array, shape: shapes.Shape) -> dict[str, Array]:
 
 
 def indexer_topk(
-  index: dict[str, Array], shape: shapes.Shape, visible: Visible
+  index: dict[str, Array],
+  shape: shapes.Shape,
+  visible: Visible,
+  score_dtype: ScoreDType | None,
 ) -> Case:
   start, end = ranges(shape, visible)
 
   def call(*inputs, implementation):
     return pallas_kernels.indexer_topk(
-      *inputs, shape.K, implementation=implementation
+      *inputs,
+      shape.K,
+      score_dtype=score_dtype,
+      implementation=implementation,
     )
 
   return Case(
@@ -173,6 +182,7 @@ def indexer_topk(
     shared=("k_index",),
     outputs=("indices", "scores"),
     flops=_FLOP * shape.M * shape.I * _pairs(start, end),
+    score_dtype=score_dtype,
     bytes_per_query=4 * shape.S * (shape.M + 8),
   )
 
@@ -241,12 +251,13 @@ def sparse_indexer_loss(
   attention: Case,
   lse: Float[Array, "1 T N"],
   shape: shapes.Shape,
+  measure: bool,
 ) -> Case:
   """Compares with `attention`, sparse, which returned `lse`."""
 
   def call(*inputs, implementation):
     return pallas_kernels.sparse_indexer_loss(
-      *inputs, shape.scale, implementation=implementation
+      *inputs, shape.scale, measure=measure, implementation=implementation
     )
 
   indices = attention.inputs["indices"]
@@ -265,11 +276,48 @@ def sparse_indexer_loss(
     differentiated=3,
     shared=("k_index", "kv"),
     outputs=("loss",),
-    flops=_FLOP * selected * (target + score),
+    flops=_FLOP * selected * (target + score) * measure,
     flops_backward=_FLOP * selected * (target + 3 * score),
     bytes_per_query=4
     * shape.K
     * (4 * (shape.C + shape.R) + 4 * (shape.N + shape.M)),
+  )
+
+
+def sparse_mla_with_loss(
+  index: dict[str, Array], attention: Case, shape: shapes.Shape, measure: bool
+) -> Case:
+  """`attention`, sparse, together with its loss.
+
+  Of the loss's backward pass, the attention's knows the target already.
+  """
+
+  def call(q, kv, q_index, k_index, w, indices, *, implementation):
+    return pallas_kernels.sparse_mla_with_loss(
+      *(q, kv, indices, q_index, k_index, w, shape.C, shape.scale),
+      measure=measure,
+      implementation=implementation,
+    )
+
+  indices = attention.inputs["indices"]
+  selected = _selected(indices, shape.S)
+  target, score = shape.N * (shape.C + shape.R), shape.M * shape.I
+  return Case(
+    op="sparse_mla_with_loss",
+    call=call,
+    inputs={
+      "q": attention.inputs["q"],
+      "kv": attention.inputs["kv"],
+      **index,
+      "indices": indices,
+    },
+    differentiated=5,
+    shared=("kv", "k_index"),
+    outputs=("out", "lse", "loss"),
+    flops=attention.flops + _FLOP * selected * (target + score) * measure,
+    flops_backward=attention.flops_backward + _FLOP * selected * 3 * score,
+    bytes_per_query=attention.bytes_per_query
+    + 4 * shape.K * (4 * (shape.C + shape.R) + 4 * (shape.N + shape.M)),
   )
 
 
@@ -278,12 +326,13 @@ def dense_indexer_loss(
   attention: Case,
   lse: Float[Array, "1 T N"],
   shape: shapes.Shape,
+  measure: bool,
 ) -> Case:
   """Compares with `attention`, dense, which returned `lse`."""
 
   def call(*inputs, implementation):
     return pallas_kernels.dense_indexer_loss(
-      *inputs, shape.scale, implementation=implementation
+      *inputs, shape.scale, measure=measure, implementation=implementation
     )
 
   start, end = attention.inputs["start"], attention.inputs["end"]
@@ -303,7 +352,7 @@ def dense_indexer_loss(
     differentiated=3,
     shared=("k_index", "k"),
     outputs=("loss",),
-    flops=_FLOP * pairs * (target + score),
+    flops=_FLOP * pairs * (target + score) * measure,
     flops_backward=_FLOP * pairs * (target + 3 * score),
     bytes_per_query=4 * shape.S * (3 * shape.N + 4 * shape.M),
   )

@@ -74,11 +74,12 @@ def measure(
     return (time.perf_counter() - start) / calls
 
   run(len(arguments))  # loads the program, and wakes the device up
-  estimate = max(run(1), 1e-6)
-  calls = min(max(round(_BATCH_SECONDS / estimate), 1), _MOST_CALLS)
-  run(calls)
-  batches = round(_ALL_SECONDS / (estimate * calls))
+  first = max(run(1), 1e-6)
+  calls = min(max(round(_BATCH_SECONDS / first), 1), _MOST_CALLS)
+  batches = round(_ALL_SECONDS / (first * calls))
   batches = min(max(batches, _FEWEST_BATCHES), _MOST_BATCHES)
+  if calls > 1:
+    run(calls)
   times = [run(calls) for _ in range(batches)]
   return Timing(
     statistics.median(times), min(times), max(times), batches, calls

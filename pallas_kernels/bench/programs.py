@@ -29,7 +29,7 @@ class _DSA(NamedTuple):
   attention: _Seconds
   sparse: _Seconds
   """`sparse_mla` alone."""
-  loss: _Seconds
+  with_loss: _Seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class Programs:
   order: cases.Order
   visible: cases.Visible
   checked: int
+  measure: bool
+  score_dtype: cases.ScoreDType | None
 
   def indexer_topk(self) -> None:
     self._op(self._choice())
@@ -57,6 +59,9 @@ class Programs:
 
   def sparse_indexer_loss(self) -> None:
     self._op(self._sparse_loss(self._sparse(self._random_indices())))
+
+  def sparse_mla_with_loss(self) -> None:
+    self._op(self._with_loss(self._sparse(self._random_indices())))
 
   def dense_indexer_loss(self) -> None:
     self._op(self._dense_loss(self._dense()))
@@ -76,12 +81,12 @@ class Programs:
         whole.both / dsa.attention.both,
       )
       ratio(
-        "sparse_indexer_loss over sparse_mla, forward and backward",
-        dsa.loss.both / dsa.sparse.both,
+        "what the loss adds over sparse_mla, forward and backward",
+        dsa.with_loss.both / dsa.sparse.both - 1,
       )
 
   def _dsa(self) -> _DSA:
-    """The choice of keys and attention to them; with gradient also the loss."""
+    """The choice of keys, and attention to them; with --grad also the loss."""
     choice = self._choice()
     self._check(choice, _MOST_CHECKED)
     self._time(choice)
@@ -101,7 +106,10 @@ class Programs:
 
     read, _ = sparse.split()
     flops = choice.flops + sparse.flops
-    seconds = self.report.time("DSA forward", forward, (scored, read), flops)
+    eight = _flops_8_bits(choice)
+    seconds = self.report.time(
+      *("DSA forward", forward, (scored, read), flops), flops_8_bits=eight
+    )
     if not self.grad:
       return _DSA(_Seconds(seconds, 0.0), alone, _Seconds(0.0, 0.0))
     whole = self.report.time(
@@ -109,10 +117,11 @@ class Programs:
       both,
       (scored, read, self._cotangents(sparse)),
       flops + sparse.flops_backward,
+      flops_8_bits=eight,
     )
-    loss = self._sparse_loss(sparse)
-    self._check(loss, _MOST_CHECKED, grad=True)
-    compared = self._time(loss, grad=True)
+    with_loss = self._with_loss(sparse)
+    self._check(with_loss, _MOST_CHECKED, grad=True)
+    compared = self._time(with_loss, grad=True)
     return _DSA(_Seconds(seconds, whole), alone, compared)
 
   def warmup(self) -> None:
@@ -153,7 +162,7 @@ class Programs:
 
   def _choice(self) -> cases.Case:
     index = cases.index_inputs(self._key(1), self.shape)
-    return cases.indexer_topk(index, self.shape, self.visible)
+    return cases.indexer_topk(index, self.shape, self.visible, self.score_dtype)
 
   def _sparse(self, indices: Int[Array, "1 T K"]) -> cases.Case:
     return cases.sparse_mla(self._key(2), self.shape, indices)
@@ -164,13 +173,19 @@ class Programs:
   def _sparse_loss(self, attention: cases.Case) -> cases.Case:
     index = cases.index_inputs(self._key(1), self.shape)
     return cases.sparse_indexer_loss(
-      index, attention, self._lse(attention), self.shape
+      index, attention, self._lse(attention), self.shape, self.measure
+    )
+
+  def _with_loss(self, attention: cases.Case) -> cases.Case:
+    index = cases.index_inputs(self._key(1), self.shape)
+    return cases.sparse_mla_with_loss(
+      index, attention, self.shape, self.measure
     )
 
   def _dense_loss(self, attention: cases.Case) -> cases.Case:
     index = cases.index_inputs(self._key(1), self.shape)
     return cases.dense_indexer_loss(
-      index, attention, self._lse(attention), self.shape
+      index, attention, self._lse(attention), self.shape, self.measure
     )
 
   def _lse(self, attention: cases.Case) -> Float[Array, "1 T N"]:
@@ -201,7 +216,8 @@ class Programs:
   def _time(self, case: cases.Case, *, grad: bool = False) -> _Seconds:
     inputs, time = (*case.inputs.values(),), self.report.time
     forward = time(
-      f"{case.op} forward", self._forward(case), inputs, case.flops
+      *(f"{case.op} forward", self._forward(case), inputs, case.flops),
+      flops_8_bits=_flops_8_bits(case),
     )
     if not grad:
       return _Seconds(forward, 0.0)
@@ -214,7 +230,7 @@ class Programs:
       lambda pullback, cotangents: pullback(cotangents),
       (pullback, cotangents),
       case.flops_backward,
-      chosen,
+      chosen=chosen,
     )
     del pullback
     both = time(
@@ -224,3 +240,7 @@ class Programs:
       case.flops + case.flops_backward,
     )
     return _Seconds(forward, both)
+
+
+def _flops_8_bits(case: cases.Case) -> int:
+  return 0 if case.score_dtype is None else case.flops

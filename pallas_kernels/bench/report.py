@@ -16,7 +16,7 @@ from pallas_kernels.bench import check
 from pallas_kernels.bench import measure
 
 _COLUMNS: Final = (
-  ("what", "{:<40}"),
+  ("what", "{:<45}"),
   ("by", "{:<12}"),
   ("ms", "{:>10.3f}"),
   ("TFLOP/s", "{:>8.1f}"),
@@ -84,6 +84,8 @@ class Report:
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     flops: int,
+    *,
+    flops_8_bits: int = 0,
     chosen: dict[str, str] | None = None,
   ) -> float:
     """Times a program of one op or several; returns seconds.
@@ -93,6 +95,7 @@ class Report:
       function: Is compiled.
       arguments: Of the function.
       flops: What it must compute.
+      flops_8_bits: What part of it is in 8 bits, at twice the peak.
       chosen: The implementations of the ops in it, where those were traced
         before.
     """
@@ -106,11 +109,12 @@ class Report:
       print("\n" + " ".join(_head(name, form) for name, form in _COLUMNS))
     seconds, peak = timing.seconds, self._peak
     by = "+".join(sorted(set(chosen.values())))
-    floor = max(flops / peak.flops, moved / peak.bytes)
+    computing = (flops - flops_8_bits / 2) / peak.flops
+    floor = max(computing, moved / peak.bytes)
     rates = flops / seconds, moved / seconds
     shown = (
       *(what, by, 1e3 * seconds),
-      *(rates[0] / 1e12, rates[0] / peak.flops),
+      *(rates[0] / 1e12, computing / seconds),
       *(rates[1] / 1e12, rates[1] / peak.bytes),
       1e3 * floor,
     )

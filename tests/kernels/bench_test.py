@@ -37,7 +37,7 @@ def make_case(op: str, shape: shapes.Shape = TINY) -> cases.Case:
   index_key, key, chosen_key = jax.random.split(jax.random.key(0), 3)
   index = cases.index_inputs(index_key, shape)
   if op == "indexer_topk":
-    return cases.indexer_topk(index, shape, "causal")
+    return cases.indexer_topk(index, shape, "causal", None)
   if op in ("sparse_mla", "sparse_indexer_loss"):
     indices = cases.chosen(chosen_key, shape, "random")
     attention = cases.sparse_mla(key, shape, indices)
@@ -48,7 +48,7 @@ def make_case(op: str, shape: shapes.Shape = TINY) -> cases.Case:
   if op == attention.op:
     return attention
   _, lse = jax.jit(attention.forward("chunked_xla"))(*attention.inputs.values())
-  return loss(index, attention, lse, shape)
+  return loss(index, attention, lse, shape, True)
 
 
 def spoil(name: str, x: jax.Array) -> jax.Array:
@@ -95,6 +95,11 @@ class ProgramTest(chex.TestCase):
     self.assertEqual(values["jax"], jax.__version__)
     self.assertIn("S=97", values["shape"])
 
+  def test_scores_in_8_bits(self):
+    values = self.run_main("indexer_topk", "--score-dtype=float8_e4m3fn")
+    self.assertEqual(values["scores"], "float8_e4m3fn")
+    self.assertTrue(all(x["right"] for x in values["checks"]))
+
   @pytest.mark.slow
   def test_attention_stands_beside_dense_attention(self):
     values = self.run_main("attention", "--grad")
@@ -104,7 +109,7 @@ class ProgramTest(chex.TestCase):
       [
         "dense over DSA, forward",
         "dense over DSA, forward and backward",
-        "sparse_indexer_loss over sparse_mla, forward and backward",
+        "what the loss adds over sparse_mla, forward and backward",
       ],
     )
     (dsa,) = [x for x in values["times"] if x["what"] == "DSA forward"]
@@ -153,8 +158,8 @@ class CheckTest(chex.TestCase):
   def test_finds_one_wrong_query(self, op, name):
     case, api = make_case(op), APIS[op]
 
-    def wrong(*args):
-      result = api.IMPLEMENTATIONS["reference"](*args)
+    def wrong(*args, **kwargs):
+      result = api.IMPLEMENTATIONS["reference"](*args, **kwargs)
       if not isinstance(result, tuple):
         return spoil(name, result)
       return tuple(
