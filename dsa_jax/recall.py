@@ -75,6 +75,7 @@ def recall(
     jnp.repeat(start, N, 1),
     jnp.repeat(end, N, 1),
     scale,
+    implementation="chunked_xla",  # no kernel is made for such widths
   )
   gap_BQN = chosen_BQN - visible_BQN.reshape(B, Q, N)
   seen_BQ1 = (start < end)[..., None]

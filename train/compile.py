@@ -174,7 +174,7 @@ def _compile(cfg, stage, mesh) -> Compiled:
   )
   with dispatch.record() as implementations, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the report says which are no kernels
-    lowered = lower(cfg, stage, mesh)
+    lowered = trace(cfg, stage, mesh).lower()
   peak = metrics_lib.peak_flops(device)
   assert peak is not None  # of TPUs it is known
   per_token = flops.training_flops_per_token(
@@ -217,11 +217,11 @@ def _compile(cfg, stage, mesh) -> Compiled:
   )
 
 
-def lower(
+def trace(
   cfg: config_lib.TrainConfig,
   stage: config_lib.StageConfig,
   mesh: jax.sharding.Mesh,
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
   """A stage's step, traced for a mesh whose devices may not be here."""
   model_cfg = cfg.stage_model(stage)
   model, init = step_lib.init(model_cfg, cfg.seed)
@@ -243,4 +243,4 @@ def lower(
   }
   optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
   step = step_lib.make_train_step(model, stage, optimizer, cfg.log.every)
-  return step.lower(state, batch)
+  return step.trace(state, batch)

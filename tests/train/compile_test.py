@@ -115,7 +115,8 @@ def test_only_the_meant_collectives(tmp_path):
     **dataclasses.asdict(cfg.mesh), devices=compile_lib.topology("v5p:2x2x2")
   )
   with jax.set_mesh(mesh):
-    hlo = compile_lib.lower(cfg, cfg.stages[0], mesh).compile().as_text()
+    traced = compile_lib.trace(cfg, cfg.stages[0], mesh)
+    hlo = traced.lower().compile().as_text()
   assert hlo is not None
   model = cfg.model
   moved = collectives.moved(hlo)
