@@ -17,12 +17,14 @@ differ with the tile's shape: a choice between scores that close is arbitrary.)
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import tiles
+from pallas_kernels.indexer_topk import fp8
 
 _WORD = 32  # keys a word
 
@@ -35,6 +37,7 @@ def indexer_topk(
   end: Int[Array, "B T"],
   top_k: int,
   *,
+  score_dtype: Literal["float8_e4m3fn"] | None = None,
   query_tile: int | None = None,
   key_tile: int | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
@@ -55,6 +58,8 @@ def indexer_topk(
     return tiles.join(indices, T), tiles.join(scores, T)
 
   q, k, w = jax.lax.stop_gradient((q, k, w))
+  if score_dtype is not None:
+    q, k = fp8.rounded(q), fp8.rounded(k)
   # Which keys are visible depends on start and end alone. Tied to q, it cannot
   # be worked out ahead, once for all layers of a model: that would be T x S.
   q, start, end = jax.lax.optimization_barrier((q, start, end))

@@ -1,17 +1,20 @@
 """Scores and selection by kernels on Hopper, a chunk of queries at a time."""
 
 import functools
+from typing import Final, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
+from pallas_kernels.indexer_topk import fp8
+from pallas_kernels.indexer_topk import scores_mosaic_gpu
 from pallas_kernels.indexer_topk import select_mosaic_gpu
 
 # What the scores of a chunk may take: the memory law.
-_CHUNK_BYTES = 256 << 20
-_QUERIES = 8  # a chunk is a multiple of this
+_CHUNK_BYTES: Final = 256 << 20
+_QUERIES: Final = 8  # a chunk is a multiple of this
 
 
 def indexer_topk(
@@ -21,22 +24,30 @@ def indexer_topk(
   start: Int[Array, "B T"],
   end: Int[Array, "B T"],
   top_k: int,
+  *,
+  score_dtype: Literal["float8_e4m3fn"] | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
-  """See `api.indexer_topk`."""
+  """See `api.indexer_topk`. Holds the scores of one chunk of queries."""
   T, S = q.shape[1], k.shape[1]
   bT = chunk_size(T, S)
   q, k, w = jax.lax.stop_gradient((q, k, w.astype(jnp.float32)))
 
-  def chunk(queries, k):
+  def chunk(queries, k, k_scale):
     q, w, start, end = queries
-    scores_TS = _scores(q, k, w)
-    end = jnp.minimum(end, S)  # the scores are padded
+    if score_dtype is not None:
+      q, q_scale = fp8.quantize(q)
+      w = w * q_scale
+    scores_TS = scores_mosaic_gpu.scores(q, k, w, start, end, k_scale)
+    end = jnp.minimum(end, S)  # rows of scores are longer
     return select_mosaic_gpu.select(scores_TS, start, end, top_k)
 
   def row(xs):
     *queries, k = xs
+    k, k_scale = (k, None) if score_dtype is None else fp8.quantize(k)
     tiled = [tiles.split(x, bT) for x in queries]
-    indices, scores = jax.lax.map(functools.partial(chunk, k=k), tiled)
+    indices, scores = jax.lax.map(
+      functools.partial(chunk, k=k, k_scale=k_scale), tiled
+    )
     return tiles.join(indices, T), tiles.join(scores, T)
 
   return jax.lax.map(row, (q, w, start, end, k))
@@ -44,18 +55,7 @@ def indexer_topk(
 
 def chunk_size(T: int, S: int) -> int:
   """Queries whose scores fit the budget; chunks of about the same size."""
-  most = max(_CHUNK_BYTES // (4 * S) // _QUERIES, 1) * _QUERIES
+  row_bytes = 4 * (S + -S % scores_mosaic_gpu.bS)
+  most = max(_CHUNK_BYTES // row_bytes // _QUERIES, 1) * _QUERIES
   chunks = -(-T // most)
   return -(-T // (chunks * _QUERIES)) * _QUERIES
-
-
-def _scores(q, k, w) -> Float[Array, "T S_padded"]:
-  bS = tiles.tile_size(k.shape[0], 4 * q.shape[0] * q.shape[1])
-  bS = max(bS, 128)
-
-  def key_tile(k):
-    logits = jnp.einsum("TMI,SI->TMS", q, k, preferred_element_type=jnp.float32)
-    return jnp.sum(jax.nn.relu(logits) * w[..., None], axis=1)
-
-  scores = jax.lax.map(key_tile, tiles.split(k, bS))
-  return jnp.swapaxes(scores, 0, 1).reshape(q.shape[0], -1)

@@ -1,8 +1,12 @@
 """The definition. Everything else in this folder must agree with it."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.indexer_topk import fp8
 
 
 def indexer_topk(
@@ -12,10 +16,14 @@ def indexer_topk(
   start: Int[Array, "B T"],
   end: Int[Array, "B T"],
   top_k: int,
+  *,
+  score_dtype: Literal["float8_e4m3fn"] | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`. Holds [B, T, M, S] in memory."""
   f32, S = jnp.float32, k.shape[1]
   q, k, w = jax.lax.stop_gradient((q, k, w))
+  if score_dtype is not None:
+    q, k = fp8.rounded(q), fp8.rounded(k)
   logits_BTMS = jnp.einsum("BTMI,BSI->BTMS", q, k, preferred_element_type=f32)
   scores_BTS = jnp.einsum(
     "BTMS,BTM->BTS", jax.nn.relu(logits_BTMS), w.astype(f32)

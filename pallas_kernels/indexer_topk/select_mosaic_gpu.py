@@ -51,7 +51,8 @@ _BINS_PER_THREAD: Final = _BINS // THREADS
 _LARGEST_LIST: Final = 16384
 LARGEST_K: Final = _LARGEST_LIST // 2
 # Words of shared memory through which the warps of a block speak.
-_SUMS, _LOWEST, _HIGHEST, _FOUND, _WORDS = 0, 64, 96, 128, 132
+_SUMS, _FOUND, _WORDS = 0, 96, 99
+_TIES: Final = 2  # a slot of sums
 
 
 def select(
@@ -183,8 +184,8 @@ class _Source:
     step = threads.WARP * _VECTOR
     first = self._first + i * self._size + self._mine
     last = (self._stop - 1) & -_VECTOR
-    positions = [first + j * step for j in range(self._loads)]
-    scores = self._load([position.min(last) for position in positions])
+    positions = [(first + j * step).min(last) for j in range(self._loads)]
+    scores = self._load(positions)
     # Of each load the elements before `stop`: as 2^n - 1, without a branch,
     # at which the loads would wait for each other.
     valid, left = U32(0), self._stop - first
@@ -238,18 +239,20 @@ class Row:
     @threads.when(seen > self._top_k)
     def _():
       self._clear_bins()
-      listed = self._list(self._gate(seen))
+      threads.barrier()
+      gate = self._gate(seen)
+      listed = self._list(gate)
       fits = (listed >= self._top_k) & (listed <= self._list_size)
 
       @threads.when(fits)
       def _():
         stride = self._list_stride
         scores = lambda at: self._listed.load4s([i + stride for i in at])
-        self._choose(_Source(scores, 0, listed), self._listed.load)
+        self._choose(_Source(scores, 0, listed), self._listed.load4s, gate)
 
       @threads.when(~fits)
       def _():
-        self._choose(self._row(1), lambda position: position)
+        self._choose(self._row(1), _neighbours, U32(0))
 
   def _row(self, loads: int) -> _Source:
     start, end = self._start.opaque(), self._end.opaque()
@@ -273,9 +276,7 @@ class Row:
 
   def _gate(self, seen: U32) -> U32:
     """A guess: the key that somewhat more than K scores of the row reach."""
-    first = self._start & -_VECTOR
-
-    scores = self._scores()
+    scores, first = self._scores(), self._start & -_VECTOR
 
     def load(positions):  # neighbours, evenly spread over the row
       vectors = _divide(seen, _VECTOR)
@@ -288,7 +289,9 @@ class Row:
       # (m + 6 sqrt(m) + 8)-th but for one row in a billion, even if there are
       # but half as many independent scores; and 6 sqrt(m) <= 3/16 m + 48.
       rank = U32(_SAMPLE * self._top_k * 19 // 16) // seen + 57
-      floor, ties = self._kth_highest(sample, rank, slack=_divide(rank, 4))
+      floor, ties = self._kth_highest(
+        sample, rank, U32(0), slack=_divide(rank, 4)
+      )
       return [floor + ties.equals(0).number()]
 
     # Short rows are listed as they are.
@@ -305,7 +308,7 @@ class Row:
 
     def body(i, tile, listed):
       reach = tile.flags(lambda score: score.float_at_least(lowest))
-      [ranks], [count] = self._ranks(i, tile, [reach])
+      ranks, count = self._ranks(reach, tile, slot=i & 1)
       for j, rank in enumerate(ranks):
         place = listed + rank
         inside = (place < self._list_size).where(reach, 0)
@@ -321,45 +324,63 @@ class Row:
     threads.barrier()
     return listed
 
-  def _choose(self, source: _Source, index: Callable[[U32], U32]) -> None:
-    """Writes the K highest of a source of more than K."""
-    floor, ties = self._kth_highest(source, U32(self._top_k))
+  def _choose(
+    self,
+    source: _Source,
+    indices_at: Callable[[Sequence[U32]], Sequence[Sequence[U32]]],
+    lowest: U32,
+  ) -> None:
+    """Writes the K highest of a source of at least K.
+
+    Args:
+      source: No key in it is below `lowest`.
+      indices_at: The indices of loads of elements, by their first positions.
+      lowest: A key.
+    """
+    floor, ties = self._kth_highest(source, U32(self._top_k), lowest)
     indices, chosen = self._indices(), self._chosen()
 
-    def body(i, tile, above_before, equal_before):
-      above = tile.flags(lambda score: score.float_order() > floor)
-      equal = tile.flags(lambda score: score.float_order().equals(floor))
-      ranks, counts = self._ranks(i, tile, [above, equal])
-      for j, (n_above, n_equal) in enumerate(zip(*ranks)):
-        n_above, n_equal = above_before + n_above, equal_before + n_equal
-        for e in range(_VECTOR):
-          is_above, is_equal = _flag(above, j, e), _flag(equal, j, e)
-          place = n_above + n_equal.min(ties)
-          position, score = tile.positions[j] + e, tile.scores[j][e]
+    def body(i, tile, before, equal_before):
+      def add_ties(_, choose, equal_before):
+        equal = tile.flags(lambda score: score.float_order().equals(floor))
+        ranks, count = self._ranks(equal, tile, slot=U32(_TIES))
+        for j, rank in enumerate(ranks):
+          rank = equal_before + rank
+          for e in range(_VECTOR):
+            is_equal = _flag(equal, j, e)
+            choose = choose.with_bit(j * _VECTOR + e, is_equal & (rank < ties))
+            rank = rank + is_equal.number()
+        return [choose, equal_before + count]
 
-          @threads.when(is_above | (is_equal & (n_equal < ties)))
-          def _(place=place, position=position, score=score):
-            indices.store(place, index(position))
-            chosen.store(place, score)
-
-          n_above = n_above + is_above.number()
-          n_equal = n_equal + is_equal.number()
-      return [above_before + counts[0], equal_before + counts[1]]
+      choose, equal_before = threads.loop(
+        (ties > 0).number(),
+        add_ties,
+        [tile.flags(lambda score: score.float_order() > floor), equal_before],
+      )
+      entries = zip(indices_at(tile.positions), tile.scores)
+      ranks, count = self._ranks(choose, tile, slot=i & 1)
+      for j, (rank, load) in enumerate(zip(ranks, entries)):
+        place = before + rank
+        for e, (index, score) in enumerate(zip(*load)):
+          is_chosen = _flag(choose, j, e)
+          indices.store(place, index, where=is_chosen)
+          chosen.store(place, score, where=is_chosen)
+          place = is_chosen.where(place + 1, place)
+      return [before + count, equal_before]
 
     source.visit(body, [U32(0), U32(0)])
 
   def _kth_highest(
-    self, source: _Source, k: U32, slack: U32 | int = 0
+    self, source: _Source, k: U32, lowest: U32, slack: U32 | int = 0
   ) -> tuple[U32, U32]:
     """Returns (floor, ties): the k highest keys of the source are those above
     `floor`, and `ties` of those equal to it.
 
-    With some slack, up to so many keys more.
+    No key is below `lowest`. With some slack, there may be so many keys more
+    above `floor`.
     """
-    lowest, highest = self._extremes(source)
-    span = highest - lowest
-    digits_out = (32 - _DIGIT_BITS) - span.leading_zeros()
-    shift = (span < _BINS).where(0, digits_out)
+    span = U32(-1) - lowest
+    shift = (span < _BINS).where(0, (32 - _DIGIT_BITS) - span.leading_zeros())
 
     # The k-th key is among base ... base + last, the rank-th highest there.
     def digit(base, last, shift, rank, _):
@@ -392,27 +413,6 @@ class Row:
     )
     return floor, ties
 
-  def _extremes(self, source: _Source) -> tuple[U32, U32]:
-    """The lowest and the highest key of a source."""
-
-    def body(_, tile, lowest, highest):
-      for score, valid in tile.elements():
-        key = score.float_order()
-        lowest = lowest.min(valid.where(key, -1))
-        highest = highest.max(valid.where(key, 0))
-      return [lowest, highest]
-
-    lowest, highest = source.visit(body, [U32(-1), U32(0)])
-    first = self._lane.equals(0)
-    self._words.store(_LOWEST + self._warp, threads.warp_min(lowest), first)
-    self._words.store(_HIGHEST + self._warp, threads.warp_max(highest), first)
-    threads.barrier()
-    other = self._lane.min(_WARPS - 1)
-    return (
-      threads.warp_min(self._words.load(other + _LOWEST)),
-      threads.warp_max(self._words.load(other + _HIGHEST)),
-    )
-
   def _first_bin(self) -> U32:
     """Threads own bins from the highest down."""
     return (THREADS - 1 - self._thread) * _BINS_PER_THREAD
@@ -444,43 +444,34 @@ class Row:
     for i in range(_BINS_PER_THREAD):
       self._bins.store(self._first_bin() + i, 0)
 
-  def _ranks(self, turn: U32, tile: _Tile, kinds: Sequence[U32]):
-    """For each kind of flags of a tile, how many are set before each load of
-    this thread, and how many in the tile."""
+  def _ranks(
+    self, flags: U32, tile: _Tile, slot: U32
+  ) -> tuple[Sequence[U32], U32]:
+    """How many flags are set before each load of this thread; how many in all.
+
+    The slot is one of `_across_warps`.
+    """
     loads = range(len(tile.positions))
-    befores, totals = [], []
-    for flags in kinds:
-      # A byte for each load: it has 128 elements.
-      counts = [
-        ((flags >> j * _VECTOR) & ((1 << _VECTOR) - 1)).bit_count() << 8 * j
-        for j in loads
-      ]
-      mine = functools.reduce(U32.__or__, counts)
-      through = threads.warp_sums(mine)
-      in_warp, before = threads.last_lane(through), through - mine
-      total, ranks = U32(0), []
-      for j in loads:
-        ranks.append(total + ((before >> 8 * j) & 255))
-        total = total + ((in_warp >> 8 * j) & 255)
-      befores.append(ranks)
-      totals.append(total)
-    # Two bytes for each kind: a tile has less than 2^16 elements.
-    packed = [total << 16 * i for i, total in enumerate(totals)]
-    before, in_tile = self._across_warps(
-      functools.reduce(U32.__or__, packed), turn & 1
-    )
-    half = lambda x, i: (x >> 16 * i) & 0xFFFF
-    ranks = [
-      [half(before, i) + rank for rank in ranks]
-      for i, ranks in enumerate(befores)
+    # A byte for each load: it has 128 elements.
+    counts = [
+      ((flags >> j * _VECTOR) & ((1 << _VECTOR) - 1)).bit_count() << 8 * j
+      for j in loads
     ]
-    return ranks, [half(in_tile, i) for i in range(len(kinds))]
+    mine = functools.reduce(U32.__or__, counts)
+    through = threads.warp_sums(mine)
+    in_warp, before = threads.last_lane(through), through - mine
+    total, ranks = U32(0), []
+    for j in loads:
+      ranks.append(total + ((before >> 8 * j) & 255))
+      total = total + ((in_warp >> 8 * j) & 255)
+    before, in_tile = self._across_warps(total, slot)
+    return [before + rank for rank in ranks], in_tile
 
   def _across_warps(self, x: U32, slot: U32) -> tuple[U32, U32]:
     """The sum of the x of the warps before, and of all.
 
-    What stands in one slot may only be overwritten after another barrier:
-    calls with no barrier between them take turns.
+    What stands in a slot may be overwritten after another barrier only: calls
+    with none between them take turns.
     """
     slot = _SUMS + slot * threads.WARP
     self._words.store(slot + self._warp, x, where=self._lane.equals(0))
@@ -499,3 +490,7 @@ def _divide(x: U32, power_of_two: int) -> U32:
 
 def _flag(flags: U32, j: int, e: int) -> Bool:
   return (flags & (1 << j * _VECTOR + e)) > 0
+
+
+def _neighbours(starts: Sequence[U32]) -> list[list[U32]]:
+  return [[start + e for e in range(_VECTOR)] for start in starts]

@@ -215,13 +215,11 @@ class Memory:
     [[word]] = self._load([U32(i)], 1)
     return word
 
-  def load4(self, i: U32) -> list[U32]:
-    """Four neighbours; `i` is a multiple of four."""
-    [words] = self._load([i], 4)
-    return words
-
   def load4s(self, starts: Sequence[U32]) -> list[list[U32]]:
-    """Four neighbours from each start, all asked for before any is there."""
+    """Four neighbours from each start, a multiple of four.
+
+    All are asked for before any is there.
+    """
     return self._load(starts, 4)
 
   def _load(self, starts: Sequence[U32], n: int) -> list[list[U32]]:
@@ -358,16 +356,8 @@ def warp_sums(x: U32) -> U32:
 
 
 def warp_sum(x: U32) -> U32:
-  return _reduce(x, nvvm.ReductionKind.ADD)
-
-
-def warp_min(x: U32) -> U32:
-  return _reduce(x, nvvm.ReductionKind.UMIN)
-
-
-def warp_max(x: U32) -> U32:
-  return _reduce(x, nvvm.ReductionKind.UMAX)
-
-
-def _reduce(x: U32, kind: nvvm.ReductionKind) -> U32:
-  return U32(mgpu_utils.redux(x.value, U32(_EVERY_LANE).value, kind))
+  return U32(
+    mgpu_utils.redux(
+      x.value, U32(_EVERY_LANE).value, mgpu_utils.ReductionKind.ADD
+    )
+  )

@@ -48,6 +48,21 @@ CALLS = {
     },
     (f32((B, T, N, C)), f32((B, T, N))),
   ),
+  "sparse_mla_with_loss": (
+    {
+      "q": f32((B, T, N, C + R)),
+      "kv": f32((B, S, C + R)),
+      "indices": i32((B, T, K)),
+      "q_index": f32((B, T, M, I)),
+      "k_index": f32((B, S, I)),
+      "w": f32((B, T, M)),
+      "latent_rank": C,
+      "scale": 0.5,
+      "heads_axis": "tensor",
+      "measure": False,
+    },
+    (f32((B, T, N, C)), f32((B, T, N)), f32((B, T))),
+  ),
   "dense_mla": (
     {
       "q": f32((B, T, N, HR)),

@@ -1,6 +1,7 @@
 """The selection kernel is exact, and the op lowers for Hopper."""
 
 import functools
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -54,6 +55,9 @@ def rows():
   normal = x.normal(size=S)
   signs = x.choice([-1, 1], S)
   some = lambda fraction, value: np.where(x.random(S) < fraction, value, normal)
+  # What the kernel takes for a sample of a row that is seen from 3 to S - 5.
+  vectors = np.arange(1024) * ((S - 8) // 4) // 1024
+  sampled = np.isin(np.arange(S) // 4, vectors)
   rows = {
     "normal": normal,
     "far from zero": 1000 + normal,
@@ -69,8 +73,8 @@ def rows():
     "infinite": some(0.01, INF),
     "mostly infinite": some(0.7, INF),
     "mostly minus infinity": some(0.99, -INF),
-    # The sample, which is spread evenly, sees none of the highest.
-    "worse than sampled": np.where(np.arange(S) % 19 >= 4, normal + 9, normal),
+    "better than the sample": normal + 9 * ~sampled,
+    "worse than the sample": normal + 9 * sampled,
     # Neighbours are alike.
     "clustered": np.repeat(normal[: S // 50], 50) + 0.01 * normal,
   }
@@ -103,13 +107,29 @@ class SelectTest(chex.TestCase):
     for name in ("normal", "few values"):
       self.assert_exact(rows()[name], top_k=top_k)
 
+  @parameterized.parameters(
+    *(("normal", 1), ("clustered", 1), ("all tied", 2)),
+    *(("better than the sample", 2), ("worse than the sample", 2)),
+  )
+  def test_reads_most_rows_once(self, name, times):
+    """A guess that is bad, or many ties, and the row is read again."""
+    read = mock.Mock(wraps=select_mosaic_gpu.Row._row)
+    row = lambda self, loads: read(self, loads)
+    with mock.patch.object(select_mosaic_gpu.Row, "_row", row):
+      self.assert_exact(rows()[name])
+    self.assertEqual(read.call_count, times)
+
   def test_long_rows(self):
     self.assert_exact(np.tile(rows()["normal"], 9), end=9 * S, top_k=2048)
 
 
 class LoweringTest(chex.TestCase):
-  @parameterized.parameters((4096, 32768), (4096, 131072), (1, 4096))
-  def test_lowers_at_real_shapes(self, T, S):
+  @parameterized.parameters(
+    (4096, 32768, None),
+    (4096, 131072, "float8_e4m3fn"),
+    (1, 4096, None),
+  )
+  def test_lowers_at_real_shapes(self, T, S, score_dtype):
     B, M, I = 1, 64, 128
     args = [
       jax.ShapeDtypeStruct(shape, dtype)
@@ -124,7 +144,9 @@ class LoweringTest(chex.TestCase):
 
     def step(q, k, w, start, end):
       def op(q, k, w):
-        indices, scores = mosaic_gpu.indexer_topk(q, k, w, start, end, 2048)
+        indices, scores = mosaic_gpu.indexer_topk(
+          q, k, w, start, end, 2048, score_dtype=score_dtype
+        )
         return jnp.sum(scores), indices
 
       return jax.value_and_grad(op, argnums=(0, 1, 2), has_aux=True)(q, k, w)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_kernels.indexer_topk import api
 from pallas_kernels.indexer_topk import chunked_xla
+from pallas_kernels.indexer_topk import fp8
 from pallas_kernels.indexer_topk import reference
 
 from . import inputs
@@ -110,6 +111,22 @@ class IndexerTopkTest(chex.TestCase):
     rows.assert_close(scores, expected[1], rtol=1e-6)
     again = compiled(op)(*args)
     chex.assert_trees_all_equal(again, (indices, scores), strict=True)
+
+  @parameterized.parameters(*OPS)
+  def test_scores_in_8_bits(self, op):
+    """They are those of what the rounding leaves, found by loops."""
+    q_BTMI = inputs.normal(0, B, T, M, 16)
+    k_BSI = inputs.normal(1, B, S, 16)
+    w_BTM, ranges = inputs.normal(2, B, T, M), inputs.ranges("any")
+    run = functools.partial(OPS[op], top_k=K, score_dtype="float8_e4m3fn")
+    indices, scores = jax.jit(run)(q_BTMI, k_BSI, w_BTM, *ranges)
+    rounded = fp8.rounded(q_BTMI), fp8.rounded(k_BSI)
+    expected = loops(*rounded, w_BTM, *ranges)
+    np.testing.assert_array_equal(indices, expected[0])
+    rows.assert_close(scores, expected[1], rtol=1e-6)
+    exact = compiled(op)(q_BTMI, k_BSI, w_BTM, *ranges)
+    self.assertGreater(np.mean(indices == exact[0]), 0.3)
+    self.assertFalse(np.array_equal(indices, exact[0]))
 
   @parameterized.parameters(
     ("reference", S + 7),

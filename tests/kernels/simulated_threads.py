@@ -6,6 +6,7 @@ since the last barrier.
 """
 
 import functools
+from typing import Final
 from unittest import mock
 
 import numpy as np
@@ -137,35 +138,40 @@ U32.__rsub__ = lambda self, other: U32(other) - self
 class Memory(threads_mosaic_gpu.Memory):
   """`words`: an array, which it changes. `shared`: threads may race for it."""
 
+  # What another warp must not have done to a word since the last barrier.
+  _AGAINST: Final = {
+    "read": ("stored", "added"),
+    "stored": ("read", "stored", "added"),
+    "added": ("read", "stored"),
+  }
+
   def __init__(self, words, shared=False):
     self.words = words.view(np.uint32)
     self._shared = shared
-    # Of each word, who wrote and who read it last, and after which barrier.
-    self._written = np.full((2, words.size), -1)
-    self._read = np.full((2, words.size), -1)
+    self._barriers = -1
 
-  def _check(self, touched, i, what):
+  def _touch(self, what, i, threads):
+    """Notes which warps do this to the words."""
+    assert (i < self.words.size).all(), i.max()
     if not self._shared:
       return
-    warp = thread().value.astype(int)[_block.active] // WARP
-    other = touched[0, i] != warp
-    race = other & (touched[1, i] == _block.barriers)
-    assert not race.any(), f"{what} word {i[race][0]}, no barrier before"
+    if self._barriers != _block.barriers:
+      self._barriers = _block.barriers
+      self._warps = {x: np.zeros_like(self.words) for x in self._AGAINST}
+    warp = np.uint32(1) << (np.flatnonzero(threads) // WARP).astype(np.uint32)
+    for other in self._AGAINST[what]:
+      race = (self._warps[other][i] & ~warp) != 0
+      assert not race.any(), f"word {i[race][0]} is {other}, then {what}"
+    np.bitwise_or.at(self._warps[what], i, warp)
 
   def load(self, i):
     i = np.where(_block.active, U32(i).value, 0).astype(int)
-    assert (i < self.words.size).all(), i.max()
-    active = i[_block.active]
-    self._check(self._written, active, "reads")
-    self._touch(self._read, active)
+    self._touch("read", i[_block.active], _block.active)
     return U32(self.words[i])
 
-  def load4(self, i):
-    assert (U32(i).value % 4 == 0).all()
-    return [self.load(U32(i) + e) for e in range(4)]
-
   def load4s(self, starts):
-    return [self.load4(i) for i in starts]
+    assert all((U32(i).value % 4 == 0).all() for i in starts)
+    return [[self.load(U32(i) + e) for e in range(4)] for i in starts]
 
   def append(self, cursor, words, flags, bit, stride):
     where = (flags & (1 << bit)) > 0
@@ -176,30 +182,20 @@ class Memory(threads_mosaic_gpu.Memory):
   def cursor(self, i):
     return i
 
-  def _touch(self, touched, i):
-    touched[0, i] = thread().value[_block.active] // WARP
-    touched[1, i] = _block.barriers
-
-  def _targets(self, i, where):
+  def _targets(self, what, i, where):
     write = _block.active if where is None else _block.active & where.value
-    return write, U32(i).value.astype(int)[write]
+    i = U32(i).value.astype(int)[write]
+    self._touch(what, i, write)
+    return write, i
 
   def store(self, i, word, where=None):
-    write, i = self._targets(i, where)
-    assert (i < self.words.size).all(), i.max()
-    assert np.unique(i).size == i.size, "two threads write one word"
+    write, i = self._targets("stored", i, where)
+    assert np.unique(i).size == i.size, "two threads store one word"
     self.words[i] = U32(word).value[write]
-    with _only(write):
-      self._check(self._written, i, "overwrites")
-      self._check(self._read, i, "overwrites")
-      self._touch(self._written, i)
 
   def add(self, i, word, where=None):
-    write, i = self._targets(i, where)
+    write, i = self._targets("added", i, where)
     np.add.at(self.words, i, U32(word).value[write])
-    with _only(write):
-      self._check(self._read, i, "adds to")
-      self._touch(self._written, i)
 
 
 class _only:
@@ -271,5 +267,3 @@ def _by_warp(compute):
 last_lane = _by_warp(lambda x, axis: x[:, -1])
 warp_sums = _by_warp(functools.partial(np.cumsum, dtype=np.uint32))
 warp_sum = _by_warp(functools.partial(np.sum, dtype=np.uint32))
-warp_min = _by_warp(np.min)
-warp_max = _by_warp(np.max)
