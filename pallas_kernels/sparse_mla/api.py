@@ -6,11 +6,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import chunked_xla
+from pallas_kernels.sparse_mla import mosaic_gpu
 from pallas_kernels.sparse_mla import reference
 
-type Implementation = Literal["chunked_xla", "reference"]
+type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_gpu": mosaic_gpu.sparse_mla,
   "chunked_xla": chunked_xla.sparse_mla,
   "reference": reference.sparse_mla,
 }
