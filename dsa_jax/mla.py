@@ -184,15 +184,23 @@ class MLA(nnx.Module):
     out_BTNU, lse_BTN = attend(q_BTNX, k_BSNX, v_BSNU, *ranges)
     if not frame.index_loss:
       return out_BTNU, None
-    index_loss_BT = self._compare(
-      pallas_kernels.dense_indexer_loss,
-      scoring,
-      ranges,
-      (per_query, per_query),
-      (q_BTNX, k_BSNX, lse_BTN),
-      (queries, keys, per_head),
-      frame,
+    index_specs, index = self._scoring(scoring)
+    heads_axis = rules.mesh_axes("heads")
+    compare = sharding.local(
+      lambda measure, *inputs: pallas_kernels.dense_indexer_loss(
+        *inputs, scale, heads_axis, measure
+      ),
+      in_specs=(
+        rules(),
+        *index_specs,
+        *(per_query, per_query),
+        *(queries, keys, per_head),
+      ),
+      out_specs=per_query,
     )
+    # The target is a constant: the trunk learns nothing from the indexer.
+    attention = jax.lax.stop_gradient((q_BTNX, k_BSNX, lse_BTN))
+    index_loss_BT = compare(frame.measure, *index, *ranges, *attention)
     return out_BTNU, index_loss_BT
 
   def _sparse(
@@ -206,28 +214,32 @@ class MLA(nnx.Module):
     per_query = rules("batch", "seq", None)
     per_head = rules("batch", "seq", "heads")
     q_BTNX = self._absorb(q_nope_BTNH, q_rope_BTNR)
-    attend = sharding.local(
-      lambda *inputs: pallas_kernels.sparse_mla(*inputs, C, scale),
-      in_specs=(queries, keys, per_query),
-      out_specs=(queries, per_head),
-    )
-    out_BTNC, lse_BTN = attend(q_BTNX, kv_BSX, selected_BTK)
+    index_loss_BT = None
+    if frame.index_loss:
+      index_specs, index = self._scoring(scoring)
+      heads_axis = rules.mesh_axes("heads")
+      attend = sharding.local(
+        lambda measure, *inputs: pallas_kernels.sparse_mla_with_loss(
+          *inputs, C, scale, heads_axis, measure
+        ),
+        in_specs=(rules(), queries, keys, per_query, *index_specs),
+        out_specs=(queries, per_head, rules("batch", "seq")),
+      )
+      out_BTNC, _, index_loss_BT = attend(
+        frame.measure, q_BTNX, kv_BSX, selected_BTK, *index
+      )
+    else:
+      attend = sharding.local(
+        lambda *inputs: pallas_kernels.sparse_mla(*inputs, C, scale),
+        in_specs=(queries, keys, per_query),
+        out_specs=(queries, per_head),
+      )
+      out_BTNC, _ = attend(q_BTNX, kv_BSX, selected_BTK)
     out_BTNU = jnp.einsum(
       "BTNC,CNU->BTNU",
       out_BTNC,
       self.v_b_CNU[...].astype(dtype),
       out_sharding=queries,
-    )
-    if not frame.index_loss:
-      return out_BTNU, None
-    index_loss_BT = self._compare(
-      pallas_kernels.sparse_indexer_loss,
-      scoring,
-      (selected_BTK,),
-      (per_query,),
-      (q_BTNX, kv_BSX, lse_BTN),
-      (queries, keys, per_head),
-      frame,
     )
     return out_BTNU, index_loss_BT
 
@@ -241,33 +253,15 @@ class MLA(nnx.Module):
     )
     return jnp.concatenate([q_BTNC, q_rope_BTNR], -1)
 
-  def _compare(
-    self, op, scoring, keys, key_specs, attention, attention_specs, frame
-  ):
-    """The indexer's loss, by one op or the other."""
+  def _scoring(self, scoring):
+    """What the indexer's loss needs of the indexer, behind its specs."""
     rules = self.cfg.rules
-    scale, heads_axis = softmax_scale(self.cfg), rules.mesh_axes("heads")
-    compare = sharding.local(
-      lambda measure, *inputs: op(*inputs, scale, heads_axis, measure),
-      in_specs=(
-        rules(),
-        rules("batch", "seq", "index_heads", None),
-        rules("keys", None, None),
-        rules("batch", "seq", "index_heads"),
-        *key_specs,
-        *attention_specs,
-      ),
-      out_specs=rules("batch", "seq"),
+    specs = (
+      rules("batch", "seq", "index_heads", None),
+      rules("keys", None, None),
+      rules("batch", "seq", "index_heads"),
     )
-    return compare(
-      frame.measure,
-      scoring.q_BTMI,
-      scoring.k_BSI,
-      scoring.w_BTM,
-      *keys,
-      # The target is a constant: the trunk learns nothing from the indexer.
-      *jax.lax.stop_gradient(attention),
-    )
+    return specs, (scoring.q_BTMI, scoring.k_BSI, scoring.w_BTM)
 
   def _recall(
     self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame

@@ -19,3 +19,6 @@ from pallas_kernels.sparse_indexer_loss import (
   sparse_indexer_loss as sparse_indexer_loss,
 )
 from pallas_kernels.sparse_mla import sparse_mla as sparse_mla
+from pallas_kernels.sparse_mla_with_loss import (
+  sparse_mla_with_loss as sparse_mla_with_loss,
+)

@@ -112,14 +112,14 @@ def compare(
   Float[Array, "B T"], tuple[Float[Array, "B T X"], Int[Array, "B T"]]
 ]:
   """The loss, from the target of all heads; and what `gradient` needs of it."""
-  loss, *gap = mosaic_gpu_compare.compare(
+  loss, gap, count = mosaic_gpu_compare.compare(
     _pad_heads(q_index, 2),
     k_index,
     _pad_heads(w.astype(jnp.float32), 2),
     _pad_keys(indices, -1),
     _pad_keys(p, 0),
   )
-  return loss, tuple(gap)
+  return loss, (gap, count)
 
 
 def gradient(

@@ -69,9 +69,10 @@ def gradient(
   def body(q, k, w, indices, gap, count, d_loss, d_k, d_q, d_w, *scratch):
     t = lax.axis_index("query")
     q_s, k_s, g_s, rows_s, loaded = scratch
-    parts = [pl.ds(i, _COLUMNS) for i in range(0, I, _COLUMNS)]
-    for i, part in enumerate(parts):
-      plgpu.copy_gmem_to_smem(q.at[t, :, part], q_s.at[i], loaded)
+    columns = range(0, I, _COLUMNS)
+    for i, column in enumerate(columns):
+      part = q.at[t, :, pl.ds(column, _COLUMNS)]
+      plgpu.copy_gmem_to_smem(part, q_s.at[i], loaded)
     first_row, d = lax.div(t, T) * S, d_loss[t]
     # A query that counts for nothing reads nothing.
     last = jnp.where(d == 0.0, 0, count[t])
@@ -140,17 +141,17 @@ def gradient(
     # Here heads are rows; there they were columns.
     w_M = plgpu.load(w.at[t], layout=_BY_KEY, optimized=False)
     d_w_M = plgpu.layout_cast(jnp.zeros((M,), f32), _BY_KEY)
-    for i, part in enumerate(parts):
+    for i, column in enumerate(columns):
       q_MI = plgpu.load(q_s.at[i], layout=plgpu.Layout.WGMMA)
-      end = part.start + part.size
-      part_MI = lax.slice(sum_MI, (0, part.start), (M, end))
+      part_MI = lax.slice(sum_MI, (0, column), (M, column + _COLUMNS))
       d_w_M += jnp.sum(q_MI.astype(f32) * part_MI, 1)
       part_MI *= lax.broadcast_in_dim(w_M, (M, _COLUMNS), (0,))
       q_s[i] = part_MI.astype(bf16)
     d_w[t] = d_w_M
     plgpu.commit_smem()
-    for i, part in enumerate(parts):
-      plgpu.copy_smem_to_gmem(q_s.at[i], d_q.at[t, :, part])
+    for i, column in enumerate(columns):
+      part = d_q.at[t, :, pl.ds(column, _COLUMNS)]
+      plgpu.copy_smem_to_gmem(q_s.at[i], part)
     plgpu.wait_smem_to_gmem(0)
 
   kernel = plgpu.kernel(
@@ -195,7 +196,7 @@ def _where_active(
   Two at a time: a comparison of a pair gives the bits of a mask.
   """
   result = plgpu.ShapeDtypeStruct(
-    similarity_KM.shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA
+    similarity_KM.shape, jnp.dtype("bfloat16"), layout=plgpu.Layout.WGMMA
   )
 
   @plgpu.inline_mgpu(

@@ -45,9 +45,8 @@ def _i64(value: ir.Value | int) -> ir.Value:
 
 
 def _plus(pointer: ir.Value, num_bytes: ir.Value | int) -> ir.Value:
-  dynamic, static = [num_bytes], [_DYNAMIC]
-  if isinstance(num_bytes, int):
-    dynamic, static = [], [num_bytes]
+  known = isinstance(num_bytes, int)
+  dynamic, static = ([], [num_bytes]) if known else ([num_bytes], [_DYNAMIC])
   return llvm.getelementptr(
     pointer.type,
     pointer,
@@ -232,12 +231,12 @@ def add(
         pointers.append(_plus(target, offset))
       for i in range(0, columns // 8, 4):
         pairs = [_elements(x) for x in registers[i : i + 4, half]]
-        quads = []
-        for x, y in (pairs[:2], pairs[2:]):
-          x, y = _swap(x, y, right, 1)
-          quads.append([*x, *y])
-        rows_ = _swap(*quads, down, 4)
-        for x, pointer, is_wanted in zip(rows_, pointers, wanted, strict=True):
+        left, further = (
+          [value for both in _swap(x, y, right, 1) for value in both]
+          for x, y in (pairs[:2], pairs[2:])
+        )
+        of_rows = _swap(left, further, down, 4)
+        for x, pointer, is_wanted in zip(of_rows, pointers, wanted):
           _add_four(_plus(pointer, 32 * i), x, is_wanted)
 
   add_(target, rows, tile, first, column)
@@ -255,8 +254,8 @@ def _elements(register: ir.Value) -> list[ir.Value]:
 
 
 def _swap(
-  x: list[ir.Value], y: list[ir.Value], second: ir.Value, distance: int
-) -> tuple[list[ir.Value], list[ir.Value]]:
+  x: list[Any], y: list[Any], second: ir.Value, distance: int
+) -> tuple[list[Any], list[Any]]:
   """What both of two lanes have as x to the first, what they have as y to the
   `second`; in the order of the lanes."""
   theirs = [

@@ -79,7 +79,10 @@ def target(
 
       rows_lib.commit_copies()
 
-    for part in range(stages - 1):
+    # One piece is on the way less than there is room for: the piece before the
+    # last may still be read, as its product runs on beside the next one's.
+    ahead = stages - 2
+    for part in range(ahead):
       start(jnp.int32(0), part)
     plgpu.barrier_wait(loaded)
     log2e = math.log2(math.e)
@@ -88,12 +91,12 @@ def target(
     def step(tile, _):
       def multiply(acc):
         for part in range(parts):
-          rows_lib.wait_copies(stages - 2)
-          start(tile, part + stages - 1)
+          rows_lib.wait_copies(ahead - 1)
+          start(tile, part + ahead)
           slot = lax.rem(tile * parts + part, stages)
           q_DN = q_s.at[part].transpose((1, 0))
           plgpu.wgmma(acc, kv_s.at[slot], q_DN)
-          plgpu.wgmma_wait(0)  # the next piece overwrites this one
+          plgpu.wgmma_wait(1)
         return acc[...]
 
       logits_KN = pl.run_scoped(multiply, plgpu.ACC((_bK, N), f32))

@@ -51,7 +51,7 @@ class SparseIndexerLossMosaicGPUTest(chex.TestCase):
 
   def test_a_loss_that_is_not_measured_is_behind_a_condition(self):
     def step(measure, *args):
-      return op(*args, SCALE, measure=measure)
+      return op(*args, SCALE, None, measure)
 
     measure = jax.ShapeDtypeStruct((), bool)
     text = lowered(step, [measure, *shapes()])

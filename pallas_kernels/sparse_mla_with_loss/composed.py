@@ -1,0 +1,39 @@
+"""The definition: one op after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
+from pallas_kernels.sparse_mla import api as sparse_mla
+
+
+def of(implementation: Any) -> Callable[..., Any]:
+  """The op whose two parts are both of this implementation; None: chosen."""
+
+  def sparse_mla_with_loss(
+    q: Float[Array, "B T N CR"],
+    kv: Float[Array, "B S CR"],
+    indices: Int[Array, "B T K"],
+    q_index: Float[Array, "B T M I"],
+    k_index: Float[Array, "B S I"],
+    w: Float[Array, "B T M"],
+    latent_rank: int,
+    scale: float,
+    heads_axis: str | tuple[str, ...] | None = None,
+    measure: Bool[Array, ""] | bool = True,
+  ) -> tuple[
+    Float[Array, "B T N C"], Float[Array, "B T N"], Float[Array, "B T"]
+  ]:
+    """See `api.sparse_mla_with_loss`."""
+    out, lse = sparse_mla.sparse_mla(
+      q, kv, indices, latent_rank, scale, implementation=implementation
+    )
+    loss = sparse_indexer_loss.sparse_indexer_loss(
+      *(q_index, k_index, w, indices, q, kv, lse, scale, heads_axis, measure),
+      implementation=implementation,
+    )
+    return out, lse, loss
+
+  return sparse_mla_with_loss
