@@ -60,7 +60,7 @@ def forward(
   (B, T, N, HR), U = q.shape, v.shape[-1]
   nT = plan.shape[1]
   kernel = functools.partial(_kernel, scale=scale, nT=nT)
-  smem = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=_SWIZZLED)
+  smem = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_SWIZZLED)
   return plgpu.kernel(
     kernel,
     out_type=(
@@ -74,9 +74,9 @@ def forward(
     num_threads=3,
     thread_name="wg",
     scratch_types=(
-      smem((2, HR // _COLUMNS, _ROWS, _COLUMNS)),
-      smem((_STAGES, bS, HR)),
-      smem((_STAGES, bS, U)),
+      smem(2, HR // _COLUMNS, _ROWS, _COLUMNS),
+      smem(_STAGES, bS, HR),
+      smem(_STAGES, bS, U),
       plgpu.SMEM((2, _ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=2, num_arrivals=HR // _COLUMNS),
       plgpu.Barrier(num_barriers=_STAGES),

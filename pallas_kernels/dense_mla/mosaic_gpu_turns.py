@@ -6,8 +6,8 @@ shared memory. Pallas uses the lower ones.
 
 from typing import Final
 
-import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Int
@@ -38,4 +38,4 @@ def _barrier(instruction, wg):
       has_side_effects=True,
     )
 
-  emit(jax.numpy.asarray(wg + _FIRST, jax.numpy.int32))
+  emit(jnp.asarray(wg + _FIRST, jnp.int32))
