@@ -303,7 +303,6 @@ class Row:
 
   def _list(self, gate: U32) -> U32:
     """Lists what reaches the gate. Returns how many do."""
-
     lowest = gate.float_of_order()
 
     def body(i, tile, listed):

@@ -32,6 +32,8 @@ def _i32() -> ir.Type:
 class Bool:
   """A predicate of one thread."""
 
+  value: Any  # ir.Value
+
   def __init__(self, value: ir.Value):
     self.value = value
 
@@ -55,13 +57,15 @@ class Bool:
 class U32:
   """An unsigned number of one thread; operations wrap around."""
 
+  value: Any  # ir.Value
+
   def __init__(self, value: "U32 | ir.Value | int"):
     if isinstance(value, U32):
       value = value.value
     elif isinstance(value, int):
       signed = (value + 2**31) % 2**32 - 2**31
       value = arith.constant(_i32(), ir.IntegerAttr.get(_i32(), signed))
-    self.value: ir.Value = value
+    self.value = value
 
   def _apply(self, op: Callable[..., Any], other: "U32 | int") -> "U32":
     return U32(op(self.value, U32(other).value))
@@ -196,17 +200,16 @@ class Memory:
       self._address_type = ir.IntegerType.get_signless(64)
       pointer = llvm.addrspacecast(llvm.PointerType.get(1), pointer)
     self._base = llvm.ptrtoint(self._address_type, pointer)
-    self._row = row
     if row is not None:
-      *_, self._words = ir.MemRefType(ref.type).shape
-      self._base = self._at(self._base, row, 4 * self._words)
+      *_, words = ir.MemRefType(ref.type).shape
+      self._base = self._at(self._base, row, 4 * words)
 
   def _at(self, base: ir.Value, index: U32, stride: int) -> ir.Value:
     offset = index.value
     if self._space == "global":
       offset = arith.extui(self._address_type, offset)
-    stride = arith.constant(self._address_type, stride)
-    return arith.addi(base, arith.muli(offset, stride))
+    offset = arith.muli(offset, arith.constant(self._address_type, stride))
+    return arith.addi(base, offset)
 
   def _address(self, i: U32 | int) -> ir.Value:
     return self._at(self._base, U32(i), 4)
@@ -215,7 +218,7 @@ class Memory:
     [[word]] = self._load([U32(i)], 1)
     return word
 
-  def load4s(self, starts: Sequence[U32]) -> list[list[U32]]:
+  def load4s(self, starts: Sequence[U32]) -> Sequence[Sequence[U32]]:
     """Four neighbours from each start, a multiple of four.
 
     All are asked for before any is there.
@@ -338,8 +341,8 @@ def loop_while(
 
 
 def _shuffle(kind: nvvm.ShflKind, x: U32, lane: int, clamp: int) -> U32:
-  every, lane, clamp = (U32(n).value for n in (_EVERY_LANE, lane, clamp))
-  return U32(nvvm.shfl_sync(every, x.value, lane, clamp, kind))
+  every, other, last = (U32(n).value for n in (_EVERY_LANE, lane, clamp))
+  return U32(nvvm.shfl_sync(every, x.value, other, last, kind))
 
 
 def last_lane(x: U32) -> U32:
