@@ -18,7 +18,7 @@ to run.
 
 import functools
 import math
-from typing import Final
+from typing import cast, Final
 
 import jax
 from jax import lax
@@ -86,10 +86,8 @@ def backward(
   (B, T, N, HR), (S, U) = q.shape, (k.shape[1], v.shape[-1])
   nS = plan.shape[1]
   kernel = functools.partial(_kernel, scale=scale, nS=nS)
-  wide, narrow = (
-    functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=x)
-    for x in (_WIDE, _NARROW)
-  )
+  wide = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_WIDE)
+  narrow = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_NARROW)
   d_q = jax.new_ref(jnp.zeros((B, T, N, HR), jnp.float32))
   d_k, d_v = plgpu.kernel(
     kernel,
@@ -102,11 +100,11 @@ def backward(
     num_threads=3,
     thread_name="wg",
     scratch_types=(
-      narrow((bS, HR)),
-      wide((bS, U)),
-      narrow((_STAGES, bT, HR)),
-      wide((_STAGES, bT, U)),
-      narrow((bS, bT)),
+      narrow(bS, HR),
+      wide(bS, U),
+      narrow(_STAGES, bT, HR),
+      wide(_STAGES, bT, U),
+      narrow(bS, bT),
       plgpu.SMEM((2, bT, HR // 2), jnp.float32, transforms=_FLOATS),
       plgpu.SMEM((_STAGES, bT), jnp.float32),
       plgpu.SMEM((_STAGES, bT), jnp.float32),
@@ -133,7 +131,7 @@ def _fresh(number):
   @plgpu.inline_mgpu(
     arg_types=(plgpu.Layout.WG_SPLAT,),
     return_type=plgpu.ShapeDtypeStruct(
-      (), jnp.int32, layout=plgpu.Layout.WG_SPLAT
+      (), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT
     ),
   )
   def emit(ctx, number):
@@ -142,7 +140,7 @@ def _fresh(number):
     x = llvm.inline_asm(
       x.type, [x], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
     )
-    return mgpu.FragmentedArray.splat(x, (), is_signed=True)
+    return mgpu.FragmentedArray.splat(cast(ir.Value, x), (), is_signed=True)
 
   return emit(number)
 
@@ -183,9 +181,10 @@ def _pack(x):
     both = llvm.inline_asm(
       word, [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
     )
-    return llvm.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), both)
+    pair_type = ir.VectorType.get((2,), ir.BF16Type.get())
+    return llvm.bitcast(pair_type, cast(ir.Value, both))
 
-  return _map_registers(x, jnp.bfloat16, pack)
+  return _map_registers(x, jnp.dtype(jnp.bfloat16), pack)
 
 
 def _unpack(x):
@@ -200,7 +199,7 @@ def _unpack(x):
       ir.VectorType.get((2,), f32), [arith.bitcast(f32, y) for y in (low, high)]
     )
 
-  return _map_registers(x, jnp.float32, unpack)
+  return _map_registers(x, jnp.dtype(jnp.float32), unpack)
 
 
 def _kernel(
