@@ -254,10 +254,11 @@ def sparse_indexer_loss(
   measure: bool,
 ) -> Case:
   """Compares with `attention`, sparse, which returned `lse`."""
+  constants: dict[str, Any] = dict(scale=shape.scale, measure=measure)
 
   def call(*inputs, implementation):
     return pallas_kernels.sparse_indexer_loss(
-      *inputs, shape.scale, measure=measure, implementation=implementation
+      *inputs, implementation=implementation, **constants
     )
 
   indices = attention.inputs["indices"]
@@ -329,10 +330,11 @@ def dense_indexer_loss(
   measure: bool,
 ) -> Case:
   """Compares with `attention`, dense, which returned `lse`."""
+  constants: dict[str, Any] = dict(scale=shape.scale, measure=measure)
 
   def call(*inputs, implementation):
     return pallas_kernels.dense_indexer_loss(
-      *inputs, shape.scale, measure=measure, implementation=implementation
+      *inputs, implementation=implementation, **constants
     )
 
   start, end = attention.inputs["start"], attention.inputs["end"]

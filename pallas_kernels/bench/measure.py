@@ -78,9 +78,9 @@ def measure(
   calls = min(max(round(_BATCH_SECONDS / first), 1), _MOST_CALLS)
   batches = round(_ALL_SECONDS / (first * calls))
   batches = min(max(batches, _FEWEST_BATCHES), _MOST_BATCHES)
-  if calls > 1:
-    run(calls)
-  times = [run(calls) for _ in range(batches)]
+  # One call of half a batch or more is a batch.
+  times = [first if calls == 1 else run(calls)]
+  times += [run(calls) for _ in range(batches - 1)]
   return Timing(
     statistics.median(times), min(times), max(times), batches, calls
   )

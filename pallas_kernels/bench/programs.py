@@ -71,14 +71,21 @@ class Programs:
     dsa = self._dsa()
     dense = self._dense()
     self._check(dense, _MOST_CHECKED)
-    whole = self._time(dense, grad=self.grad)
+    whole = self._time(dense, grad=self.grad, backward=False)
     print()
     ratio = self.report.ratio
     ratio("dense over DSA, forward", whole.forward / dsa.attention.forward)
+    ratio(
+      "dense_mla over sparse_mla, forward", whole.forward / dsa.sparse.forward
+    )
     if self.grad:
       ratio(
         "dense over DSA, forward and backward",
         whole.both / dsa.attention.both,
+      )
+      ratio(
+        "dense_mla over sparse_mla, forward and backward",
+        whole.both / dsa.sparse.both,
       )
       ratio(
         "what the loss adds over sparse_mla, forward and backward",
@@ -94,7 +101,7 @@ class Programs:
     indices, _ = measure.run(self._forward(choice), *scored)
     sparse = self._sparse(indices)
     self._check(sparse, _MOST_CHECKED, grad=self.grad)
-    alone = self._time(sparse, grad=self.grad)
+    alone = self._time(sparse, grad=self.grad, backward=False)
 
     def forward(scored, read):
       indices, _ = self._forward(choice)(*scored)
@@ -121,7 +128,7 @@ class Programs:
     )
     with_loss = self._with_loss(sparse)
     self._check(with_loss, _MOST_CHECKED, grad=True)
-    compared = self._time(with_loss, grad=True)
+    compared = self._time(with_loss, grad=True, backward=False)
     return _DSA(_Seconds(seconds, whole), alone, compared)
 
   def warmup(self) -> None:
@@ -213,7 +220,10 @@ class Programs:
     findings = check.check(case, self.implementation, rows, cotangents)
     self.report.check(case.op, findings)
 
-  def _time(self, case: cases.Case, *, grad: bool = False) -> _Seconds:
+  def _time(
+    self, case: cases.Case, *, grad: bool = False, backward: bool = True
+  ) -> _Seconds:
+    """Times the forward pass; with `grad` also both, and `backward` alone."""
     inputs, time = (*case.inputs.values(),), self.report.time
     forward = time(
       *(f"{case.op} forward", self._forward(case), inputs, case.flops),
@@ -222,17 +232,8 @@ class Programs:
     if not grad:
       return _Seconds(forward, 0.0)
     cotangents = self._cotangents(case)
-    with dispatch.record() as chosen:
-      keeping = case.forward_keeping(self.implementation)
-      _, pullback = measure.run(keeping, *inputs)
-    time(
-      f"{case.op} backward",
-      lambda pullback, cotangents: pullback(cotangents),
-      (pullback, cotangents),
-      case.flops_backward,
-      chosen=chosen,
-    )
-    del pullback
+    if backward:
+      self._time_backward(case, inputs, cotangents)
     both = time(
       f"{case.op} forward and backward",
       case.forward_backward(self.implementation),
@@ -240,6 +241,20 @@ class Programs:
       case.flops + case.flops_backward,
     )
     return _Seconds(forward, both)
+
+  def _time_backward(
+    self, case: cases.Case, inputs: tuple[Array, ...], cotangents: Any
+  ) -> None:
+    with dispatch.record() as chosen:
+      keeping = case.forward_keeping(self.implementation)
+      _, pullback = measure.run(keeping, *inputs)
+    self.report.time(
+      f"{case.op} backward",
+      lambda pullback, cotangents: pullback(cotangents),
+      (pullback, cotangents),
+      case.flops_backward,
+      chosen=chosen,
+    )
 
 
 def _flops_8_bits(case: cases.Case) -> int:

@@ -108,7 +108,9 @@ class ProgramTest(chex.TestCase):
       [x["what"] for x in values["ratios"]],
       [
         "dense over DSA, forward",
+        "dense_mla over sparse_mla, forward",
         "dense over DSA, forward and backward",
+        "dense_mla over sparse_mla, forward and backward",
         "what the loss adds over sparse_mla, forward and backward",
       ],
     )
