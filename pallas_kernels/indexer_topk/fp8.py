@@ -12,12 +12,13 @@ from typing import Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 LARGEST: Final = 448.0  # of e4m3
 _LEAST: Final = 1e-4  # greatest number of a vector, at least
 _MANTISSA: Final = 23  # bits, of float32
+_BIAS: Final = 127  # of its exponent
 
 
 def quantize(
@@ -33,10 +34,11 @@ def quantize(
     each vector, float32, a power of two (ue8m0 holds it exactly).
   """
   rotated = rotate(x).astype(jnp.float32)
-  scale = _scale(jnp.max(jnp.abs(rotated), axis=-1))
-  # Dividing by a power of two is exact.
-  scaled = jnp.clip(rotated / scale[..., None], -LARGEST, LARGEST)
-  return scaled.astype(jnp.float8_e4m3fn), scale
+  exponent = _exponent(jnp.max(jnp.abs(rotated), axis=-1))
+  # Products with a power of two are exact, and faster than quotients.
+  scaled = rotated * _power_of_two(-exponent)[..., None]
+  scaled = jnp.clip(scaled, -LARGEST, LARGEST)
+  return scaled.astype(jnp.float8_e4m3fn), _power_of_two(exponent)
 
 
 def rounded(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
@@ -63,10 +65,14 @@ def rotate(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
     "...I,IJ->...J",
     x,
     jnp.asarray(_hadamard(I), x.dtype),
-    precision=jax.lax.Precision.HIGHEST,
+    # Products with 1 and -1 are exact in any dtype that is not split up.
+    precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
     preferred_element_type=jnp.float32,
   )
-  return (rotated * I**-0.5).astype(x.dtype)
+  # XLA may leave out a conversion to bfloat16 and back, but not this.
+  kind = jnp.finfo(x.dtype)
+  rotated = jax.lax.reduce_precision(rotated * I**-0.5, kind.nexp, kind.nmant)
+  return rotated.astype(x.dtype)
 
 
 def _hadamard(n: int) -> np.ndarray:
@@ -75,12 +81,15 @@ def _hadamard(n: int) -> np.ndarray:
   return 1 - 2 * (np.bitwise_count(i[:, None] & i) % 2).astype(np.int32)
 
 
-def _scale(greatest: Float[Array, "*N"]) -> Float[Array, "*N"]:
-  """The least power of two that is not below `greatest / LARGEST`."""
+def _exponent(greatest: Float[Array, "*N"]) -> Int[Array, "*N"]:
+  """Of the least power of two that is not below `greatest / LARGEST`."""
   ratio = jnp.maximum(greatest, _LEAST) * jnp.float32(1 / LARGEST)
   bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
-  exponent = bits >> _MANTISSA
-  above = (bits & ((1 << _MANTISSA) - 1)) != 0
+  is_between = (bits & ((1 << _MANTISSA) - 1)) != 0
+  return (bits >> _MANTISSA) - _BIAS + is_between
+
+
+def _power_of_two(exponent: Int[Array, "*N"]) -> Float[Array, "*N"]:
   return jax.lax.bitcast_convert_type(
-    (exponent + above) << _MANTISSA, jnp.float32
+    (exponent + _BIAS) << _MANTISSA, jnp.float32
   )

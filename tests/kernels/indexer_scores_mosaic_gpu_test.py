@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import shapes
-from pallas_kernels.indexer_topk import scores_mosaic_gpu
+from pallas_kernels.indexer_topk import mosaic_gpu_scores
 
-bS = scores_mosaic_gpu.bS
+bS = mosaic_gpu_scores.bS
 
 
 def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16, scaled=None):
@@ -30,7 +30,7 @@ def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16, scaled=None):
 
 
 def lower(*args, **kwargs):
-  traced = jax.jit(scores_mosaic_gpu.scores).trace(*inputs(*args, **kwargs))
+  traced = jax.jit(mosaic_gpu_scores.scores).trace(*inputs(*args, **kwargs))
   return traced.lower(lowering_platforms=("cuda",))
 
 
@@ -71,10 +71,9 @@ class ShareOutTest(chex.TestCase):
         tiles = range(first // bS, -(-last // bS))
         seen |= {(t // bT, tile) for tile in tiles}
 
-    plan = scores_mosaic_gpu.share_out(
-      *(jnp.asarray(x, jnp.int32) for x in (start, end)), bT
-    )
-    visited = list(visits(*plan))
+    start, end = (jnp.asarray(x, jnp.int32) for x in (start, end))
+    shares, groups = mosaic_gpu_scores.share_out(start, end, bT)
+    visited = list(visits(shares, groups))
     self.assertEqual(sum(visited, []), sorted(seen))
     sizes = [len(mine) for mine in visited]
     self.assertLessEqual(max(sizes) - min(sizes), 1)
@@ -101,4 +100,4 @@ class LoweringTest(chex.TestCase):
   )
   def test_refusals_name_their_reason(self, kwargs, reason):
     with self.assertRaisesRegex(NotImplementedError, reason):
-      jax.eval_shape(scores_mosaic_gpu.scores, *inputs(8, 64, **kwargs))
+      jax.eval_shape(mosaic_gpu_scores.scores, *inputs(8, 64, **kwargs))
