@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
 from pallas_kernels.indexer_topk import fp8
-from pallas_kernels.indexer_topk import scores_mosaic_gpu
-from pallas_kernels.indexer_topk import select_mosaic_gpu
+from pallas_kernels.indexer_topk import mosaic_gpu_scores
+from pallas_kernels.indexer_topk import mosaic_gpu_select
 
 # What the scores of a chunk may take: the memory law.
 _CHUNK_BYTES: Final = 256 << 20
@@ -37,9 +37,9 @@ def indexer_topk(
     if score_dtype is not None:
       q, q_scale = fp8.quantize(q)
       w = w * q_scale
-    scores_TS = scores_mosaic_gpu.scores(q, k, w, start, end, k_scale)
+    scores_TS = mosaic_gpu_scores.scores(q, k, w, start, end, k_scale)
     end = jnp.minimum(end, S)  # rows of scores are longer
-    return select_mosaic_gpu.select(scores_TS, start, end, top_k)
+    return mosaic_gpu_select.select(scores_TS, start, end, top_k)
 
   def row(xs):
     *queries, k = xs
@@ -55,7 +55,7 @@ def indexer_topk(
 
 def chunk_size(T: int, S: int) -> int:
   """Queries whose scores fit the budget; chunks of about the same size."""
-  row_bytes = 4 * (S + -S % scores_mosaic_gpu.bS)
+  row_bytes = 4 * (S + -S % mosaic_gpu_scores.bS)
   most = max(_CHUNK_BYTES // row_bytes // _QUERIES, 1) * _QUERIES
   chunks = -(-T // most)
   return -(-T // (chunks * _QUERIES)) * _QUERIES

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.indexer_topk import mosaic_gpu
-from pallas_kernels.indexer_topk import select_mosaic_gpu
+from pallas_kernels.indexer_topk import mosaic_gpu_select
 
 from . import simulated_threads as threads
 
@@ -34,10 +34,10 @@ def simulate(scores, start, end, top_k):
   indices = np.full(top_k, -9, np.int32)
   chosen = np.full(top_k, np.nan, np.float32)
   scores = scores.copy()
-  scratch = select_mosaic_gpu.scratch_words(top_k)
+  scratch = mosaic_gpu_select.scratch_words(top_k)
   garbage = np.random.default_rng(0)
-  with threads.simulate(select_mosaic_gpu, select_mosaic_gpu.THREADS):
-    select_mosaic_gpu.Row(
+  with threads.simulate(mosaic_gpu_select, mosaic_gpu_select.THREADS):
+    mosaic_gpu_select.Row(
       *(lambda x=x: threads.Memory(x) for x in (scores, indices, chosen)),
       *map(threads.U32, (start, end)),
       *(
@@ -102,7 +102,7 @@ class SelectTest(chex.TestCase):
     for name in ("normal", "few values"):
       self.assert_exact(rows()[name], start, end)
 
-  @parameterized.parameters(1, 2, 64, 2048, 5000, select_mosaic_gpu.LARGEST_K)
+  @parameterized.parameters(1, 2, 64, 2048, 5000, mosaic_gpu_select.LARGEST_K)
   def test_numbers_of_keys(self, top_k):
     for name in ("normal", "few values"):
       self.assert_exact(rows()[name], top_k=top_k)
@@ -113,9 +113,9 @@ class SelectTest(chex.TestCase):
   )
   def test_reads_most_rows_once(self, name, times):
     """A guess that is bad, or many ties, and the row is read again."""
-    read = mock.Mock(wraps=select_mosaic_gpu.Row._row)
+    read = mock.Mock(wraps=mosaic_gpu_select.Row._row)
     row = lambda self, loads: read(self, loads)
-    with mock.patch.object(select_mosaic_gpu.Row, "_row", row):
+    with mock.patch.object(mosaic_gpu_select.Row, "_row", row):
       self.assert_exact(rows()[name])
     self.assertEqual(read.call_count, times)
 
@@ -159,10 +159,10 @@ class LoweringTest(chex.TestCase):
     for dtype, S, K, reason in (
       (jnp.bfloat16, 64, 8, "float32"),
       (jnp.float32, 65, 8, "multiple"),
-      (jnp.float32, 64, select_mosaic_gpu.LARGEST_K + 1, "top_k"),
+      (jnp.float32, 64, mosaic_gpu_select.LARGEST_K + 1, "top_k"),
     ):
       with self.assertRaisesRegex(NotImplementedError, reason):
-        select = functools.partial(select_mosaic_gpu.select, top_k=K)
+        select = functools.partial(mosaic_gpu_select.select, top_k=K)
         jax.eval_shape(select, jax.ShapeDtypeStruct((8, S), dtype), start, end)
 
   def test_chunks_keep_the_memory_law(self):

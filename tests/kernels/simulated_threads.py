@@ -1,4 +1,4 @@
-"""Runs on a CPU what a kernel emits through `threads_mosaic_gpu`.
+"""Runs on a CPU what a kernel emits through `mosaic_gpu_threads`.
 
 The same names, computed by numpy at once for all threads of one block. Shared
 memory tells when a word is read or overwritten that another warp has touched
@@ -11,10 +11,10 @@ from unittest import mock
 
 import numpy as np
 
-from pallas_kernels.indexer_topk import threads_mosaic_gpu
+from pallas_kernels.indexer_topk import mosaic_gpu_threads
 
-WARP = threads_mosaic_gpu.WARP
-MINUS_INFINITY = threads_mosaic_gpu.MINUS_INFINITY
+WARP = mosaic_gpu_threads.WARP
+MINUS_INFINITY = mosaic_gpu_threads.MINUS_INFINITY
 
 
 class _Block:
@@ -43,7 +43,7 @@ class _Namespace:
     self.__dict__.update(names)
 
 
-class Bool(threads_mosaic_gpu.Bool):
+class Bool(mosaic_gpu_threads.Bool):
   def __init__(self, value):
     self.value = np.broadcast_to(np.asarray(value, bool), (_block.n,))
 
@@ -63,7 +63,7 @@ class Bool(threads_mosaic_gpu.Bool):
     return U32(np.where(self.value, U32(yes).value, U32(no).value))
 
 
-class U32(threads_mosaic_gpu.U32):
+class U32(mosaic_gpu_threads.U32):
   def __init__(self, value):
     if isinstance(value, U32):
       value = value.value
@@ -135,7 +135,7 @@ U32.__radd__ = U32.__add__
 U32.__rsub__ = lambda self, other: U32(other) - self
 
 
-class Memory(threads_mosaic_gpu.Memory):
+class Memory(mosaic_gpu_threads.Memory):
   """`words`: an array, which it changes. `shared`: threads may race for it."""
 
   # What another warp must not have done to a word since the last barrier.

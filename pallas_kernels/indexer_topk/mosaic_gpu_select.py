@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.indexer_topk import threads_mosaic_gpu as threads
+from pallas_kernels.indexer_topk import mosaic_gpu_threads as threads
 
 U32 = threads.U32
 Bool = threads.Bool
