@@ -165,6 +165,20 @@ class LoweringTest(chex.TestCase):
         select = functools.partial(mosaic_gpu_select.select, top_k=K)
         jax.eval_shape(select, jax.ShapeDtypeStruct((8, S), dtype), start, end)
 
+  def test_the_op_refuses_what_its_kernels_cannot_do(self):
+    ranges = jnp.zeros((1, 8), jnp.int32)
+    for dtype, M, K in (
+      (jnp.float32, 64, 8),
+      (jnp.bfloat16, 5, 8),
+      (jnp.bfloat16, 64, mosaic_gpu_select.LARGEST_K + 1),
+    ):
+      q_BTMI = jax.ShapeDtypeStruct((1, 8, M, 128), dtype)
+      k_BSI = jax.ShapeDtypeStruct((1, 9000, 128), dtype)
+      w_BTM = jax.ShapeDtypeStruct((1, 8, M), jnp.float32)
+      op = functools.partial(mosaic_gpu.indexer_topk, top_k=K)
+      with self.assertRaises(NotImplementedError):
+        jax.eval_shape(op, q_BTMI, k_BSI, w_BTM, ranges, ranges)
+
   def test_chunks_keep_the_memory_law(self):
     for T, S in ((4096, 131072), (1, 1), (5000, 32768), (8192, 1000)):
       chunk = mosaic_gpu.chunk_size(T, S)
