@@ -19,10 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import llvm
 from jaxlib.mlir.dialects import vector
 import numpy as np
 
+from pallas_kernels.dense_indexer_loss import mosaic_gpu_registers as registers
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_scores
 
 HEADS: Final = mosaic_gpu_scores.HEADS
@@ -207,34 +207,45 @@ def _heads_by_keys(d_scores, active):
   """
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(),) * 2, return_type=_matrix(_KEYS)
+    arg_types=(plgpu.RefType(),) * 2,
+    return_type=registers.matrix(_KEYS, jnp.bfloat16),
   )
   def make(ctx, d_scores, active):
     del ctx
     warp, r, c = _thread()
-    odd, byte = arith.andi(r, _int(1)), arith.andi(warp, _int(1))
-    word = arith.index_cast(_index(), arith.shrui(warp, _int(1)))
+    odd, byte = (
+      arith.andi(r, registers.integer(1)),
+      arith.andi(warp, registers.integer(1)),
+    )
+    word = arith.index_cast(_index(), arith.shrui(warp, registers.integer(1)))
     # A head's bit is number r // 2 (+ 4 for r + 8) of its byte; of the bytes,
     # the parity of r says which half, that of the warp which one of the half.
-    pick = arith.select(_is_set(odd), _int(0x7632), _int(0x5410))
-    shift = arith.subi(_int(3), arith.shrui(r, _int(1)))
-    signs = arith.select(_is_set(byte), _int(0xBB99), _int(0xAA88))
-    registers = _registers(_KEYS)
+    pick = arith.select(
+      _is_set(odd), registers.integer(0x7632), registers.integer(0x5410)
+    )
+    shift = arith.subi(
+      registers.integer(3), arith.shrui(r, registers.integer(1))
+    )
+    signs = arith.select(
+      _is_set(byte), registers.integer(0xBB99), registers.integer(0xAA88)
+    )
+    g = _empty(_KEYS)
     for i in range(_KEYS // 8):
-      key = arith.addi(_int(8 * i), arith.shli(c, _int(1)))
+      key = arith.addi(
+        registers.integer(8 * i), arith.shli(c, registers.integer(1))
+      )
       key = arith.index_cast(_index(), key)
       pair = _load(active, 2, [word, key])
-      d = _load(d_scores, 2, [key])
-      d = vector.extract(
-        vector.bitcast(ir.VectorType.get((1,), _i32()), d), [], [0]
-      )
+      d = registers.from_pair(_load(d_scores, 2, [key]))
       words = [vector.extract(pair, [], [e]) for e in range(2)]
-      both = _asm("prmt.b32 $0, $1, $2, $3;", *words, pick)
+      both = registers.asm("prmt.b32 $0, $1, $2, $3;", *words, pick)
       second = arith.shli(both, shift)
-      for half, bits in enumerate((arith.shli(second, _int(4)), second)):
-        mask = _asm("prmt.b32 $0, $1, $1, $2;", bits, signs)
-        _set(registers, i, half, arith.andi(mask, d))
-    return _array(registers)
+      for half, bits in enumerate(
+        (arith.shli(second, registers.integer(4)), second)
+      ):
+        mask = registers.asm("prmt.b32 $0, $1, $1, $2;", bits, signs)
+        _set(g, i, half, arith.andi(mask, d))
+    return _array(g)
 
   return make(d_scores, active)
 
@@ -247,69 +258,69 @@ def _keys_by_heads(d_scores, active):
   """
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(),) * 2, return_type=_matrix(HEADS)
+    arg_types=(plgpu.RefType(),) * 2,
+    return_type=registers.matrix(HEADS, jnp.bfloat16),
   )
   def make(ctx, d_scores, active):
     del ctx
     warp, r, c = _thread()
-    shift = arith.subi(_int(3), c)
-    registers = _registers(HEADS)
+    shift = arith.subi(registers.integer(3), c)
+    g = _empty(HEADS)
     for half in range(2):
-      key = arith.addi(arith.shli(warp, _int(4)), r)
-      key = arith.index_cast(_index(), arith.addi(key, _int(8 * half)))
+      key = arith.addi(arith.shli(warp, registers.integer(4)), r)
+      key = arith.index_cast(
+        _index(), arith.addi(key, registers.integer(8 * half))
+      )
       d = _load(d_scores, 1, [key])
       d = vector.bitcast(
         ir.VectorType.get((1,), ir.IntegerType.get_signless(16)), d
       )
-      d = arith.extui(_i32(), vector.extract(d, [], [0]))
-      d = _asm("prmt.b32 $0, $1, $1, 0x1010;", d)
+      d = arith.extui(registers.i32(), vector.extract(d, [], [0]))
+      d = registers.asm("prmt.b32 $0, $1, $1, 0x1010;", d)
       for word in range(_WORDS):
         at = arith.constant(_index(), ir.IntegerAttr.get(_index(), word))
         bits = vector.extract(_load(active, 1, [at, key]), [], [0])
         # Heads 2 c + 8 i and the next: bits c + 4 i of the two halves.
         odd = arith.shli(bits, shift)
-        even = arith.shli(odd, _int(4))
+        even = arith.shli(odd, registers.integer(4))
         for i in range(4):
-          mask = _asm(
+          mask = registers.asm(
             f"prmt.b32 $0, $1, $1, {('0xAA88', '0xBB99')[i // 2]};",
             (even, odd)[i % 2],
           )
-          _set(registers, 4 * word + i, half, arith.andi(mask, d))
-    return _array(registers)
+          _set(g, 4 * word + i, half, arith.andi(mask, d))
+    return _array(g)
 
   return make(d_scores, active)
 
 
-def _matrix(columns):
-  return plgpu.ShapeDtypeStruct(
-    (64, columns), jnp.bfloat16, layout=plgpu.Layout.WGMMA
-  )
-
-
-def _registers(columns):
+def _empty(columns):
   shape = mgpu.WGMMA_LAYOUT.registers_shape((64, columns))
   return np.empty(shape, dtype=object)
 
 
-def _set(registers, column_group, half, word):
+def _set(g, column_group, half, word):
   """Rows r (half 0) or r + 8 (half 1), columns from 8 column_group + 2 c on."""
-  bf16x2 = ir.VectorType.get((2,), ir.BF16Type.get())
-  word = vector.from_elements(ir.VectorType.get((1,), _i32()), [word])
-  registers.reshape(-1, 2)[column_group, half] = vector.bitcast(bf16x2, word)
+  pair = registers.to_pair(word, ir.BF16Type.get())
+  g.reshape(-1, 2)[column_group, half] = pair
 
 
-def _array(registers):
+def _array(g):
   return mgpu.FragmentedArray(
-    _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
+    _registers=g, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
   )
 
 
 def _thread():
   """Warp of the warpgroup, row and column in an 8 x 4 warp."""
-  thread = arith.andi(mgpu.thread_idx(), _int(127))
-  lane = arith.andi(thread, _int(31))
-  warp = arith.shrui(thread, _int(5))
-  return warp, arith.shrui(lane, _int(2)), arith.andi(lane, _int(3))
+  thread = arith.andi(mgpu.thread_idx(), registers.integer(127))
+  lane = arith.andi(thread, registers.integer(31))
+  warp = arith.shrui(thread, registers.integer(5))
+  return (
+    warp,
+    arith.shrui(lane, registers.integer(2)),
+    arith.andi(lane, registers.integer(3)),
+  )
 
 
 def _load(ref, n, at):
@@ -318,22 +329,8 @@ def _load(ref, n, at):
 
 
 def _is_set(x):
-  return arith.cmpi(arith.CmpIPredicate.ne, x, _int(0))
-
-
-def _i32():
-  return ir.IntegerType.get_signless(32)
+  return arith.cmpi(arith.CmpIPredicate.ne, x, registers.integer(0))
 
 
 def _index():
   return ir.IndexType.get()
-
-
-def _int(x):
-  return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), x))
-
-
-def _asm(instruction, *args):
-  """An instruction from 32-bit registers to one."""
-  constraints = ",".join(["=r", *"r" * len(args)])
-  return llvm.inline_asm(_i32(), list(args), instruction, constraints)

@@ -274,7 +274,7 @@ def gradients(
           collective_axes="wg",
         )
 
-  d_k = jax.new_ref(d_k)
+  d_k_ref = jax.new_ref(d_k)
   sums = plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct((chunk, *weighted_q.shape[1:]), jnp.float32),
@@ -284,6 +284,6 @@ def gradients(
     thread_name="wg",
   )(
     *(d_scores, active, k_index, weighted_q),
-    *(where.place, where.start, where.end, where.seen_keys, d_k),
+    *(where.place, where.start, where.end, where.seen_keys, d_k_ref),
   )
-  return sums, d_k[...]
+  return sums, d_k_ref[...]

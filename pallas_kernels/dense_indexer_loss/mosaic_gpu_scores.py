@@ -16,11 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import llvm
 from jaxlib.mlir.dialects import math as math_dialect
 from jaxlib.mlir.dialects import vector
 import numpy as np
 
+from pallas_kernels.dense_indexer_loss import mosaic_gpu_registers as registers
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_turns as turns
 
 bT: Final = 128
@@ -39,7 +39,7 @@ def n_tiles(chunk: int, width: int) -> tuple[int, int]:
 def scratch(dtype) -> tuple[Any, ...]:
   """Of one block, for `tile`."""
   transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-  smem = functools.partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+  smem = lambda shape: plgpu.SMEM(shape, dtype, transforms=transforms)
   return (
     smem((_STAGES, bT, 128)),
     smem((bS, 128)),
@@ -183,25 +183,21 @@ def _head(i):
   return lax.div(group, 2) * WORD + highest - 2 * i
 
 
-def _matrix(dtype):
-  shape = 64, bS
-  return plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WGMMA)
-
-
 def _add_head(similarity_TS, half_w_TS, scores_TS, bits_TS):
   """Adds half_w (x + |x|), and shifts the bit of x > 0 into the bits."""
   layout = plgpu.Layout.WGMMA
 
   @plgpu.inline_mgpu(
     arg_types=(layout,) * 4,
-    return_type=(_matrix(jnp.float32), _matrix(jnp.int16)),
+    return_type=tuple(
+      registers.matrix(bS, dtype) for dtype in (jnp.float32, jnp.int16)
+    ),
   )
   def add(ctx, similarity, half_w, scores, bits):
     del ctx
-    i32 = ir.IntegerType.get_signless(32)
     new_scores = np.empty_like(scores.registers)
     new_bits = np.empty_like(bits.registers)
-    one = arith.constant(i32, ir.IntegerAttr.get(i32, 0x00010001))
+    one = registers.integer(0x00010001)
     for at in np.ndindex(similarity.registers.shape):
       pair, twice = scores.registers[at], []
       for e in range(2):
@@ -214,13 +210,15 @@ def _add_head(similarity_TS, half_w_TS, scores_TS, bits_TS):
         pair = vector.insert(new, pair, [], [e])
       new_scores[at] = pair
       # The upper halves of two f32: positive or 0, as integers too.
-      halves = _asm(
+      halves = registers.asm(
         "prmt.b32 $0, $1, $2, 0x7632;",
-        *(arith.bitcast(i32, x) for x in twice),
+        *(arith.bitcast(registers.i32(), x) for x in twice),
       )
-      bit = _asm("min.u16x2 $0, $1, $2;", halves, one)
-      old = _as_word(bits.registers[at])
-      new_bits[at] = _as_pair(arith.addi(arith.addi(old, old), bit))
+      bit = registers.asm("min.u16x2 $0, $1, $2;", halves, one)
+      old = registers.from_pair(bits.registers[at])
+      new_bits[at] = registers.to_pair(
+        arith.addi(arith.addi(old, old), bit), ir.IntegerType.get_signless(16)
+      )
     array = functools.partial(mgpu.FragmentedArray, _layout=scores.layout)
     return (
       array(_registers=new_scores, _is_signed=None),
@@ -234,41 +232,24 @@ def _words(even_TS, odd_TS):
   """Joins the bits of even heads, low, and odd ones, high."""
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA,) * 2, return_type=_matrix(jnp.int32)
+    arg_types=(plgpu.Layout.WGMMA,) * 2,
+    return_type=registers.matrix(bS, jnp.int32),
   )
   def join(ctx, even, odd):
     del ctx
-    i32 = ir.IntegerType.get_signless(32)
     words = np.empty_like(even.registers)
     for at in np.ndindex(words.shape):
-      halves = _as_word(even.registers[at]), _as_word(odd.registers[at])
-      low = _asm("prmt.b32 $0, $1, $2, 0x5410;", *halves)
-      high = _asm("prmt.b32 $0, $1, $2, 0x7632;", *halves)
+      halves = (
+        registers.from_pair(even.registers[at]),
+        registers.from_pair(odd.registers[at]),
+      )
+      low = registers.asm("prmt.b32 $0, $1, $2, 0x5410;", *halves)
+      high = registers.asm("prmt.b32 $0, $1, $2, 0x7632;", *halves)
       words[at] = vector.from_elements(
-        ir.VectorType.get((2,), i32), [low, high]
+        ir.VectorType.get((2,), registers.i32()), [low, high]
       )
     return mgpu.FragmentedArray(
       _registers=words, _layout=even.layout, _is_signed=True
     )
 
   return join(even_TS, odd_TS)
-
-
-def _asm(instruction, *args):
-  """An instruction from 32-bit registers to one."""
-  i32 = ir.IntegerType.get_signless(32)
-  constraints = ",".join(["=r", *"r" * len(args)])
-  return llvm.inline_asm(i32, list(args), instruction, constraints)
-
-
-def _as_word(pair):
-  """[2] 16-bit numbers as one of 32 bits."""
-  i32 = ir.IntegerType.get_signless(32)
-  word = vector.bitcast(ir.VectorType.get((1,), i32), pair)
-  return vector.extract(word, [], [0])
-
-
-def _as_pair(word):
-  i32, i16 = (ir.IntegerType.get_signless(n) for n in (32, 16))
-  word = vector.from_elements(ir.VectorType.get((1,), i32), [word])
-  return vector.bitcast(ir.VectorType.get((2,), i16), word)

@@ -9,7 +9,6 @@ warpgroups with 64 queries each, one multiplies while the other takes
 exponentials.
 """
 
-import functools
 import math
 from typing import Any, Final
 
@@ -36,7 +35,7 @@ def n_tiles(chunk: int, width: int) -> tuple[int, int]:
 def scratch(dtype) -> tuple[Any, ...]:
   """Of one block, for `tile`."""
   transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-  smem = functools.partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+  smem = lambda shape: plgpu.SMEM(shape, dtype, transforms=transforms)
   return (
     smem((_STAGES, bT, _WIDTH)),
     smem((_STAGES, bS, _WIDTH)),

@@ -28,16 +28,18 @@ from . import rows
 
 I, HR = 128, 192
 SCALE = 0.1
+# T, S, N, M: one chunk of queries and two tiles of keys, or the reverse.
+SIZES = {"any": (95, 200, 2, 32), "packed": (300, 53, 2, 64)}
 
 
 def shapes(B, T, S, N, M, dtype=jnp.bfloat16, I=I, HR=HR):
-  a = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  a = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)
   i32, f32 = jnp.int32, jnp.float32
   return (
-    *(a(B, T, M, I), a(B, S, I), a(B, T, M, dtype=f32)),
-    *(a(B, T, dtype=i32), a(B, T, dtype=i32)),
-    *(a(B, T, N, HR), a(B, S, N, HR), a(B, T, N, dtype=f32)),
-    a(B, T, dtype=f32),
+    *(a(dtype, B, T, M, I), a(dtype, B, S, I), a(f32, B, T, M)),
+    *(a(i32, B, T), a(i32, B, T)),
+    *(a(dtype, B, T, N, HR), a(dtype, B, S, N, HR), a(f32, B, T, N)),
+    a(f32, B, T),
   )
 
 
@@ -161,6 +163,15 @@ def without_kernels():
     yield
 
 
+@functools.cache  # tests share what they run
+def run_without_kernels(kind, size, wrap=lambda f: f, **kwargs):
+  op = functools.partial(
+    value_and_gradient, mosaic_gpu.dense_indexer_loss, **kwargs
+  )
+  with without_kernels():
+    return jax.jit(wrap(op))(*make_inputs(kind, *size))
+
+
 class DenseIndexerLossMosaicGpuTest(chex.TestCase):
   @parameterized.parameters(
     dict(B=1, T=32768, S=32768, N=128, M=64),
@@ -192,28 +203,23 @@ class DenseIndexerLossMosaicGpuTest(chex.TestCase):
     with self.assertRaisesRegex(NotImplementedError, why):
       jax.eval_shape(op, *args)
 
-  @parameterized.parameters(
-    ("any", (95, 300, 2, 32)), ("packed", (300, 53, 2, 64))
-  )
+  @parameterized.parameters(*SIZES.items())
   def test_surroundings(self, kind, size):
-    args = make_inputs(kind, *size)
-    actual = self.run_without_kernels(*args)
+    actual = run_without_kernels(kind, size)
     expected = jax.jit(
       functools.partial(value_and_gradient, reference.dense_indexer_loss)
-    )(*args)
+    )(*make_inputs(kind, *size))
     np.testing.assert_allclose(actual[0], expected[0], 1e-4, 1e-5)
     for x, y, rtol in zip(actual[1:], expected[1:], (2**-6, 2**-6, 2**-7)):
       self.assertEqual(x.dtype, y.dtype)
       rows.assert_close(x, y, rtol, 2**-8)
 
   def test_heads_over_devices(self):
-    args = make_inputs("any", 95, 53, 2, 32)
-    expected = self.run_without_kernels(*args)
     n, heads = P(), P(None, None, "x")
     auto = jax.sharding.AxisType.Auto
     with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
-      actual = self.run_without_kernels(
-        *args,
+      actual = run_without_kernels(
+        *("any", SIZES["any"]),
         wrap=lambda f: jax.shard_map(
           f,
           in_specs=(n, n, n, n, n, heads, heads, heads, n),
@@ -222,18 +228,11 @@ class DenseIndexerLossMosaicGpuTest(chex.TestCase):
         ),
         heads_axis="x",
       )
+    expected = run_without_kernels("any", SIZES["any"])
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
   def test_the_gradient_needs_no_loss(self):
-    args = make_inputs("any", 95, 53, 2, 32)
-    expected = self.run_without_kernels(*args)
-    loss, *gradients = self.run_without_kernels(*args, measure=False)
+    loss, *gradients = run_without_kernels("any", SIZES["any"], measure=False)
     np.testing.assert_array_equal(loss, 0)
+    expected = run_without_kernels("any", SIZES["any"])
     chex.assert_trees_all_equal(gradients, list(expected[1:]))
-
-  def run_without_kernels(self, *args, wrap=lambda f: f, **kwargs):
-    op = functools.partial(
-      value_and_gradient, mosaic_gpu.dense_indexer_loss, **kwargs
-    )
-    with without_kernels():
-      return jax.jit(wrap(op))(*args)
