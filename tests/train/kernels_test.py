@@ -1,0 +1,37 @@
+"""Whole training steps run on the kernels; only traced and lowered here."""
+
+from unittest import mock
+import warnings
+
+import jax
+import pytest
+
+from dsa_jax import sharding
+from pallas_kernels import dispatch
+from train import compile as compile_lib
+from train import config as config_lib
+
+
+@pytest.mark.slow
+def test_a_step_of_the_h200_config_runs_on_kernels():
+  """Every op of it, lowered for CUDA at the real shapes."""
+  cfg = config_lib.load("configs/h200_sparse.py")
+  mesh = sharding.make_mesh()
+  with (
+    jax.set_mesh(mesh),
+    mock.patch.object(dispatch, "platform", lambda: "gpu"),
+    mock.patch.object(dispatch, "device_kind", lambda: "NVIDIA H200"),
+    dispatch.record() as chosen,
+    warnings.catch_warnings(),
+  ):
+    warnings.simplefilter("error")  # a kernel that refuses warns
+    traced = compile_lib.trace(cfg, cfg.stages[0], mesh)
+    lowered = traced.lower(lowering_platforms=("cuda",))
+  # The recall, now and then, measures against dense attention by plain XLA.
+  assert chosen.pop("dense_mla") == "chunked_xla"
+  assert chosen == {
+    "indexer_topk": "mosaic_gpu",
+    "sparse_mla": "mosaic_gpu",
+    "sparse_mla_with_loss": "mosaic_gpu",
+  }
+  assert "mosaic_gpu" in lowered.as_text()
