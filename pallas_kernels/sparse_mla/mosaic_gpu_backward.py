@@ -283,7 +283,8 @@ def backward(
       plgpu.Barrier(num_arrivals=3 * blocks + 2),
     ],
     kernel_name="sparse_mla_backward",
-    **(dict(cluster=(2,), cluster_names=("rank",)) if blocks == 2 else {}),
+    cluster=(2,) if blocks == 2 else (),
+    cluster_names=("rank",) if blocks == 2 else (),
   )
   d_kv_ref = jax.new_ref(jnp.zeros((B, S, plans.D), f32))
   if deterministic:

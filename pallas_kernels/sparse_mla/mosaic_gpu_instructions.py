@@ -53,6 +53,9 @@ def emit(
   out = llvm.inline_asm(
     kind, list(args), ptx, constraints, has_side_effects=True
   )
+  if not results:
+    return []
+  assert isinstance(out, ir.Value)
   if len(results) > 1:
     return [llvm.extractvalue(t, out, [i]) for i, t in enumerate(results)]
   return [out]
