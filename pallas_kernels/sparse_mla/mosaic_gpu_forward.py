@@ -198,18 +198,22 @@ def _rescale(out, keep):
     one = arith.constant(
       ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 1.0)
     )
-    changes = None
-    for register in keep.registers.flat:
-      value = vector.extract(register, [], [0])
-      change = arith.cmpf(arith.CmpFPredicate.UNE, value, one)
-      changes = change if changes is None else arith.ori(changes, change)
-    changes = nvvm.vote_sync(ptx.i32(-1), changes, "any")
+    values = [
+      vector.extract(register, [], [0]) for register in keep.registers.flat
+    ]
+    changed = [
+      arith.cmpf(arith.CmpFPredicate.UNE, value, one) for value in values
+    ]
+    any_changed = functools.reduce(arith.ori, changed)
+    any_changed = nvvm.vote_sync(ptx.i32(-1), any_changed, "any")
     registers = list(out.registers.flat)
-    branch = scf.IfOp(changes, [r.type for r in registers], has_else=True)
+    branch = scf.IfOp(any_changed, [r.type for r in registers], has_else=True)
     with ir.InsertionPoint(branch.then_block):
       factor = keep.broadcast_in_dim(out.shape, (0,), out.layout)
       scf.yield_(list((out * factor).registers.flat))
-    with ir.InsertionPoint(branch.else_block):
+    otherwise = branch.else_block
+    assert otherwise is not None
+    with ir.InsertionPoint(otherwise):
       scf.yield_(registers)
     results = np.array(list(branch.results), dtype=object)
     return fragmented_array.FragmentedArray(
