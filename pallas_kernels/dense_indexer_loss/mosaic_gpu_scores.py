@@ -20,8 +20,8 @@ from jaxlib.mlir.dialects import math as math_dialect
 from jaxlib.mlir.dialects import vector
 import numpy as np
 
+from pallas_kernels import turns
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_registers as registers
-from pallas_kernels.dense_indexer_loss import mosaic_gpu_turns as turns
 
 bT: Final = 128
 bS: Final = 128

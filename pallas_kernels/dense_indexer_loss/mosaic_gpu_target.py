@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.dense_indexer_loss import mosaic_gpu_turns as turns
+from pallas_kernels import turns
 
 bT: Final = 128
 bS: Final = 192

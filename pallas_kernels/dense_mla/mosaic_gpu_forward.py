@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dense_mla import mosaic_gpu_turns as turns
+from pallas_kernels import turns
 
 bT: Final = 128
 bS: Final = 128
