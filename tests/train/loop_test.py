@@ -68,10 +68,7 @@ def test_the_losses_of_a_fixed_seed_are_golden(unbroken, update_golden):
   for a, e in zip(actual, expected, strict=True):
     assert a.keys() == e.keys()
     for name in a.keys() - {"stage"}:
-      # Which of two close keys is selected depends on the CPU's matmul (seen
-      # without AVX-512): recall and the index loss then move by its weight.
-      rtol = 2e-3 if name.startswith(("recall", "index")) else 2e-4
-      np.testing.assert_allclose(a[name], e[name], rtol, err_msg=str(e))
+      np.testing.assert_allclose(a[name], e[name], rtol=2e-4, err_msg=str(e))
 
 
 def test_it_learns_and_measures_both_ways(unbroken):
