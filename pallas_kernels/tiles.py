@@ -78,10 +78,8 @@ def join(x: jax.Array, length: int) -> jax.Array:
   return x.reshape(-1, *x.shape[2:])[:length]
 
 
-def map_rows(
-  row: Callable[..., Any], *arrays: jax.Array, tile_bytes: int
-) -> Any:
-  """Applies `row` to each batch row: [B, ...] -> [B, ...].
+def map_rows(row: Callable[..., Any], *arrays: Any, tile_bytes: int) -> Any:
+  """Applies `row` to each batch row: [B, ...] -> [B, ...]; None stays None.
 
   One after another on a CPU. An accelerator takes as many at once as its budget
   holds tiles of `tile_bytes`.
@@ -91,6 +89,8 @@ def map_rows(
     fitting = max(_ACCELERATOR_BYTES // tile_bytes, 1)
     group = math.gcd(B, 1 << fitting.bit_length() - 1)
   rows = jax.vmap(row, axis_name=_ROWS)
-  groups = [x.reshape(B // group, group, *x.shape[1:]) for x in arrays]
+  groups = jax.tree.map(
+    lambda x: x.reshape(B // group, group, *x.shape[1:]), arrays
+  )
   results = jax.lax.map(lambda xs: rows(*xs), groups)
   return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), results)

@@ -25,14 +25,15 @@ def dense_mla(
   start: Int[Array, "B T"],
   end: Int[Array, "B T"],
   scale: float,
+  indices: Int[Array, "B T K"] | None = None,
   *,
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
-  """Attention of each query to all keys in [start, end), in expanded MLA form.
+  """Attention of each query to the keys in [start, end), in expanded MLA form.
 
   Softmax and accumulation in fp32. Differentiable in `q`, `k` and `v`, through
-  both results. Memory is O(T + S) and one tile of queries x keys, except for
-  `reference`.
+  both results. Memory is O(T + S) and one tile of queries x keys, and
+  T x S bits where there are `indices`; except for `reference`.
 
   Args:
     q: Queries `[q_nope; q_rope]`, H+R wide.
@@ -41,6 +42,10 @@ def dense_mla(
     start: The first key that a query sees.
     end: One past the last key it sees; `start >= end` sees none.
     scale: Multiplies the logits: (H+R)^-1/2 m^2.
+    indices: If given, only these keys of [start, end) are read. Each may occur
+      once; anything outside [0, S) is ignored, wherever it stands. Work remains
+      that of all keys in the range: `crossover` says when that is less than
+      `sparse_mla`'s.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 
@@ -49,5 +54,8 @@ def dense_mla(
     scaled logits. A query that sees no key gives 0 and -inf.
   """
   return dispatch.call(
-    "dense_mla", IMPLEMENTATIONS, implementation, q, k, v, start, end, scale
+    "dense_mla",
+    IMPLEMENTATIONS,
+    implementation,
+    *(q, k, v, start, end, scale, indices),
   )

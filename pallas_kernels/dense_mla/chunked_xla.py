@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
+from pallas_kernels.dense_mla import chosen as chosen_lib
 
 
 @functools.partial(
@@ -25,11 +26,13 @@ def dense_mla(
   start: Int[Array, "B T"],
   end: Int[Array, "B T"],
   scale: float,
+  indices: Int[Array, "B T K"] | None = None,
   query_tile: int | None = None,
   key_tile: int | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
   """See `api.dense_mla`. The tiles bound the memory, not the result."""
-  return _vjp_forward(q, k, v, start, end, scale, query_tile, key_tile)[0]
+  args = q, k, v, start, end, scale, indices, query_tile, key_tile
+  return _vjp_forward(*args)[0]
 
 
 def _tile_sizes(q, k, query_tile, key_tile):
@@ -37,13 +40,15 @@ def _tile_sizes(q, k, query_tile, key_tile):
   return query_tile or bT, key_tile or bS
 
 
-def _logits(q, k, start, end, i, scale):
+def _logits(q, k, start, end, chosen, i, scale):
   """[N, bT, bS] of key tile i, -inf where a query may not look."""
   logits_NTS = scale * jnp.einsum(
     "TND,SND->NTS", q, k, preferred_element_type=jnp.float32
   )
   key = i * k.shape[0] + jnp.arange(k.shape[0], dtype=start.dtype)[None]
   visible_TS = (key >= start[:, None]) & (key < end[:, None])
+  if chosen is not None:
+    visible_TS &= chosen_lib.bits(chosen, key[0])
   return jnp.where(visible_TS[None], logits_NTS, -jnp.inf)
 
 
@@ -51,14 +56,16 @@ def _slice(x, i, bS):
   return jax.lax.dynamic_slice_in_dim(x, i * bS, bS)
 
 
-def _vjp_forward(q, k, v, start, end, scale, query_tile, key_tile):
+def _vjp_forward(q, k, v, start, end, scale, indices, query_tile, key_tile):
   T, S = q.shape[1], k.shape[1]
+  chosen = None if indices is None else chosen_lib.words(indices, S)
   bT, bS = _tile_sizes(q, k, query_tile, key_tile)
 
-  def tile(q, start, end, k, v):
+  def tile(q, start, end, chosen, k, v):
     def key_tile(i, carry):
       out_NTU, top_NT1, sum_NT1 = carry
-      logits = _logits(q, _slice(k, i, bS), start, end, i, scale)
+      k_tile = _slice(k, i, bS)
+      logits = _logits(q, k_tile, start, end, chosen, i, scale)
       new_top = jnp.maximum(top_NT1, jnp.max(logits, -1, keepdims=True))
       finite_top = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
       weights = jnp.exp(logits - finite_top)
@@ -89,23 +96,23 @@ def _vjp_forward(q, k, v, start, end, scale, query_tile, key_tile):
     lse_NT = (top_NT1 + jnp.log(sum_NT1))[..., 0]
     return out_NTU.swapaxes(0, 1).astype(q.dtype), lse_NT.T
 
-  def row(q, k, v, start, end):
+  def row(q, k, v, *queries):
     k, v = tiles.pad_keys(k, bS), tiles.pad_keys(v, bS)
-    tiled = [tiles.split(x, bT) for x in (q, start, end)]
+    tiled = jax.tree.map(lambda x: tiles.split(x, bT), (q, *queries))
     out, lse = jax.lax.map(lambda xs: tile(*xs, k, v), tiled)
     return tiles.join(out, T), tiles.join(lse, T)
 
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
   out, lse = tiles.map_rows(
-    row, *(q, k, v, start, end), tile_bytes=4 * bT * bS * q.shape[2]
+    row, *(q, k, v, start, end, chosen), tile_bytes=4 * bT * bS * q.shape[2]
   )
   # Named, so that a remat policy may keep them instead of computing them again.
   out, lse = checkpoint_name((out, lse), "dense_mla")
-  return (out, lse), (q, k, v, start, end, out, lse)
+  return (out, lse), (q, k, v, start, end, chosen, out, lse)
 
 
 def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
-  q, k, v, start, end, out, lse = residuals
+  q, k, v, start, end, chosen, out, lse = residuals
   d_out, d_lse = cotangents
   T, S = q.shape[1], k.shape[1]
   bT, bS = _tile_sizes(q, k, query_tile, key_tile)
@@ -118,14 +125,15 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
   lse = jnp.where(dead, jnp.inf, lse)
 
   def tile(d_keys, xs, k, v):
-    q, start, end, d_out, lse, delta = xs
+    q, start, end, chosen, d_out, lse, delta = xs
     lse_NT1, delta_NT1 = lse.T[..., None], delta.T[..., None]
     f32 = jnp.float32
 
     def key_tile(i, carry):
       d_q, d_k, d_v = carry
       k_tile, v_tile = _slice(k, i, bS), _slice(v, i, bS)
-      weights_NTS = jnp.exp(_logits(q, k_tile, start, end, i, scale) - lse_NT1)
+      logits_NTS = _logits(q, k_tile, start, end, chosen, i, scale)
+      weights_NTS = jnp.exp(logits_NTS - lse_NT1)
       d_weights_NTS = jnp.einsum(
         "TNU,SNU->NTS", d_out, v_tile, preferred_element_type=f32
       )
@@ -151,9 +159,9 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
     )
     return (d_k, d_v), d_q.astype(q.dtype)
 
-  def row(q, k, v, start, end, d_out, lse, delta):
+  def row(q, k, v, *queries):
     k, v = tiles.pad_keys(k, bS), tiles.pad_keys(v, bS)
-    tiled = [tiles.split(x, bT) for x in (q, start, end, d_out, lse, delta)]
+    tiled = jax.tree.map(lambda x: tiles.split(x, bT), (q, *queries))
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     (d_k, d_v), d_q = jax.lax.scan(
       lambda d_keys, xs: tile(d_keys, xs, k, v), zeros, tiled
@@ -162,10 +170,10 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
 
   d_q, d_k, d_v = tiles.map_rows(
     row,
-    *(q, k, v, start, end, d_out, lse, delta),
+    *(q, k, v, start, end, chosen, d_out, lse, delta),
     tile_bytes=4 * bT * bS * q.shape[2],
   )
-  return d_q, d_k, d_v, None, None
+  return d_q, d_k, d_v, None, None, None
 
 
 dense_mla.defvjp(_vjp_forward, _vjp_backward)

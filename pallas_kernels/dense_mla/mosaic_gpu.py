@@ -7,8 +7,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from pallas_kernels.dense_mla import chosen as chosen_lib
 from pallas_kernels.dense_mla import mosaic_gpu_backward
 from pallas_kernels.dense_mla import mosaic_gpu_forward
 
@@ -23,10 +24,11 @@ def dense_mla(
   start: Int[Array, "B T"],
   end: Int[Array, "B T"],
   scale: float,
+  indices: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
   """See `api.dense_mla`."""
   _check(q, k, v, scale)
-  return _dense_mla(q, k, v, start, end, scale)
+  return _dense_mla(q, k, v, start, end, scale, indices)
 
 
 def _check(q, k, v, scale):
@@ -44,8 +46,8 @@ def _check(q, k, v, scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("scale",))
-def _dense_mla(q, k, v, start, end, scale):
-  return _vjp_forward(q, k, v, start, end, scale)[0]
+def _dense_mla(q, k, v, start, end, scale, indices):
+  return _vjp_forward(q, k, v, start, end, scale, indices)[0]
 
 
 def _pad(x, length, fill=0):
@@ -95,10 +97,25 @@ def forward_plan(
   return jnp.stack([first, last, whole, unwhole], -1)
 
 
-def _vjp_forward(q, k, v, start, end, scale):
+def words_of_tiles(
+  words: UInt32[Array, "B Y W"], row_tile: int, column_tile: int
+) -> Int[Array, "B columns rows words"]:
+  """Words of rows, of whole tiles, those of each tile of columns together."""
+  n = column_tile // chosen_lib.BITS
+  words = whole_tiles(words, row_tile)
+  words = jnp.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % n)])
+  words = jax.lax.bitcast_convert_type(words, jnp.int32)
+  return words.reshape(*words.shape[:2], -1, n).swapaxes(1, 2)
+
+
+def _vjp_forward(q, k, v, start, end, scale, indices):
   T, S = q.shape[1], k.shape[1]
   bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_forward.bS
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
+  chosen = None
+  if indices is not None:
+    chosen = chosen_lib.within(chosen_lib.words(indices, S), start, end)
+    end = jnp.where(jnp.any(chosen != 0, -1), end, start)  # reads nothing
   padded_start, padded_end = (
     whole_tiles(x.astype(jnp.int32), bT) for x in (start, end)
   )
@@ -110,11 +127,12 @@ def _vjp_forward(q, k, v, start, end, scale):
     padded_end,
     forward_plan(padded_start, padded_end),
     scale,
+    None if chosen is None else words_of_tiles(chosen, bT, bS),
   )
   out, lse = out[:, :T], lse_BNT[..., :T].swapaxes(1, 2)
   # Named, so that a remat policy may keep them instead of computing them again.
   out, lse = checkpoint_name((out, lse), "dense_mla")
-  return (out, lse), (q, k, v, start, end, out, lse)
+  return (out, lse), (q, k, v, start, end, chosen, out, lse)
 
 
 def backward_plan(
@@ -144,7 +162,7 @@ def backward_plan(
 
 
 def _vjp_backward(scale, residuals, cotangents):
-  q, k, v, start, end, out, lse = residuals
+  q, k, v, start, end, chosen, out, lse = residuals
   d_out, d_lse = cotangents
   T, S = q.shape[1], k.shape[1]
   bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_backward.bS
@@ -160,6 +178,10 @@ def _vjp_backward(scale, residuals, cotangents):
     for x, fill in ((lse, jnp.inf), (delta, 0.0))
   )
   start, end = (whole_tiles(x.astype(jnp.int32), bT) for x in (start, end))
+  if chosen is not None:
+    chosen = whole_tiles(chosen, bT)  # as start and end
+    chosen = chosen_lib.by_key(chosen)[:, :S]
+    chosen = words_of_tiles(chosen, bS, mosaic_gpu_backward.bT)
   d_q, d_k, d_v = mosaic_gpu_backward.backward(
     tileable(q, bT),
     tileable(k, bS),
@@ -171,9 +193,10 @@ def _vjp_backward(scale, residuals, cotangents):
     end,
     backward_plan(start, end, pl.cdiv(S, bS)),
     scale,
+    chosen,
   )
   d_q = (d_q[:, :T] * scale).astype(q.dtype)
-  return d_q, d_k[:, :S], d_v[:, :S], None, None
+  return d_q, d_k[:, :S], d_v[:, :S], None, None, None
 
 
 _dense_mla.defvjp(_vjp_forward, _vjp_backward)

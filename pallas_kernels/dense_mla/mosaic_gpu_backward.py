@@ -16,7 +16,6 @@ float32 by TMA, in whatever order the blocks come: its last bit varies from run
 to run.
 """
 
-import functools
 import math
 from typing import cast, Final
 
@@ -34,6 +33,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from pallas_kernels import ptx
+from pallas_kernels.dense_mla import mosaic_gpu_chosen
 
 bT: Final = 64
 bS: Final = 128
@@ -63,6 +63,7 @@ def backward(
   end: Int[Array, "B paddedT"],
   plan: Int[Array, "B nS 4"],
   scale: float,
+  chosen: Int[Array, "B nT paddedS 2"] | None = None,
 ) -> tuple[
   Float[Array, "B tileableT N HR"],
   Float[Array, "B tileableS N HR"],
@@ -82,10 +83,19 @@ def backward(
     plan: For each tile of keys, tiles of queries: from the first to the second
       some see some of it, from the third to the fourth all see all of it.
     scale: Of the logits.
+    chosen: Bits of the queries that read each key, all within their ranges, of
+      whole tiles of queries and keys.
   """
   (B, T, N, HR), (S, U) = q.shape, (k.shape[1], v.shape[-1])
   nS = plan.shape[1]
-  kernel = functools.partial(_kernel, scale=scale, nS=nS)
+  operands = q, k, v, d_out, lse, delta, start, end, plan.reshape(-1)
+  if chosen is not None:
+    operands += (chosen.reshape(-1, chosen.shape[-1]),)
+
+  def kernel(*refs):
+    refs, rest = refs[: len(operands)], refs[len(operands) :]
+    _kernel(*refs[:9], *rest, scale=scale, nS=nS, chosen=refs[9:])
+
   wide = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_WIDE)
   narrow = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_NARROW)
   d_q = jax.new_ref(jnp.zeros((B, T, N, HR), jnp.float32))
@@ -118,7 +128,7 @@ def backward(
       approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
     ),
     kernel_name="dense_mla_backward",
-  )(q, k, v, d_out, lse, delta, start, end, plan.reshape(-1), d_q)
+  )(*operands, d_q)
   return d_q[...], d_k, d_v
 
 
@@ -206,7 +216,7 @@ def _kernel(
   q, k, v, d_out, lse, delta, start, end, plan, d_q, d_k, d_v,
   k_smem, v_smem, q_smem, do_smem, ds_smem, dq_smem, lse_smem, delta_smem,
   kv_full, q_full, do_full, q_free, do_free,
-  *, scale, nS,
+  *, scale, nS, chosen,
 ):  # fmt: skip
   N, HR, U = q.shape[2], q.shape[3], v.shape[3]
   block, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -269,6 +279,11 @@ def _kernel(
       seen = (key >= spread(start_T)) & (key < spread(end_T))
       return jnp.where(seen, logits_ST, -jnp.inf)
 
+    def words_of(ref, i):
+      nT = start.shape[1] // bT
+      row = (batch * nT + i) * (nS * bS) + i_s * bS + wg * _ROWS
+      return mosaic_gpu_chosen.load(ref, row, bT // 32)
+
     def compute(dk_acc, dv_acc, s_acc, dp_acc, dq_acc):
       def operands(i):
         here = _fresh(wg)
@@ -286,6 +301,9 @@ def _kernel(
         queries = pl.ds(part * (bT // 2), bT // 2)
         plgpu.wgmma(dk_acc, ds_smem.at[mine, queries], q_smem.at[slot, queries])
 
+      def kept(logits_ST, words):
+        return mosaic_gpu_chosen.keep(logits_ST, *words) if words else logits_ST
+
       dk_acc[...], dv_acc[...] = zeros(HR), zeros(U)
       plgpu.barrier_wait(kv_full)
       plgpu.barrier_wait(q_full.at[0])
@@ -293,12 +311,13 @@ def _kernel(
 
       def step(i, logits_ST):
         slot, mine, columns = operands(i)
-        logits_ST = lax.cond(
-          (i >= whole) & (i < unwhole),
-          lambda x: x,
-          lambda x: masked(x, i),
-          logits_ST,
-        )
+        if not chosen:
+          logits_ST = lax.cond(
+            (i >= whole) & (i < unwhole),
+            lambda x: x,
+            lambda x: masked(x, i),
+            logits_ST,
+          )
         plgpu.barrier_wait(do_full.at[slot])
         lse_T = plgpu.load(lse_smem.at[slot], layout=_BY_COLUMN)
         p_ST = jnp.exp2(logits_ST * (scale * _LOG2E) - spread(lse_T))
@@ -338,12 +357,14 @@ def _kernel(
         def _():
           plgpu.barrier_wait(q_full.at[1 - slot])
 
+        words = [words_of(ref, following) for ref in chosen]
         # After the last tile, its logits once more, which nobody takes.
         multiply_logits(following)
         multiply_dk(i, 1)
-        return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+        return kept(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), words)
 
-      logits_ST = plgpu.wgmma_accumulator_load(s_acc)
+      words = [words_of(ref, first) for ref in chosen]
+      logits_ST = kept(plgpu.wgmma_accumulator_load(s_acc), words)
       lax.fori_loop(first, last, step, logits_ST)
       ptx.meet(_READ, _BOTH)
       k_smem[mine] = (plgpu.wgmma_accumulator_load(dk_acc) * scale).astype(

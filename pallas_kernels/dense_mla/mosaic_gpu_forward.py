@@ -9,10 +9,10 @@ each, whose output stays in registers. They take turns at the tensor cores:
   warpgroup 1   softmax                             | out += P V, logits ...
 
 A tile that all of the block's queries see whole needs no mask: with causal
-ranges, that is all but the last.
+ranges, that is all but the last. Where keys are chosen one by one, words of
+bits are the mask of every tile.
 """
 
-import functools
 import math
 from typing import Final
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import turns
+from pallas_kernels.dense_mla import mosaic_gpu_chosen
 
 bT: Final = 128
 bS: Final = 128
@@ -44,6 +45,7 @@ def forward(
   end: Int[Array, "B paddedT"],
   plan: Int[Array, "B nT 4"],
   scale: float,
+  chosen: Int[Array, "B nS paddedT 4"] | None = None,
 ) -> tuple[Float[Array, "B tileableT N U"], Float[Array, "B N paddedT"]]:
   """Output, and logsumexp.
 
@@ -56,10 +58,19 @@ def forward(
     plan: For each tile of queries, tiles of keys: from the first to the second
       they are seen by some, from the third to the fourth wholly by all.
     scale: Of the logits; positive.
+    chosen: Bits of the keys that each query reads, all in its range, of whole
+      tiles of keys. A query that reads none has an empty range.
   """
   (B, T, N, HR), U = q.shape, v.shape[-1]
   nT = plan.shape[1]
-  kernel = functools.partial(_kernel, scale=scale, nT=nT)
+  operands = q, k, v, start, end, plan.reshape(-1)
+  if chosen is not None:
+    operands += (chosen.reshape(-1, chosen.shape[-1]),)
+
+  def kernel(*refs):
+    refs, rest = refs[: len(operands)], refs[len(operands) :]
+    _kernel(*refs[:6], *rest, scale=scale, nT=nT, chosen=refs[6:])
+
   smem = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_SWIZZLED)
   return plgpu.kernel(
     kernel,
@@ -88,15 +99,15 @@ def forward(
       approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
     ),
     kernel_name="dense_mla_forward",
-  )(q, k, v, start, end, plan.reshape(-1))
+  )(*operands)
 
 
 def _kernel(
   q, k, v, start, end, plan, out, lse,
   q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free,
-  *, scale, nT,
+  *, scale, nT, chosen,
 ):  # fmt: skip
-  N, U = out.shape[2:]
+  batches, _, N, U = out.shape
   parts = q.shape[3] // _COLUMNS
   block, wg = lax.axis_index("block"), lax.axis_index("wg")
   head = lax.div(block, nT)
@@ -159,6 +170,11 @@ def _kernel(
       )
       return jnp.where(seen, logits, -jnp.inf)
 
+    def words_of(ref, i):
+      nS = ref.shape[0] // (batches * nT * bT)
+      row = (batch * nS + i) * (nT * bT) + query
+      return mosaic_gpu_chosen.load(ref, row, bS // 32)
+
     def compute(out_acc, logits_acc):
       def multiply_logits(i):
         slot = lax.rem(i - first, _STAGES)
@@ -175,14 +191,18 @@ def _kernel(
       def step(i, carry, is_last=False):
         top, total = carry
         slot = lax.rem(i - first, _STAGES)
+        words = [words_of(ref, i) for ref in chosen]
         logits = plgpu.wgmma_accumulator_load(logits_acc)
         plgpu.barrier_arrive(k_free.at[slot])
-        logits = lax.cond(
-          (i >= whole) & (i < unwhole),
-          lambda x: x,
-          lambda x: masked(x, i),
-          logits,
-        )
+        if words:
+          logits = mosaic_gpu_chosen.keep(logits, *words)
+        else:
+          logits = lax.cond(
+            (i >= whole) & (i < unwhole),
+            lambda x: x,
+            lambda x: masked(x, i),
+            logits,
+          )
         new_top = jnp.maximum(top, jnp.max(logits, axis=1) * (scale * _LOG2E))
         keep = jnp.exp2(top - new_top)
         weights = jnp.exp2(logits * (scale * _LOG2E) - spread(new_top, bS))

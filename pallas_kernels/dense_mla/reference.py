@@ -12,14 +12,17 @@ def dense_mla(
   start: Int[Array, "B T"],
   end: Int[Array, "B T"],
   scale: float,
+  indices: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
-  """See `api.dense_mla`. Holds [B, T, N, S] in memory."""
+  """See `api.dense_mla`. Holds [B, T, N, S] in memory, and [B, T, K, S]."""
   f32, S = jnp.float32, k.shape[1]
   logits_BTNS = scale * jnp.einsum(
     "BTND,BSND->BTNS", q, k, preferred_element_type=f32
   )
   key = jnp.arange(S)[None, None]
   visible_BTS = (key >= start[..., None]) & (key < end[..., None])
+  if indices is not None:
+    visible_BTS &= (indices[..., None] == key[:, :, None]).any(-2)
   logits_BTNS = jnp.where(visible_BTS[:, :, None], logits_BTNS, -jnp.inf)
   dead_BT11 = ~visible_BTS.any(-1)[..., None, None]
   # A finite row in place of a dead one: its softmax has a gradient, of zero.

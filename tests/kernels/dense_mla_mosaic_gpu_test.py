@@ -27,17 +27,18 @@ B, HR, U = inputs.B, 192, 128
 SCALE = 0.1
 
 
-def shapes(B, T, S, N, dtype=jnp.bfloat16, HR=HR, U=U):
+def shapes(B, T, S, N, dtype=jnp.bfloat16, HR=HR, U=U, K=None):
   sizes = (B, T, N, HR), (B, S, N, HR), (B, S, N, U), (B, T, N, U)
   q, k, v, d_out = (jax.ShapeDtypeStruct(x, dtype) for x in sizes)
   bound = jax.ShapeDtypeStruct((B, T), jnp.int32)
   d_lse = jax.ShapeDtypeStruct((B, T, N), jnp.float32)
-  return q, k, v, bound, bound, d_out, d_lse
+  indices = [jax.ShapeDtypeStruct((B, T, K), jnp.int32)] if K else []
+  return q, k, v, bound, bound, d_out, d_lse, *indices
 
 
-def value_and_vjp(op, q, k, v, start, end, d_out, d_lse, scale=SCALE):
+def value_and_vjp(op, q, k, v, start, end, d_out, d_lse, *indices):
   results, pullback = jax.vjp(
-    lambda q, k, v: op(q, k, v, start, end, scale), q, k, v
+    lambda q, k, v: op(q, k, v, start, end, SCALE, *indices), q, k, v
   )
   return *results, *pullback((d_out, d_lse))
 
@@ -81,16 +82,27 @@ def as_planned(plan, walked, kept):
   return (np.repeat(np.repeat(x, kept, 1), walked, 2) for x in (seen, plain))
 
 
-def visible(seen, plain, start, end):
-  """bool[B, T, S]"""
+def chosen_columns(words):
+  """int32[B, column tiles, rows, words of a tile] -> bool[B, rows, columns]"""
+  words = np.asarray(words).view(np.uint32).swapaxes(1, 2)
+  bits = (words[..., None] >> np.arange(32, dtype=np.uint32)) & 1
+  return bits.reshape(*bits.shape[:2], -1).astype(bool)
+
+
+def visible(seen, plain, start, end, chosen_BTS):
+  """bool[B, T, S]: chosen bits are the only mask where there are any."""
   start, end = np.asarray(start)[..., None], np.asarray(end)[..., None]
   key = np.arange(seen.shape[2])
+  if chosen_BTS is not None:
+    return seen & chosen_BTS[..., : seen.shape[2]]
   return seen & (plain | ((key >= start) & (key < end)))
 
 
-def fake_forward(q, k, v, start, end, plan, scale):
+def fake_forward(q, k, v, start, end, plan, scale, chosen):
   bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_forward.bS
-  visible_BTS = visible(*as_planned(plan, bS, bT), start, end)
+  if chosen is not None:
+    chosen = chosen_columns(chosen)
+  visible_BTS = visible(*as_planned(plan, bS, bT), start, end, chosen)
   tileable_T, (T, S) = q.shape[1], visible_BTS.shape[1:]
   q, k, v = grow(q, T), grow(k, S), grow(v, S)
   logits = scale * jnp.einsum(
@@ -105,12 +117,14 @@ def fake_forward(q, k, v, start, end, plan, scale):
   return out, jnp.where(alive, lse_BNT, -jnp.inf)
 
 
-def fake_backward(q, k, v, d_out, lse, delta, start, end, plan, scale):
+def fake_backward(q, k, v, d_out, lse, delta, start, end, plan, scale, chosen):
   bT, bS = mosaic_gpu_backward.bT, mosaic_gpu_backward.bS
   seen, plain = (
     grow(x.swapaxes(1, 2), start.shape[1]) for x in as_planned(plan, bT, bS)
   )
-  visible_BTS = visible(seen, plain, start, end)
+  if chosen is not None:
+    chosen = chosen_columns(chosen).swapaxes(1, 2)[:, : start.shape[1]]
+  visible_BTS = visible(seen, plain, start, end, chosen)
   tileable_T, tileable_S, (T, S) = q.shape[1], k.shape[1], visible_BTS.shape[1:]
   q, d_out, k, v = (
     grow(x, n).astype(jnp.float32)
@@ -132,10 +146,12 @@ class DenseMlaMosaicGpuTest(chex.TestCase):
   @parameterized.parameters(
     dict(B=1, T=32768, S=32768, N=128),
     dict(B=2, T=95, S=300, N=8),
+    dict(B=1, T=8192, S=8192, N=128, K=2048),
+    dict(B=2, T=95, S=300, N=8, K=64),
   )
-  def test_lowers(self, B, T, S, N):
+  def test_lowers(self, **sizes):
     step = functools.partial(value_and_vjp, mosaic_gpu.dense_mla)
-    lowered = jax.jit(step).trace(*shapes(B, T, S, N))
+    lowered = jax.jit(step).trace(*shapes(**sizes))
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     self.assertEqual(text.count("@mosaic_gpu_v2"), 2)
 
@@ -157,17 +173,21 @@ class DenseMlaMosaicGpuTest(chex.TestCase):
   @parameterized.parameters(
     *((kind, (300, 330, 1)) for kind in (*inputs.RANGES, "within a tile")),
     ("any", (95, 95, 2)),
+    *((kind, (300, 330, 1), "plain") for kind in ("causal", "within a tile")),
+    ("packed", (300, 330, 1), "packed"),
+    ("any", (95, 95, 2), "invalid"),
   )
-  def test_surroundings(self, kind, size):
+  def test_surroundings(self, kind, size, choice=None):
     args = make_inputs(kind, *size)
+    indices = [inputs.choices(choice, *size[:2], K=40)] if choice else []
     with (
       mock.patch.object(mosaic_gpu_forward, "forward", fake_forward),
       mock.patch.object(mosaic_gpu_backward, "backward", fake_backward),
     ):
       # Not jitted: the fakes' sizes depend on the plan.
-      actual = value_and_vjp(mosaic_gpu.dense_mla, *args)
+      actual = value_and_vjp(mosaic_gpu.dense_mla, *args, *indices)
     *args, d_lse = args
-    expected = compiled_reference()(*args, jnp.nan_to_num(d_lse))
+    expected = compiled_reference()(*args, jnp.nan_to_num(d_lse), *indices)
     rtols = 2**-7, 2e-6, 2**-6, 2**-6, 2**-6
     atols = 0.0, 2e-6, 2**-6, 2**-6, 2**-6
     for x, y, rtol, atol in zip(actual, expected, rtols, atols, strict=True):

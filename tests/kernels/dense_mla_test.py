@@ -29,9 +29,9 @@ TILED = {  # one by one, odd, larger than T and S; by default, powers of two
 }
 
 
-def value_and_vjp(op, q, k, v, start, end, d_out, d_lse):
+def value_and_vjp(op, q, k, v, start, end, d_out, d_lse, *indices):
   """out, lse, and the gradients to q, k and v."""
-  f = lambda q, k, v: op(q, k, v, start, end, SCALE)
+  f = lambda q, k, v: op(q, k, v, start, end, SCALE, *indices)
   results, pullback = jax.vjp(f, q, k, v)
   return *results, *pullback((d_out, d_lse))
 
@@ -52,8 +52,8 @@ def make_inputs(kind="any", dtype=jnp.float32):
   )
 
 
-def loops(q, k, v, start, end, d_out, d_lse):
-  return oracles.dense_mla(q, k, v, start, end, SCALE, d_out, d_lse)
+def loops(q, k, v, start, end, *rest):
+  return oracles.dense_mla(q, k, v, start, end, SCALE, *rest)
 
 
 class DenseMlaTest(chex.TestCase):
@@ -78,6 +78,21 @@ class DenseMlaTest(chex.TestCase):
         actual = compiled(op)(*args)
         self.assert_close(actual, expected)
         chex.assert_trees_all_equal(compiled(op)(*args), actual, strict=True)
+
+  @parameterized.parameters(*OPS, *TILED)
+  def test_of_the_range_only_chosen_keys_are_read(self, op):
+    for kind, choice in (
+      *(("causal", "plain"), ("packed", "packed")),
+      *(("any", "plain"), ("any", "invalid")),
+    ):
+      with self.subTest(f"{kind}, {choice}"):
+        args = *make_inputs(kind), inputs.choices(choice)
+        actual = compiled(op)(*args)
+        self.assert_close(actual, loops(*args))
+        # It is another result than that of all keys.
+        self.assertGreater(
+          jnp.abs(actual[0] - compiled(op)(*args[:-1])[0]).max(), 0.1
+        )
 
   @parameterized.parameters(*OPS)
   def test_bfloat16(self, op):

@@ -107,6 +107,7 @@ def dense_mla(
   scale: float,
   d_out: ArrayLike,
   d_lse: ArrayLike,
+  indices: ArrayLike | None = None,
 ) -> Arrays:
   """out, lse, and the gradients to q, k and v."""
   q, k, v, d_out, d_lse = _float64(q, k, v, d_out, d_lse)
@@ -116,6 +117,8 @@ def dense_mla(
   d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
   for b, t, n in np.ndindex(B, T, N):
     visible = [s for s in range(S) if start_BT[b][t] <= s < end_BT[b][t]]
+    if indices is not None:
+      visible = sorted({*visible} & {*np.asarray(indices)[b, t].tolist()})
     out[b, t, n], lse[b, t, n], d_q[b, t, n], d_keys, d_values = _attend(
       q[b, t, n],
       k[b, visible, n],

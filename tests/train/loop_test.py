@@ -210,6 +210,7 @@ def test_kernels_may_be_ruled_out(folder, monkeypatch, kernels):
   def start(*_):
     with monkeypatch.context() as patch:
       patch.setattr(dispatch, "platform", lambda: "gpu")
+      patch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
       chosen.append(dispatch.call("op", ops, None))
     raise loop.Diverged("seen enough")
 
