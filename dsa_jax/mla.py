@@ -22,6 +22,7 @@ from dsa_jax import rope
 from dsa_jax import sharding
 from dsa_jax import zigzag
 import pallas_kernels
+from pallas_kernels import crossover
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +63,8 @@ class MLA(nnx.Module):
 
   Dense attention runs expanded: every head has its own keys and values. Sparse
   attention runs absorbed: all heads share the latent rows, which are gathered
-  once for all of them.
+  once for all of them; or, where `crossover` finds that faster, expanded, too,
+  with a mask.
   """
 
   def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
@@ -131,14 +133,14 @@ class MLA(nnx.Module):
       )
     scoring: Any = indexed.scoring
     selected_BTK = indexed.selected
-    if frame.attention == "sparse":
-      out_BTNU, index_loss_BT = self._sparse(
-        q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
-      )
-    else:
-      out_BTNU, index_loss_BT = self._dense(
-        q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, frame
-      )
+    T, S = x.shape[1] // rules.shards("seq"), kv_BSX.shape[1]
+    expanded = frame.attention == "dense" or (
+      cache is None and crossover.dense_is_faster(T, S, cfg.top_k)
+    )
+    attend = self._expanded if expanded else self._absorbed
+    out_BTNU, index_loss_BT = attend(
+      q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
+    )
     if frame.index_loss:
       recall_BQ = self._recall(
         q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
@@ -153,8 +155,13 @@ class MLA(nnx.Module):
     )
     return AttentionOutput(y_BTD, cache, indexed, index_loss_BT, recall_BQ)
 
-  def _dense(self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, frame):
-    """Expanded: keys `[c Wuk; kr]` and values `c Wuv` for each head."""
+  def _expanded(
+    self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
+  ):
+    """Keys `[c Wuk; kr]` and values `c Wuv` for each head.
+
+    Reads all visible keys, or of these the selected ones.
+    """
     cfg, rules = self.cfg, self.cfg.rules
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
     c_BSC, kr_BSR = kv_BSX[..., :C], kv_BSX[..., C:]
@@ -174,39 +181,50 @@ class MLA(nnx.Module):
     q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], -1)
     k_BSNX = jnp.concatenate([k_nope_BSNH, kr_BSNR], -1)
     ranges = frame.start, frame.end
+    selected = [] if frame.attention == "dense" else [selected_BTK]
     per_query = rules("batch", "seq")
     per_head = rules("batch", "seq", "heads")
+    per_selected = rules("batch", "seq", None)
     attend = sharding.local(
-      lambda *inputs: pallas_kernels.dense_mla(*inputs, scale),
-      in_specs=(queries, keys, keys, per_query, per_query),
+      lambda q, k, v, start, end, *indices: pallas_kernels.dense_mla(
+        *(q, k, v, start, end, scale, *indices)
+      ),
+      in_specs=(
+        *(queries, keys, keys, per_query, per_query),
+        *(per_selected for _ in selected),
+      ),
       out_specs=(queries, per_head),
     )
-    out_BTNU, lse_BTN = attend(q_BTNX, k_BSNX, v_BSNU, *ranges)
+    out_BTNU, lse_BTN = attend(q_BTNX, k_BSNX, v_BSNU, *ranges, *selected)
     if not frame.index_loss:
       return out_BTNU, None
     index_specs, index = self._scoring(scoring)
     heads_axis = rules.mesh_axes("heads")
+    if selected:
+      op, read = pallas_kernels.sparse_indexer_loss, selected
+      read_specs = (per_selected,)
+      q_BTNX, k_BSNX = self._absorb(q_nope_BTNH, q_rope_BTNR), kv_BSX
+      keys = rules("keys", None, None)
+    else:
+      op, read = pallas_kernels.dense_indexer_loss, ranges
+      read_specs = per_query, per_query
     compare = sharding.local(
-      lambda measure, *inputs: pallas_kernels.dense_indexer_loss(
-        *inputs, scale, heads_axis, measure
-      ),
+      lambda measure, *inputs: op(*inputs, scale, heads_axis, measure),
       in_specs=(
-        rules(),
-        *index_specs,
-        *(per_query, per_query),
+        *(rules(), *index_specs, *read_specs),
         *(queries, keys, per_head),
       ),
       out_specs=per_query,
     )
     # The target is a constant: the trunk learns nothing from the indexer.
     attention = jax.lax.stop_gradient((q_BTNX, k_BSNX, lse_BTN))
-    index_loss_BT = compare(frame.measure, *index, *ranges, *attention)
+    index_loss_BT = compare(frame.measure, *index, *read, *attention)
     return out_BTNU, index_loss_BT
 
-  def _sparse(
+  def _absorbed(
     self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
   ):
-    """Absorbed: queries go to the latent's space, results come back from it."""
+    """Queries go to the latent's space, results come back from it."""
     cfg, rules = self.cfg, self.cfg.rules
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
     queries = rules("batch", "seq", "heads", None)

@@ -62,6 +62,7 @@ def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
         # It stays where it stands: ahead of what hides its latency.
         has_side_effects=True,
       )
+      assert isinstance(loaded, ir.Value)
       registers[half] = vector.from_elements(
         ir.VectorType.get((n,), i32),
         [llvm.extractvalue(i32, loaded, [i]) for i in range(n)],

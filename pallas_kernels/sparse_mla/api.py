@@ -1,5 +1,6 @@
 """Public entry point: picks an implementation."""
 
+import functools
 from typing import Final, Literal
 
 from jaxtyping import Array, Float, Int
@@ -25,6 +26,7 @@ def sparse_mla(
   latent_rank: int,
   scale: float,
   *,
+  deterministic: bool = False,
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
   """Attention of each query to the keys chosen for it, in absorbed MLA form.
@@ -41,6 +43,9 @@ def sparse_mla(
       wherever it stands. An index that occurs twice counts twice.
     latent_rank: C.
     scale: Multiplies the logits: (H+R)^-1/2 m^2, which absorption leaves as is.
+    deterministic: Whether kv's gradient must have the same bits each time. On a
+      Hopper GPU that takes almost three times as long; elsewhere kernels are so
+      anyway. Plain XLA on a GPU wants --xla_gpu_deterministic_ops, too.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 
@@ -55,9 +60,14 @@ def sparse_mla(
     raise ValueError(
       f"{latent_rank=} must lie in 1..{kv.shape[-1]}, kv's width."
     )
+  implementations = dict(IMPLEMENTATIONS)
+  if deterministic:
+    implementations["mosaic_gpu"] = functools.partial(
+      mosaic_gpu.sparse_mla, deterministic=True
+    )
   return dispatch.call(
     "sparse_mla",
-    IMPLEMENTATIONS,
+    implementations,
     implementation,
     q,
     kv,

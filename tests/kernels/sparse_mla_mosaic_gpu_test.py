@@ -42,14 +42,20 @@ class LoweringTest(chex.TestCase):
     text = lowered(attend, *shapes(**sizes))
     self.assertIn("sparse_mla_forward", text)
 
-  def test_the_gradient_calls_both_kernels(self):
+  @parameterized.parameters(False, True)
+  def test_the_gradient_calls_both_kernels(self, deterministic):
     def loss(q, kv, indices):
-      out, lse = attend(q, kv, indices)
+      out, lse = api.sparse_mla(
+        *(q, kv, indices, C, 0.1),
+        deterministic=deterministic,
+        implementation="mosaic_gpu",
+      )
       return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
 
     text = lowered(jax.grad(loss, argnums=(0, 1)), *shapes())
     self.assertIn("sparse_mla_forward", text)
     self.assertIn("sparse_mla_backward", text)
+    self.assertEqual("sparse_mla_key_sums" in text, deterministic)
 
   def test_heads_are_filled_up_and_cut_off_again(self):
     out, lse = jax.eval_shape(attend, *shapes(N=16, T=3, B=2))

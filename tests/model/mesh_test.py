@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from dsa_jax import sharding
+import pallas_kernels
+from pallas_kernels import crossover
 from tests.train import runs
 from tests.train import step_test
 from train import step as step_lib
@@ -69,9 +71,9 @@ def on(attention, cfg, **axes):
     return jax.device_get(grad(params))
 
 
-def check(attention, axes, cfg=MODEL):
+def check(attention, axes, cfg=MODEL, other=None):
   (loss, (exact, close, rest)), grads = on(attention, cfg)
-  (other_loss, (other_exact, other_close, other_rest)), other = on(
+  (other_loss, (other_exact, other_close, other_rest)), other = other or on(
     attention, cfg, **axes
   )
   np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
@@ -95,6 +97,23 @@ def check(attention, axes, cfg=MODEL):
 
 def test_on_one_mesh():
   check("sparse", dict(expert=2, context=2))
+
+
+@pytest.mark.parametrize("axes", [dict(), dict(context=2, tensor=2)], ids=str)
+def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
+  done = []
+
+  def dense_mla(*args, **kwargs):
+    if not kwargs:  # as the recall has
+      done.append(len(args) == 7)  # with indices
+    return dense_mla_api(*args, **kwargs)
+
+  dense_mla_api = pallas_kernels.dense_mla
+  monkeypatch.setattr(pallas_kernels, "dense_mla", dense_mla)
+  monkeypatch.setattr(crossover, "DENSE_PAIRS", {"cpu": 1e6})
+  other = on.__wrapped__("sparse", MODEL, **axes)
+  assert done and all(done)
+  check("sparse", axes, other=other)
 
 
 @pytest.mark.slow

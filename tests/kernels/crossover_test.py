@@ -1,0 +1,33 @@
+"""Where dense attention with a mask is chosen."""
+
+import pytest
+
+from pallas_kernels import crossover
+from pallas_kernels import dispatch
+
+
+@pytest.fixture(autouse=True)
+def a_device(monkeypatch):
+  monkeypatch.setattr(crossover, "DENSE_PAIRS", {"TPU v9": 4.0})
+  monkeypatch.setattr(dispatch, "device_kind", lambda: "TPU v9 lite")
+
+
+@pytest.mark.parametrize(
+  "T, S, K, dense",
+  [
+    (8192, 8192, 2048, True),
+    (15_000, 15_000, 2048, True),
+    (17_000, 17_000, 2048, False),
+    (131_072, 131_072, 2048, False),
+    # A sixteenth of a sequence, for which all keys are expanded.
+    (512, 8192, 2048, False),
+    (1, 2048, 2048, False),
+  ],
+)
+def test_short_sequences_are_done_densely(T, S, K, dense):
+  assert crossover.dense_is_faster(T, S, K) == dense
+
+
+def test_a_device_without_a_figure_is_always_sparse(monkeypatch):
+  monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
+  assert not crossover.dense_is_faster(2048, 2048, 2048)
