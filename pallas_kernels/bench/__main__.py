@@ -19,6 +19,8 @@ layer's work on a sequence (T = S):
   attention  indexer_topk, then sparse_mla, beside dense causal attention of the
              same model; with --grad also backward, and with the indexer's loss
   warmup     dense_mla, then dense_indexer_loss and its gradient
+  crossover  attention to the keys of indexer_topk by sparse_mla, and by
+             dense_mla with a mask; with --grad, what crossover.py wants to know
 """
 
 import dataclasses
@@ -43,6 +45,7 @@ type Op = Literal[
   "dense_indexer_loss",
   "attention",
   "warmup",
+  "crossover",
 ]
 
 
@@ -110,7 +113,7 @@ class Options:
     }
     given = {name: x for name, x in named.items() if x is not None}
     shape = shapes_lib.SHAPES[self.shape]
-    if self.op in ("attention", "warmup") and self.queries is None:
+    if self.op in ("attention", "warmup", "crossover") and self.queries is None:
       given["T"] = given.get("S", shape.S)
     return dataclasses.replace(shape, **given)
 

@@ -141,11 +141,13 @@ def chosen(
   return indices_TK[None]
 
 
-def _pairs(start: Array, end: Array) -> int:
+def pairs(start: Array, end: Array) -> int:
+  """Pairs of a query and a key that it sees."""
   return int(np.maximum(np.asarray(end - start, np.int64), 0).sum())
 
 
-def _selected(indices: Array, S: int) -> int:
+def selected(indices: Array, S: int) -> int:
+  """Pairs of a query and a key chosen for it."""
   return int(jnp.sum((indices >= 0) & (indices < S)))
 
 
@@ -181,7 +183,7 @@ def indexer_topk(
     inputs={**index, "start": start, "end": end},
     shared=("k_index",),
     outputs=("indices", "scores"),
-    flops=_FLOP * shape.M * shape.I * _pairs(start, end),
+    flops=_FLOP * shape.M * shape.I * pairs(start, end),
     score_dtype=score_dtype,
     bytes_per_query=4 * shape.S * (shape.M + 8),
   )
@@ -198,7 +200,7 @@ def sparse_mla(
       q, kv, indices, C, shape.scale, implementation=implementation
     )
 
-  selected = _selected(indices, shape.S)
+  num_selected = selected(indices, shape.S)
   return Case(
     op="sparse_mla",
     call=call,
@@ -210,23 +212,30 @@ def sparse_mla(
     differentiated=2,
     shared=("kv",),
     outputs=("out", "lse"),
-    flops=_FLOP * selected * N * (CR + C),
-    flops_backward=_FLOP * selected * N * (3 * CR + 2 * C),
+    flops=_FLOP * num_selected * N * (CR + C),
+    flops_backward=_FLOP * num_selected * N * (3 * CR + 2 * C),
     bytes_per_query=4 * shape.K * (4 * CR + 6 * N),
   )
 
 
-def dense_mla(key: jax.Array, shape: shapes.Shape, visible: Visible) -> Case:
+def dense_mla(
+  key: jax.Array,
+  shape: shapes.Shape,
+  visible: Visible,
+  indices: Int[Array, "1 T K"] | None = None,
+) -> Case:
+  """Counts the FLOPs of all visible keys, also where few are chosen."""
   HR, U, N = shape.H + shape.R, shape.U, shape.N
   start, end = ranges(shape, visible)
   q, k, v = jax.random.split(key, 3)
 
-  def call(*inputs, implementation):
+  def call(q, k, v, start, end, *indices, implementation):
     return pallas_kernels.dense_mla(
-      *inputs, shape.scale, implementation=implementation
+      *(q, k, v, start, end, shape.scale, *indices),
+      implementation=implementation,
     )
 
-  pairs = _pairs(start, end)
+  num_pairs = pairs(start, end)
   return Case(
     op="dense_mla",
     call=call,
@@ -236,12 +245,13 @@ def dense_mla(key: jax.Array, shape: shapes.Shape, visible: Visible) -> Case:
       "v": normal(v, 1, shape.S, N, U, scale=_KEYS),
       "start": start,
       "end": end,
-    },
+    }
+    | ({} if indices is None else {"indices": indices}),
     differentiated=3,
     shared=("k", "v"),
     outputs=("out", "lse"),
-    flops=_FLOP * pairs * N * (HR + U),
-    flops_backward=_FLOP * pairs * N * (3 * HR + 2 * U),
+    flops=_FLOP * num_pairs * N * (HR + U),
+    flops_backward=_FLOP * num_pairs * N * (3 * HR + 2 * U),
     bytes_per_query=4 * shape.S * 6 * N,
   )
 
@@ -262,7 +272,7 @@ def sparse_indexer_loss(
     )
 
   indices = attention.inputs["indices"]
-  selected = _selected(indices, shape.S)
+  num_selected = selected(indices, shape.S)
   target, score = shape.N * (shape.C + shape.R), shape.M * shape.I
   return Case(
     op="sparse_indexer_loss",
@@ -277,8 +287,8 @@ def sparse_indexer_loss(
     differentiated=3,
     shared=("k_index", "kv"),
     outputs=("loss",),
-    flops=_FLOP * selected * (target + score) * measure,
-    flops_backward=_FLOP * selected * (target + 3 * score),
+    flops=_FLOP * num_selected * (target + score) * measure,
+    flops_backward=_FLOP * num_selected * (target + 3 * score),
     bytes_per_query=4
     * shape.K
     * (4 * (shape.C + shape.R) + 4 * (shape.N + shape.M)),
@@ -301,7 +311,7 @@ def sparse_mla_with_loss(
     )
 
   indices = attention.inputs["indices"]
-  selected = _selected(indices, shape.S)
+  num_selected = selected(indices, shape.S)
   target, score = shape.N * (shape.C + shape.R), shape.M * shape.I
   return Case(
     op="sparse_mla_with_loss",
@@ -315,8 +325,8 @@ def sparse_mla_with_loss(
     differentiated=5,
     shared=("kv", "k_index"),
     outputs=("out", "lse", "loss"),
-    flops=attention.flops + _FLOP * selected * (target + score) * measure,
-    flops_backward=attention.flops_backward + _FLOP * selected * 3 * score,
+    flops=attention.flops + _FLOP * num_selected * (target + score) * measure,
+    flops_backward=attention.flops_backward + _FLOP * num_selected * 3 * score,
     bytes_per_query=attention.bytes_per_query
     + 4 * shape.K * (4 * (shape.C + shape.R) + 4 * (shape.N + shape.M)),
   )
@@ -338,7 +348,7 @@ def dense_indexer_loss(
     )
 
   start, end = attention.inputs["start"], attention.inputs["end"]
-  pairs = _pairs(start, end)
+  num_pairs = pairs(start, end)
   target, score = shape.N * (shape.H + shape.R), shape.M * shape.I
   return Case(
     op="dense_indexer_loss",
@@ -354,7 +364,7 @@ def dense_indexer_loss(
     differentiated=3,
     shared=("k_index", "k"),
     outputs=("loss",),
-    flops=_FLOP * pairs * (target + score) * measure,
-    flops_backward=_FLOP * pairs * (target + 3 * score),
+    flops=_FLOP * num_pairs * (target + score) * measure,
+    flops_backward=_FLOP * num_pairs * (target + 3 * score),
     bytes_per_query=4 * shape.S * (3 * shape.N + 4 * shape.M),
   )

@@ -131,6 +131,32 @@ class Programs:
     compared = self._time(with_loss, grad=True, backward=False)
     return _DSA(_Seconds(seconds, whole), alone, compared)
 
+  def crossover(self) -> None:
+    """Attention to the indexer's keys: gathered, and dense with a mask."""
+    choice = self._choice()
+    chosen = measure.run(self._forward(choice), *choice.inputs.values())
+    sparse = self._sparse(chosen[0])
+    dense = self._dense(chosen[0])
+    seconds = []
+    for case in (sparse, dense):
+      self._check(case, _MOST_CHECKED, grad=self.grad)
+      seconds.append(self._time(case, grad=self.grad, backward=False))
+    read = cases.selected(chosen[0], self.shape.S)
+    seen = cases.pairs(dense.inputs["start"], dense.inputs["end"])
+    print()
+    name = (
+      "visible pairs of dense_mla in the time of a chosen one of sparse_mla"
+    )
+    gathered, masked = seconds
+    per_pair = seen / read
+    self.report.ratio(
+      f"{name}, forward", per_pair * gathered.forward / masked.forward
+    )
+    if self.grad:
+      self.report.ratio(
+        f"{name}, forward and backward", per_pair * gathered.both / masked.both
+      )
+
   def warmup(self) -> None:
     """Dense attention, and what teaches the indexer from it."""
     dense = self._dense()
@@ -174,8 +200,8 @@ class Programs:
   def _sparse(self, indices: Int[Array, "1 T K"]) -> cases.Case:
     return cases.sparse_mla(self._key(2), self.shape, indices)
 
-  def _dense(self) -> cases.Case:
-    return cases.dense_mla(self._key(2), self.shape, self.visible)
+  def _dense(self, indices: Int[Array, "1 T K"] | None = None) -> cases.Case:
+    return cases.dense_mla(self._key(2), self.shape, self.visible, indices)
 
   def _sparse_loss(self, attention: cases.Case) -> cases.Case:
     index = cases.index_inputs(self._key(1), self.shape)

@@ -1,5 +1,6 @@
 """The benchmark program, whole, on a shape that a CPU can do."""
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -124,6 +125,20 @@ class ProgramTest(chex.TestCase):
     values = self.run_main("warmup")
     (ratio,) = values["ratios"]
     self.assertEqual(ratio["what"], "warm-up over dense_mla forward")
+
+  @pytest.mark.slow
+  def test_crossover(self):
+    values = self.run_main("crossover", "--grad")
+    both = [x["value"] for x in values["ratios"]]
+    self.assertLen(both, 2)
+    seconds = {x["what"]: x["seconds"] for x in values["times"]}
+    whole = dataclasses.replace(TINY, T=TINY.S)
+    start, end = (np.asarray(x) for x in cases.ranges(whole, "causal"))
+    seen = end - start
+    per_pair = seen.sum() / np.minimum(seen, TINY.K).sum()
+    for ratio, what in zip(both, ("forward", "forward and backward")):
+      times = [seconds[f"{op} {what}"] for op in ("sparse_mla", "dense_mla")]
+      np.testing.assert_allclose(ratio, per_pair * times[0] / times[1], 1e-6)
 
   def test_what_is_wrong_is_not_timed(self):
     def wrong(*args):
