@@ -22,7 +22,17 @@ SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def i32(value: int) -> ir.Value:
-  kind = ir.IntegerType.get_signless(32)
+  """A constant."""
+  return _constant(value, 32)
+
+
+def i64(value: int) -> ir.Value:
+  """A constant."""
+  return _constant(value, 64)
+
+
+def _constant(value, bits):
+  kind = ir.IntegerType.get_signless(bits)
   return arith.constant(kind, ir.IntegerAttr.get(kind, value))
 
 

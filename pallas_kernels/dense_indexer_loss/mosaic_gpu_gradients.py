@@ -22,6 +22,7 @@ from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import vector
 import numpy as np
 
+from pallas_kernels import ptx
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_registers as registers
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_scores
 
@@ -214,35 +215,25 @@ def _heads_by_keys(d_scores, active):
     del ctx
     warp, r, c = _thread()
     odd, byte = (
-      arith.andi(r, registers.integer(1)),
-      arith.andi(warp, registers.integer(1)),
+      arith.andi(r, ptx.i32(1)),
+      arith.andi(warp, ptx.i32(1)),
     )
-    word = arith.index_cast(_index(), arith.shrui(warp, registers.integer(1)))
+    word = arith.index_cast(_index(), arith.shrui(warp, ptx.i32(1)))
     # A head's bit is number r // 2 (+ 4 for r + 8) of its byte; of the bytes,
     # the parity of r says which half, that of the warp which one of the half.
-    pick = arith.select(
-      _is_set(odd), registers.integer(0x7632), registers.integer(0x5410)
-    )
-    shift = arith.subi(
-      registers.integer(3), arith.shrui(r, registers.integer(1))
-    )
-    signs = arith.select(
-      _is_set(byte), registers.integer(0xBB99), registers.integer(0xAA88)
-    )
+    pick = arith.select(_is_set(odd), ptx.i32(0x7632), ptx.i32(0x5410))
+    shift = arith.subi(ptx.i32(3), arith.shrui(r, ptx.i32(1)))
+    signs = arith.select(_is_set(byte), ptx.i32(0xBB99), ptx.i32(0xAA88))
     g = _empty(_KEYS)
     for i in range(_KEYS // 8):
-      key = arith.addi(
-        registers.integer(8 * i), arith.shli(c, registers.integer(1))
-      )
+      key = arith.addi(ptx.i32(8 * i), arith.shli(c, ptx.i32(1)))
       key = arith.index_cast(_index(), key)
       pair = _load(active, 2, [word, key])
       d = registers.from_pair(_load(d_scores, 2, [key]))
       words = [vector.extract(pair, [], [e]) for e in range(2)]
       both = registers.asm("prmt.b32 $0, $1, $2, $3;", *words, pick)
       second = arith.shli(both, shift)
-      for half, bits in enumerate(
-        (arith.shli(second, registers.integer(4)), second)
-      ):
+      for half, bits in enumerate((arith.shli(second, ptx.i32(4)), second)):
         mask = registers.asm("prmt.b32 $0, $1, $1, $2;", bits, signs)
         _set(g, i, half, arith.andi(mask, d))
     return _array(g)
@@ -264,13 +255,11 @@ def _keys_by_heads(d_scores, active):
   def make(ctx, d_scores, active):
     del ctx
     warp, r, c = _thread()
-    shift = arith.subi(registers.integer(3), c)
+    shift = arith.subi(ptx.i32(3), c)
     g = _empty(HEADS)
     for half in range(2):
-      key = arith.addi(arith.shli(warp, registers.integer(4)), r)
-      key = arith.index_cast(
-        _index(), arith.addi(key, registers.integer(8 * half))
-      )
+      key = arith.addi(arith.shli(warp, ptx.i32(4)), r)
+      key = arith.index_cast(_index(), arith.addi(key, ptx.i32(8 * half)))
       d = _load(d_scores, 1, [key])
       d = vector.bitcast(
         ir.VectorType.get((1,), ir.IntegerType.get_signless(16)), d
@@ -282,7 +271,7 @@ def _keys_by_heads(d_scores, active):
         bits = vector.extract(_load(active, 1, [at, key]), [], [0])
         # Heads 2 c + 8 i and the next: bits c + 4 i of the two halves.
         odd = arith.shli(bits, shift)
-        even = arith.shli(odd, registers.integer(4))
+        even = arith.shli(odd, ptx.i32(4))
         for i in range(4):
           mask = registers.asm(
             f"prmt.b32 $0, $1, $1, {('0xAA88', '0xBB99')[i // 2]};",
@@ -313,13 +302,13 @@ def _array(g):
 
 def _thread():
   """Warp of the warpgroup, row and column in an 8 x 4 warp."""
-  thread = arith.andi(mgpu.thread_idx(), registers.integer(127))
-  lane = arith.andi(thread, registers.integer(31))
-  warp = arith.shrui(thread, registers.integer(5))
+  thread = arith.andi(mgpu.thread_idx(), ptx.i32(127))
+  lane = arith.andi(thread, ptx.i32(31))
+  warp = arith.shrui(thread, ptx.i32(5))
   return (
     warp,
-    arith.shrui(lane, registers.integer(2)),
-    arith.andi(lane, registers.integer(3)),
+    arith.shrui(lane, ptx.i32(2)),
+    arith.andi(lane, ptx.i32(3)),
   )
 
 
@@ -329,7 +318,7 @@ def _load(ref, n, at):
 
 
 def _is_set(x):
-  return arith.cmpi(arith.CmpIPredicate.ne, x, registers.integer(0))
+  return arith.cmpi(arith.CmpIPredicate.ne, x, ptx.i32(0))
 
 
 def _index():

@@ -4,7 +4,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import llvm
 from jaxlib.mlir.dialects import vector
 
@@ -19,11 +18,6 @@ def matrix(columns: int, dtype: DTypeLike) -> plgpu.ShapeDtypeStruct:
 def i32() -> ir.Type:
   """The type of a register."""
   return ir.IntegerType.get_signless(32)
-
-
-def integer(x: int) -> ir.Value:
-  """A constant."""
-  return arith.constant(i32(), ir.IntegerAttr.get(i32(), x))
 
 
 def asm(instruction: str, *args: ir.Value) -> ir.Value:

@@ -20,6 +20,7 @@ from jaxlib.mlir.dialects import math as math_dialect
 from jaxlib.mlir.dialects import vector
 import numpy as np
 
+from pallas_kernels import ptx
 from pallas_kernels import turns
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_registers as registers
 
@@ -197,7 +198,7 @@ def _add_head(similarity_TS, half_w_TS, scores_TS, bits_TS):
     del ctx
     new_scores = np.empty_like(scores.registers)
     new_bits = np.empty_like(bits.registers)
-    one = registers.integer(0x00010001)
+    one = ptx.i32(0x00010001)
     for at in np.ndindex(similarity.registers.shape):
       pair, twice = scores.registers[at], []
       for e in range(2):

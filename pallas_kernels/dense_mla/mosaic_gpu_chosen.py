@@ -48,7 +48,7 @@ def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
     mine = arith.shrui(arith.andi(thread, ptx.i32(31)), ptx.i32(2))
     mine = arith.addi(mine, arith.shli(warp, ptx.i32(4)))
     mine = arith.addi(mine, row.registers.item())
-    bytes_ = arith.muli(arith.extui(i64, mine), _i64(4 * n))
+    bytes_ = arith.muli(arith.extui(i64, mine), ptx.i64(4 * n))
     base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(words))
     address = arith.addi(base, bytes_)
     outputs = ", ".join(f"${i}" for i in range(n))
@@ -74,11 +74,6 @@ def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
     )
 
   return emit(words, jnp.asarray(row, jnp.int32))
-
-
-def _i64(value):
-  kind = ir.IntegerType.get_signless(64)
-  return arith.constant(kind, ir.IntegerAttr.get(kind, value))
 
 
 def keep(

@@ -18,6 +18,8 @@ from jaxlib.mlir.dialects import nvvm
 from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import ptx
+
 # How tiles of bf16 stand in shared memory for WGMMA: 8 rows of 128 bytes each
 # make an atom, whose 16-byte chunks are permuted within their row.
 SWIZZLED: Final = (
@@ -32,16 +34,9 @@ _CHUNK: Final = 16
 _DYNAMIC: Final = -(2**31)
 
 
-def _i32(value: int) -> ir.Value:
-  i32 = ir.IntegerType.get_signless(32)
-  return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-
-def _i64(value: ir.Value | int) -> ir.Value:
-  i64 = ir.IntegerType.get_signless(64)
-  if isinstance(value, int):
-    return arith.constant(i64, ir.IntegerAttr.get(i64, value))
-  return arith.extui(i64, value)
+def _extended(value: ir.Value) -> ir.Value:
+  """In 64 bits."""
+  return arith.extui(ir.IntegerType.get_signless(64), value)
 
 
 def _plus(pointer: ir.Value, num_bytes: ir.Value | int) -> ir.Value:
@@ -112,31 +107,36 @@ def start_copy(
     # Neighbouring threads copy neighbouring chunks; a group of them has a row.
     chunks = 2 * columns // _CHUNK
     groups = 128 // chunks
-    thread = arith.andi(mgpu_utils.thread_idx(), _i32(127))
-    group = arith.divui(thread, _i32(chunks))
-    chunk = arith.remui(thread, _i32(chunks))
-    in_atom, atom = arith.andi(group, _i32(7)), arith.shrui(group, _i32(3))
-    atom = arith.muli(atom, _i32(columns // 64))
-    atom = arith.addi(atom, arith.shrui(chunk, _i32(3)))
-    swizzled = arith.xori(arith.andi(chunk, _i32(7)), in_atom)
+    thread = ptx.thread()
+    group = arith.divui(thread, ptx.i32(chunks))
+    chunk = arith.remui(thread, ptx.i32(chunks))
+    in_atom, atom = (
+      arith.andi(group, ptx.i32(7)),
+      arith.shrui(group, ptx.i32(3)),
+    )
+    atom = arith.muli(atom, ptx.i32(columns // 64))
+    atom = arith.addi(atom, arith.shrui(chunk, ptx.i32(3)))
+    swizzled = arith.xori(arith.andi(chunk, ptx.i32(7)), in_atom)
     place = arith.addi(
-      arith.shli(atom, _i32(10)),
-      arith.addi(arith.shli(in_atom, _i32(7)), arith.shli(swizzled, _i32(4))),
+      arith.shli(atom, ptx.i32(10)),
+      arith.addi(
+        arith.shli(in_atom, ptx.i32(7)), arith.shli(swizzled, ptx.i32(4))
+      ),
     )
     target = _plus(target, place)
-    source = _plus(source, _i64(arith.shli(chunk, _i32(4))))
+    source = _plus(source, _extended(arith.shli(chunk, ptx.i32(4))))
     source = _plus(source, 2 * column)
     first = arith.addi(first.registers.item(), group)
     for i in range(0, ROWS, groups):
-      row = _load_row_number(rows, arith.addi(first, _i32(i)))
-      real = arith.cmpi(arith.CmpIPredicate.sge, row, _i32(0))
-      row = arith.maxsi(row, _i32(0))
+      row = _load_row_number(rows, arith.addi(first, ptx.i32(i)))
+      real = arith.cmpi(arith.CmpIPredicate.sge, row, ptx.i32(0))
+      row = arith.maxsi(row, ptx.i32(0))
       nvvm.cp_async_shared_global(
         _plus(target, 2 * columns * i),
-        _plus(source, arith.muli(_i64(row), _i64(2 * width))),
+        _plus(source, arith.muli(_extended(row), ptx.i64(2 * width))),
         _CHUNK,
         nvvm.LoadCacheModifierKind.CG,
-        cp_size=arith.select(real, _i32(_CHUNK), _i32(0)),
+        cp_size=arith.select(real, ptx.i32(_CHUNK), ptx.i32(0)),
       )
 
   copy(source, rows, tile, first)
@@ -199,35 +199,41 @@ def add(
   def add_(ctx, target, rows, tile, first, column):
     del ctx
     columns, width = tile.shape[1], ir.MemRefType(target.type).shape[1]
-    column = arith.shli(column.registers.item(), _i32(2))
-    target = _plus(_global_pointer(target), _i64(column))
-    thread = arith.andi(mgpu_utils.thread_idx(), _i32(127))
+    column = arith.shli(column.registers.item(), ptx.i32(2))
+    target = _plus(_global_pointer(target), _extended(column))
+    thread = ptx.thread()
     # For each 8 columns, four lanes hold two columns each of row `lane / 4` of
     # a warp's 16, and of the eighth row after it.
-    warp, lane = arith.shrui(thread, _i32(5)), arith.andi(thread, _i32(31))
+    warp, lane = (
+      arith.shrui(thread, ptx.i32(5)),
+      arith.andi(thread, ptx.i32(31)),
+    )
     right, down = (
-      arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, _i32(x)), _i32(0))
+      arith.cmpi(
+        arith.CmpIPredicate.ne, arith.andi(lane, ptx.i32(x)), ptx.i32(0)
+      )
       for x in (1, 4)
     )
     # They swap until eight lanes hold 128 bytes of a row, which is the fastest
     # to add: first with the lane beside, to have four columns in succession,
     # then with a lane of the row above or below.
     for bit, shift in ((1, 5), (2, 3), (4, 4)):
-      part = arith.shli(arith.andi(lane, _i32(bit)), _i32(shift))
-      target = _plus(target, _i64(part))
+      part = arith.shli(arith.andi(lane, ptx.i32(bit)), ptx.i32(shift))
+      target = _plus(target, _extended(part))
     row = arith.addi(
-      arith.shli(warp, _i32(4)), arith.andi(arith.shrui(lane, _i32(2)), _i32(6))
+      arith.shli(warp, ptx.i32(4)),
+      arith.andi(arith.shrui(lane, ptx.i32(2)), ptx.i32(6)),
     )
     row = arith.addi(row, first.registers.item())
     registers = tile.registers.reshape(columns // 8, 2)
     for half in range(2):
       pointers, wanted = [], []
       for below in range(2):
-        place = arith.addi(row, _i32(8 * half + below))
+        place = arith.addi(row, ptx.i32(8 * half + below))
         number = _load_row_number(rows, place)
-        wanted.append(arith.cmpi(arith.CmpIPredicate.sge, number, _i32(0)))
-        number = _i64(arith.maxsi(number, _i32(0)))
-        offset = arith.muli(number, _i64(4 * width))
+        wanted.append(arith.cmpi(arith.CmpIPredicate.sge, number, ptx.i32(0)))
+        number = _extended(arith.maxsi(number, ptx.i32(0)))
+        offset = arith.muli(number, ptx.i64(4 * width))
         pointers.append(_plus(target, offset))
       for i in range(0, columns // 8, 4):
         pairs = [_elements(x) for x in registers[i : i + 4, half]]
