@@ -1,0 +1,127 @@
+"""TPU: reads the chosen keys of a block of queries, in three kernels.
+
+  target     what the heads attend to, summed over them
+  compare    the scores' softmax against it: the divergence, and gap = softmax -
+             target, which is its gradient to the scores
+  gradients  what follows from gap * d loss
+
+Memory: target and gap, f32, of about 2 K numbers a query.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import tpu
+from pallas_kernels.sparse_indexer_loss import mosaic_tpu_kernels as kernels
+from pallas_kernels.sparse_indexer_loss import mosaic_tpu_walk as walk_lib
+from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
+
+
+def sparse_indexer_loss(
+  q_index: Float[Array, "B T M I"],
+  k_index: Float[Array, "B S I"],
+  w: Float[Array, "B T M"],
+  indices: Int[Array, "B T K"],
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  lse: Float[Array, "B T N"],
+  scale: float,
+  heads_axis: str | tuple[str, ...] | None = None,
+  measure: Bool[Array, ""] | bool = True,
+  tiles: plan_lib.Tiles | None = None,
+) -> Float[Array, "B T"]:
+  """See `api.sparse_indexer_loss`."""
+  T, K = indices.shape[1:]
+  tiles = tiles or plan_lib.tiles(T, K)
+  _check(q_index, k_index, indices, q, kv, tiles)
+  q, kv, lse = jax.lax.stop_gradient((q, kv, lse))
+  queries = -T % (tiles.bQ * tpu.chip().cores)
+  pad = lambda x, fill=0: jnp.pad(
+    x,
+    [(0, 0), (0, queries), *[(0, 0)] * (x.ndim - 2)],
+    constant_values=fill,
+  )
+  loss_BT = _loss(
+    *(pad(q_index), k_index, pad(w.astype(jnp.float32)), pad(indices, -1)),
+    *(pad(q), kv, pad(lse), jnp.asarray(measure)),
+    *(scale, heads_axis, tiles),
+  )
+  return loss_BT[:, :T]
+
+
+def _check(q_index, k_index, indices, q, kv, tiles):
+  for name, x in dict(q_index=q_index, k_index=k_index, q=q, kv=kv).items():
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+      raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
+  (M, I), (N, D), K = q_index.shape[2:], q.shape[2:], indices.shape[2]
+  if not K:
+    raise NotImplementedError(f"{K=} keys of a query: at least 1 can be done.")
+  needed = kernels.vmem_bytes(N, D, M, I, K, tiles)
+  if needed > tpu.chip().vmem:
+    raise NotImplementedError(
+      f"{N=} heads of width {D}, {M=} index heads of width {I=}, and {K=} take "
+      f"{needed} bytes of VMEM of {tpu.chip().vmem}."
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+def _loss(*args):
+  return _vjp_forward(*args)[0]
+
+
+def _compared(walk, inputs, scale, heads_axis):
+  """The loss, and its gradient to the scores."""
+  q_index, k_index, w, _, q, kv, lse = inputs
+  # A dead row weighs nothing.
+  bias_BTN = jnp.where(jnp.isneginf(lse), -jnp.inf, -lse * math.log2(math.e))
+  target = kernels.target(walk, q, kv, bias_BTN, scale)
+  if heads_axis is not None:
+    target = jax.lax.psum(target, heads_axis)
+  return kernels.compare(walk, q_index, k_index, w, target)
+
+
+def _vjp_forward(
+  q_index,
+  k_index,
+  w,
+  indices,
+  q,
+  kv,
+  lse,
+  measure,
+  scale,
+  heads_axis,
+  tiles,
+):
+  inputs = q_index, k_index, w, indices, q, kv, lse
+
+  def measured():
+    walk = walk_lib.walk(indices, kv.shape[1], tiles)
+    return _compared(walk, inputs, scale, heads_axis)[0]
+
+  loss_BT = jax.lax.cond(
+    measure, measured, lambda: jnp.zeros(w.shape[:2], jnp.float32)
+  )
+  return loss_BT, inputs
+
+
+def _vjp_backward(scale, heads_axis, tiles, inputs, d_loss):
+  q_index, k_index, w, indices, _, kv, _ = inputs
+  walk = walk_lib.walk(indices, kv.shape[1], tiles)
+  _, gap = _compared(walk, inputs, scale, heads_axis)
+  d_scores = gap * walk.split(d_loss)[:, :, None, :, None]
+  f32, w_BTM1 = jnp.float32, w[..., None]
+  weighted_q = (q_index.astype(f32) * w_BTM1).astype(q_index.dtype)
+  sums_BTMI, d_k = kernels.gradients(
+    walk, q_index, weighted_q, k_index, d_scores
+  )
+  d_w = (sums_BTMI * q_index.astype(f32)).sum(-1)
+  d_q = (w_BTM1 * sums_BTMI).astype(q_index.dtype)
+  return d_q, d_k.astype(k_index.dtype), d_w, *[None] * 5
+
+
+_loss.defvjp(_vjp_forward, _vjp_backward)
