@@ -1,11 +1,10 @@
-"""TPU: reads the chosen keys of a block of queries, in three kernels.
+"""TPU: reads the chosen keys of a block of queries, in two kernels.
 
-  target     what the heads attend to, summed over them
-  compare    the scores' softmax against it: the divergence, and gap = softmax -
-             target, which is its gradient to the scores
-  gradients  what follows from gap * d loss
+  distributions  what the heads attend to, summed over them, and the scores
+  gradients      what follows from d scores = (softmax - target) d loss
 
-Memory: target and gap, f32, of about 2 K numbers a query.
+Between them lie arrays of T x 2 K numbers: the target may be summed over
+devices, and d scores needs the sums over all of a query's keys.
 """
 
 import functools
@@ -57,6 +56,8 @@ def _check(q_index, k_index, indices, q, kv, tiles):
   for name, x in dict(q_index=q_index, k_index=k_index, q=q, kv=kv).items():
     if x.dtype not in (jnp.bfloat16, jnp.float32):
       raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
+  if k_index.dtype != kv.dtype:
+    raise NotImplementedError(f"{k_index.dtype=} is not {kv.dtype=}.")
   (M, I), (N, D), K = q_index.shape[2:], q.shape[2:], indices.shape[2]
   if not K:
     raise NotImplementedError(f"{K=} keys of a query: at least 1 can be done.")
@@ -74,14 +75,27 @@ def _loss(*args):
 
 
 def _compared(walk, inputs, scale, heads_axis):
-  """The loss, and its gradient to the scores."""
+  """The loss, [B, nQ, bQ], and softmax - target by place, its gradient."""
   q_index, k_index, w, _, q, kv, lse = inputs
   # A dead row weighs nothing.
   bias_BTN = jnp.where(jnp.isneginf(lse), -jnp.inf, -lse * math.log2(math.e))
-  target = kernels.target(walk, q, kv, bias_BTN, scale)
+  target, scores = kernels.distributions(
+    walk, q_index, k_index, w, q, kv, bias_BTN, scale
+  )
   if heads_axis is not None:
     target = jax.lax.psum(target, heads_axis)
-  return kernels.compare(walk, q_index, k_index, w, target)
+  keys = 2, 4  # of a query
+  mass = target.sum(keys, keepdims=True)
+  target /= jnp.where(mass > 0, mass, 1.0)
+  chosen = ~jnp.isneginf(scores)
+  dead = ~chosen.any(keys, keepdims=True)
+  log_index = jax.nn.log_softmax(jnp.where(dead, 0.0, scores), keys)
+  # A key of zero target adds nothing, whatever its score.
+  used = target > 0
+  divergence = jnp.log(jnp.where(used, target, 1.0))
+  divergence -= jnp.where(used, log_index, 0.0)
+  gap = jnp.where(chosen, jnp.exp(log_index) - target, 0.0)
+  return (target * divergence).sum(keys), gap
 
 
 def _vjp_forward(
@@ -101,7 +115,8 @@ def _vjp_forward(
 
   def measured():
     walk = walk_lib.walk(indices, kv.shape[1], tiles)
-    return _compared(walk, inputs, scale, heads_axis)[0]
+    loss = _compared(walk, inputs, scale, heads_axis)[0]
+    return loss.reshape(w.shape[:2])
 
   loss_BT = jax.lax.cond(
     measure, measured, lambda: jnp.zeros(w.shape[:2], jnp.float32)

@@ -1,4 +1,4 @@
-"""The three kernels of a TPU.
+"""The two kernels of a TPU.
 
 Heads lie along sublanes and keys along lanes: a sum over heads adds whole
 registers.
@@ -29,109 +29,68 @@ def vmem_bytes(
 ) -> int:
   """What the largest kernel takes, in bf16; inputs and outputs twice."""
   bQ, bK = tiles.bQ, tiles.bK
-  whole = lambda width: -(-width // _LANES) * _LANES
   places = 4 * walk_lib.places(K, tiles) * bQ * bK
   codes = 4 * bQ * -(-K // bK) * bK
-  rows = lambda width: (8 + 4) * bK * whole(width)
-  products = lambda heads: 3 * 4 * bK * min(bQ * heads, max(512, heads))
-  column = lambda heads: 4 * bQ * heads * _LANES
-  target = 2 * (2 * bQ * N * whole(D) + places) + column(N)
-  compare = 2 * (2 * bQ * M * whole(I) + 2 * places) + column(M) + 4 * places
-  index = 2 * (bQ * M * whole(I) * (2 + 2 + 4) + places)
-  gradients = index + 3 * 4 * bK * whole(I) + 4 * bQ * M * whole(I)
-  return 2 * codes + max(
-    target + rows(D) + products(N),
-    max(compare, gradients) + rows(I) + products(M),
-  )
+  index = bQ * M * _whole(I)
+  rows = lambda width: (8 + 4) * bK * _whole(width)
+  products = 3 * 4 * bK * max(min(bQ * max(N, M), 512), N, M)
+  columns = 4 * bQ * (N + M) * _LANES
+  given = 2 * bQ * N * _whole(D) + 2 * index
+  distributions = 2 * (given + 2 * places) + columns + rows(D + _LANES + I)
+  gradients = 2 * ((2 + 2 + 4) * index + places) + 4 * index + rows(2 * I)
+  return 2 * codes + products + max(distributions, gradients)
 
 
-def target(
-  walk: walk_lib.Walk,
-  q: Float[Array, "B T N D"],
-  kv: Float[Array, "B S D"],
-  bias: Float[Array, "B T N"],
-  scale: float,
-) -> Float[Array, "B nQ P bQ bK"]:
-  """Sum over heads of exp2(scale log2(e) q.k + bias); 0 for keys not chosen."""
-  (B, _, N, D), bQ, bK = q.shape, walk.tiles.bQ, walk.tiles.bK
-  scale *= math.log2(math.e)
-
-  def body(tiles, q, bias, target, column):
-    target[...] = jnp.zeros_like(target)
-    column[...] = bias[...].reshape(column.shape)
-
-    def compute(tile, place, first, n):
-      some = pl.ds(first, n)
-      logits = _dot(q[some].reshape(n * N, D), tiles.keys[:, :D], _NT)
-      logits = scale * logits.reshape(n, N, bK) + column[some]
-      weights = jnp.exp2(logits).sum(1)
-      chosen = tiles.chosen(tile, first, n)
-      target[place, some] = jnp.where(chosen, weights, 0.0)
-
-    tiles.visit(N, bQ, compute)
-
-  blocks = walk.split(q), walk.split(bias)
-  shape = B, blocks[0].shape[1], walk.places, bQ, bK
-  (result,) = walk.run(
-    *("target", body, kv, blocks, [jax.ShapeDtypeStruct(shape, _f32)]),
-    [pltpu.VMEM((bQ, N, 1), _f32)],
-  )
-  return result
-
-
-def compare(
+def distributions(
   walk: walk_lib.Walk,
   q_index: Float[Array, "B T M I"],
   k_index: Float[Array, "B S I"],
   w: Float[Array, "B T M"],
-  target: Float[Array, "B nQ P bQ bK"],
-) -> tuple[Float[Array, "B T"], Float[Array, "B nQ P bQ bK"]]:
-  """KL(p || softmax(scores)), and softmax(scores) - p; p: target over its sum.
+  q: Float[Array, "B T N D"],
+  kv: Float[Array, "B S D"],
+  bias: Float[Array, "B T N"],
+  scale: float,
+) -> tuple[Float[Array, "B nQ P bQ bK"], Float[Array, "B nQ P bQ bK"]]:
+  """Of the chosen keys, the target and the scores; 0 and -inf at other places.
 
-  0 for a query without a key, and at places without one.
+  The target is the sum over heads of exp2(scale log2(e) q.kv + bias).
   """
-  (B, T, M, I), bQ, bK = q_index.shape, walk.tiles.bQ, walk.tiles.bK
+  (B, _, N, D), (M, I) = q.shape, q_index.shape[2:]
+  bQ, bK = walk.tiles.bQ, walk.tiles.bK
+  scale *= math.log2(math.e)
+  # One row has both: to copy it takes as long as to copy one of them.
+  first_I = _whole(D)
+  kv = jnp.pad(kv, [(0, 0), (0, 0), (0, first_I - D)])
+  keys = jnp.concatenate([kv, k_index], -1)
 
-  def body(tiles, q, w, target, loss, gap, column):
-    # At first, the scores stand where the gap will.
-    gap[...] = jnp.full_like(gap, -jnp.inf)
-    column[...] = w[...].reshape(column.shape)
+  def body(tiles, q, bias, q_index, w, target, scores, bias_column, w_column):
+    target[...] = jnp.zeros_like(target)
+    scores[...] = jnp.full_like(scores, -jnp.inf)
+    bias_column[...] = bias[...].reshape(bias_column.shape)
+    w_column[...] = w[...].reshape(w_column.shape)
 
     def compute(tile, place, first, n):
       some = pl.ds(first, n)
-      similarity = _dot(q[some].reshape(n * M, I), tiles.keys[:, :I], _NT)
-      active = jnp.maximum(similarity, 0.0).reshape(n, M, bK)
-      scores = (active * column[some]).sum(1)
       chosen = tiles.chosen(tile, first, n)
-      gap[place, some] = jnp.where(chosen, scores, -jnp.inf)
+      logits = _dot(q[some].reshape(n * N, D), tiles.keys[:, :D], _NT)
+      logits = scale * logits.reshape(n, N, bK) + bias_column[some]
+      weights = jnp.exp2(logits).sum(1)
+      target[place, some] = jnp.where(chosen, weights, 0.0)
+      index_keys = tiles.keys[:, first_I : first_I + I]
+      similarity = _dot(q_index[some].reshape(n * M, I), index_keys, _NT)
+      active = jnp.maximum(similarity, 0.0).reshape(n, M, bK)
+      sums = (active * w_column[some]).sum(1)
+      scores[place, some] = jnp.where(chosen, sums, -jnp.inf)
 
-    tiles.visit(M, bQ, compute)
-    total = lambda x: x.sum(0, keepdims=True).sum(2, keepdims=True)
-    scores = gap[...]
-    top = scores.max(0, keepdims=True).max(2, keepdims=True)
-    scores -= jnp.where(jnp.isneginf(top), 0.0, top)
-    powers = jnp.exp(scores)
-    mass = total(powers)
-    mass = jnp.where(mass > 0, mass, 1.0)
-    target_mass = total(target[...])
-    p = target[...] / jnp.where(target_mass > 0, target_mass, 1.0)
-    used = p > 0
-    divergence = jnp.log(jnp.where(used, p, 1.0))
-    divergence -= jnp.where(used, scores - jnp.log(mass), 0.0)
-    loss[...] = total(p * divergence)[0]
-    gap[...] = powers / mass - p
+    tiles.visit(max(N, M), bQ, compute)
 
-  blocks = walk.split(q_index), walk.split(w), target
-  nQ = target.shape[1]
-  loss, gap = walk.run(
-    *("compare", body, k_index, blocks),
-    [
-      jax.ShapeDtypeStruct((B, nQ, bQ, 1), _f32),
-      jax.ShapeDtypeStruct(target.shape, _f32),
-    ],
-    [pltpu.VMEM((bQ, M, 1), _f32)],
+  blocks = [walk.split(x) for x in (q, bias, q_index, w)]
+  shape = B, blocks[0].shape[1], walk.places, bQ, bK
+  return walk.run(
+    *("distributions", body, keys, blocks),
+    [jax.ShapeDtypeStruct(shape, _f32)] * 2,
+    [pltpu.VMEM((bQ, N, 1), _f32), pltpu.VMEM((bQ, M, 1), _f32)],
   )
-  return loss.reshape(B, T), gap
 
 
 def gradients(
@@ -219,3 +178,7 @@ def _dot(x, y, dimensions):
     precision=jax.lax.Precision.HIGHEST if exact else None,
     preferred_element_type=_f32,
   )
+
+
+def _whole(width):
+  return -(-width // _LANES) * _LANES
