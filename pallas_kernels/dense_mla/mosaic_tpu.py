@@ -26,6 +26,8 @@ class Tiles:
   """Queries of a step."""
   bS: int
   """Keys of a step; at most 4096."""
+  backward_bS: int
+  """The same of the backward kernel; at most as many."""
   chunk: int
   """Keys that are multiplied at once."""
   group: int
@@ -72,8 +74,8 @@ def _check(q, k, v, scale):
 def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
   """What the kernels hold in VMEM, forward and backward.
 
-  Windows are there twice, widths fill whole lanes, and a chunk's logits and
-  weights are there in float32 and once more as they are multiplied.
+  Windows are there twice, widths fill whole lanes, and logits and weights are
+  there in float32 and once more as they are multiplied: forward of two chunks.
   """
   bT, bS = tiles.bT, tiles.bS
   lanes = sum(-(-x // _LANES) * _LANES for x in (HR, U))
@@ -82,8 +84,8 @@ def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
   rows = 4 * 8 * bT * 4
   forward = 2 * (itemsize * lanes * (bT + bS) + words + rows)
   forward += 4 * bT * (U + 2 * _LANES)
-  forward += bT * tiles.chunk * (2 * 4 + itemsize)
-  T = tiles.group * bT
+  forward += bT * 2 * tiles.chunk * (2 * 4 + itemsize)
+  T, bS = tiles.group * bT, tiles.backward_bS
   # The keys' gradients may be in float32.
   backward = 2 * (itemsize * lanes * (bT + bS) + 4 * lanes * bS + words + rows)
   backward += 2 * itemsize * HR * T + 4 * (HR * T + lanes * bS)
@@ -103,8 +105,14 @@ def heuristic_tiles(q, k, v) -> Tiles:
   """
   T, S, HR, U = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
   at_least = lambda x: max(1 << (x - 1).bit_length(), _LANES)
-  bT, bS = min(at_least(T), 1024), min(at_least(S), 2048)
-  tiles = Tiles(bT=bT, bS=bS, chunk=min(bS, 512), group=-(-T // bT))
+  bT, bS = min(at_least(T), 1024), min(at_least(S), 4096)
+  tiles = Tiles(
+    bT=bT,
+    bS=bS,
+    backward_bS=min(bS, 2048),
+    chunk=min(bS, 512),
+    group=-(-T // bT),
+  )
   vmem = tpu.chip().vmem
   bytes_of = lambda x: max(vmem_bytes(x, HR, U, q.dtype.itemsize))
   while bytes_of(tiles) > vmem and tiles.group > 1:
@@ -188,7 +196,7 @@ def _vjp_forward(q, k, v, start, end, words, scale, tiles):
 def _vjp_backward(scale, tiles, residuals, cotangents):
   q, k, v, start, end, words, out, lse = residuals
   d_out, d_lse = cotangents
-  (B, T, N, HR), S, bS = q.shape, k.shape[1], tiles.bS
+  (B, T, N, HR), S, bS = q.shape, k.shape[1], tiles.backward_bS
   # d logits = weights * (d weights - delta), where d lse enters as -delta does.
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
   # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most

@@ -77,9 +77,10 @@ def backward(
   bounds, walks = bounds.reshape(-1), walks.reshape(-1)
 
   def i(b, j, x, walks):
-    """The tile of queries of step x; after the last, that one again."""
-    at = 2 * (b * nS + j)
-    return jnp.minimum(walks[at] + x, jnp.maximum(walks[at + 1] - 1, 0))
+    """The queries of step x; after the last, what the next keys begin with."""
+    at, following = (2 * (b * nS + y) for y in (j, lax.rem(j + 1, nS)))
+    tile = walks[at] + x
+    return jnp.where(tile < walks[at + 1], tile, walks[following])
 
   of_queries = lambda width: pl.BlockSpec(
     (None, None, bT, width),

@@ -2,11 +2,11 @@
 
 A step of the grid has bT queries of one head and a tile of keys, of which it
 walks over the chunks that at least one of its queries sees: logits, online
-softmax, out += P V. A chunk that all of them see whole needs no mask. Tiles of
-keys are fetched from the first to the last that is seen; the grid is as long
-as the longest such walk, and a shorter one ends with steps that fetch nothing.
+softmax, out += P V. What all of them see whole needs no mask. Tiles of keys are
+fetched from the first to the last that is seen; the grid is as long as the
+longest such walk, and what a shorter one ends with fetches for the next.
 
-A chunk of 512 keys is one block of straight code, in which the compiler hides
+Two chunks of keys are one stretch of straight code, in which the compiler hides
 the softmax of some rows behind the products of others.
 """
 
@@ -63,10 +63,11 @@ def forward(
   bounds = bounds.reshape(-1)
 
   def keys(b, i, j, bounds):
-    """The tile of step j; after the last, that one again."""
-    at = 4 * (b * nT + i)
-    last = jnp.maximum(pl.cdiv(bounds[at + 3], bS) - 1, 0)
-    return jnp.minimum(bounds[at] // bS + j, last)
+    """The tile of step j; after the last, what the next queries begin with."""
+    at, following = (4 * (b * nT + x) for x in (i, lax.rem(i + 1, nT)))
+    tile = bounds[at] // bS + j
+    is_walked = tile * bS < bounds[at + 3]
+    return jnp.where(is_walked, tile, bounds[following] // bS)
 
   queries = lambda width: pl.BlockSpec(
     (None, None, bT, width), lambda b, n, i, j, bounds: (b, n, i, 0)
@@ -161,9 +162,9 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
     top[...] = jnp.full_like(top, _NEVER)
     total[...] = jnp.zeros_like(total)
 
-  def seen(c):
+  def seen(at):
     """bool[bT, chunk]"""
-    first_key = tile_key + c * chunk
+    first_key = tile_key + at
     if by_words:
       return mosaic_tpu_words.chosen(words[...], first_key, chunk, axis=1)
     lowest = _to_rows(start[...] - first_key)
@@ -173,11 +174,12 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
     parts = [(key >= lowest) & (key < highest) for key in keys]
     return jnp.concatenate(parts, 1)
 
-  def walk(c, masked):
-    keys = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
+  def add(at, masked):
+    """Adds the chunk of keys that begins at `at` of the tile."""
+    keys = pl.ds(at, chunk)
     logits = _dot(q[...], k[keys], (1, 1))
     if masked:
-      logits = jnp.where(seen(c), logits, -jnp.inf)
+      logits = jnp.where(seen(at), logits, -jnp.inf)
     old_top = top[...]
     new_top = jnp.maximum(old_top, jnp.max(logits, 1, keepdims=True))
     keep = jnp.exp2((old_top - new_top) * (scale * _LOG2E))
@@ -188,18 +190,27 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
     part = _dot(weights.astype(v.dtype), v[keys], (1, 0))
     total_out[...] = total_out[...] * _wide(keep, U) + part
 
+  stretch = min(2 * chunk, bS)
+
   @pl.loop(
-    jnp.maximum(least_start - tile_key, 0) // chunk,
-    pl.cdiv(jnp.clip(largest_end - tile_key, 0, bS), chunk),
+    jnp.maximum(least_start - tile_key, 0) // stretch,
+    pl.cdiv(jnp.clip(largest_end - tile_key, 0, bS), stretch),
   )
-  def _(c):
+  def _(x):
+    first = pl.multiple_of(x * stretch, stretch)
+
+    def walk(masked):
+      for at in range(0, stretch, chunk):
+        add(first + at, masked)
+
     if by_words:
-      walk(c, masked=True)
+      walk(masked=True)
     else:
-      first_key = tile_key + c * chunk
-      is_whole = (largest_start <= first_key) & (least_end >= first_key + chunk)
-      pl.when(is_whole)(lambda: walk(c, masked=False))
-      pl.when(~is_whole)(lambda: walk(c, masked=True))
+      whole = (largest_start <= tile_key + first) & (
+        least_end >= tile_key + first + stretch
+      )
+      pl.when(whole)(lambda: walk(masked=False))
+      pl.when(~whole)(lambda: walk(masked=True))
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _():

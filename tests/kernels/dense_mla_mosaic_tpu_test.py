@@ -4,6 +4,7 @@ Interpretation follows each copy and finds races; memory that nobody has written
 is NaN.
 """
 
+import dataclasses
 import functools
 
 from absl.testing import parameterized
@@ -25,7 +26,7 @@ from . import tpu_topologies
 # No tile divides T or S, and S exceeds K.
 B, T, S, K, N, HR, U = 2, 200, 600, 90, 1, 192, 128
 SCALE = 0.1
-TILES = mosaic_tpu.Tiles(bT=128, bS=256, chunk=128, group=2)
+TILES = mosaic_tpu.Tiles(bT=128, bS=512, backward_bS=256, chunk=128, group=2)
 bf16 = jnp.bfloat16
 
 
@@ -111,7 +112,7 @@ class DenseMlaMosaicTpuTest(chex.TestCase):
   def test_matches_reference(self, kind, group):
     """With chunks that need no mask; queries in one group, and in two."""
     args = make_inputs(kind)
-    tiles = mosaic_tpu.Tiles(bT=128, bS=256, chunk=128, group=group)
+    tiles = dataclasses.replace(TILES, group=group)
     actual = compiled(tiles)(*args)
     self.assert_close(actual, value_and_vjp(reference.dense_mla, *args))
     if kind == "causal":
@@ -183,14 +184,14 @@ class DenseMlaMosaicTpuTest(chex.TestCase):
     text = tpu_topologies.compile_step(
       "v6e", step, shapes(4096, 8192, 16)
     ).as_text()
-    self.assertIn("dense_mla_forward_q1024_k2048_c512", text)
+    self.assertIn("dense_mla_forward_q1024_k4096_c512", text)
     self.assertIn("dense_mla_backward_q1024_k2048_c512", text)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
 @pytest.mark.parametrize(
-  "shape", [(4096, 4096, 16), (4096, 131_072, 128), (4096, 32_768, 128, 2048)]
+  "shape", [(4096, 4096, 128), (4096, 131_072, 16), (4096, 32_768, 128, 2048)]
 )
 def test_compiles_everywhere(chip, shape):
   tpu_topologies.compile_step(chip, step, shapes(*shape))
