@@ -91,7 +91,7 @@ def vmem_bytes(bQ: int, S: int, M: int, I: int, K: int, itemsize: int) -> int:
   )
   scores = 4 * bQ * (S + -S % bS)
   weights = 4 * bQ * M * _LANES
-  products = 4 * 2 * _SUBLANES * M * _COLUMNS
+  products = 4 * bQ * M * _COLUMNS
   return 2 * blocks + scores + weights + products
 
 
@@ -104,10 +104,10 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
     return jnp.pad(x, [(0, 0), (0, -T % bQ)] + [(0, 0)] * (x.ndim - 2))
 
   q, w, start, end = map(pad, (q, w, start, end))
-  # Rows of a product: 8 queries of a head, then of the next. The sum over heads
-  # then adds whole registers.
+  # Rows of the product: of each 8 queries, those of one head, then of the next.
+  # The sum over heads then adds whole registers.
   q = q.reshape(B, nQ, groups, _SUBLANES, M, I).swapaxes(3, 4)
-  q = q.reshape(B, nQ, groups, M * _SUBLANES, I)
+  q = q.reshape(B, nQ, bQ * M, I)
   # Columns: see `mosaic_tpu_select`.
   k = jnp.pad(k, [(0, 0), (0, -S % bS), (0, 0)])
   k = k.reshape(B, nS, _LANES, _WORD, I).transpose(0, 1, 4, 3, 2)
@@ -116,11 +116,14 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
 
   def of_queries(*block):
     zeros = (0,) * (len(block) - 1)
-    return pl.BlockSpec((None, *block), lambda b, i, j, *_: (b, i, *zeros))
+    return pl.BlockSpec(
+      (None, *block), lambda b, i, *_: (b, _block(i, nQ), *zeros)
+    )
 
-  def of_keys(b, i, j, first, last):
+  def of_keys(b, i, tile, first, last):
     # What is not seen is not fetched: the tile stays the same.
-    return b, jnp.clip(j, first[b, i], jnp.maximum(last[b, i] - 1, 0)), 0, 0
+    i = _block(i, nQ)
+    return b, jnp.clip(tile, first[b, i], jnp.maximum(last[b, i] - 1, 0)), 0, 0
 
   needed = vmem_bytes(bQ, S, M, I, K, q.dtype.itemsize)
   indices = pl.pallas_call(
@@ -130,7 +133,7 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
       num_scalar_prefetch=2,
       grid=(B, nQ, nS),
       in_specs=[
-        of_queries(None, groups, M * _SUBLANES, I),
+        of_queries(None, bQ * M, I),
         pl.BlockSpec((None, None, I, bS), of_keys),
         of_queries(bQ, M),
         of_queries(bQ, 2),
@@ -149,6 +152,14 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
     name=f"indexer_topk_q{bQ}_k{bS}",
   )(first, last, q, k, w, jnp.stack([start, end], -1))
   return indices[:, :T, :top_k]
+
+
+def _block(i, nQ: int):
+  """Every second block first, for a chip that gives each core half of the grid:
+
+  later queries see more keys.
+  """
+  return 2 * i % nQ + 2 * i // nQ * (1 - nQ % 2)
 
 
 def _tiles_seen(start, end, bQ):
@@ -178,6 +189,7 @@ def _kernel(
 ):
   """One tile of keys for one block of queries; after the last, the choice."""
   b, i, tile = (pl.program_id(axis) for axis in range(3))
+  i = _block(i, pl.num_programs(1))
   seen = first_ref[b, i], last_ref[b, i]
   bQ, M = w_ref.shape
   start = jnp.broadcast_to(range_ref[:, :1], (bQ, _LANES))
@@ -208,21 +220,22 @@ def _groups(bQ: int) -> list[slice]:
 
 def _score(q_ref, k_ref, w_lanes_ref, order_ref, tile, start, end):
   """The order of a tile's scores: `order_ref[tile]` [32, bQ, 128]."""
-  M = w_lanes_ref.shape[1]
+  groups, M = w_lanes_ref.shape[:2]
 
   def columns(i, _):
     at = pl.ds(pl.multiple_of(i * _COLUMNS, _COLUMNS), _COLUMNS)
-    for group, rows in enumerate(_groups(order_ref.shape[2])):
-      logits = jnp.dot(
-        q_ref[group],
-        k_ref[:, at],
-        precision=_precision(q_ref.dtype),
-        preferred_element_type=jnp.float32,
-      )
-      terms = jnp.maximum(logits, 0.0).reshape(M, _SUBLANES, _COLUMNS)
+    logits = jnp.dot(
+      q_ref[...],
+      k_ref[:, at],
+      precision=_precision(q_ref.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    logits = logits.reshape(groups, M, _SUBLANES, _COLUMNS)
+    for group, rows in enumerate(_groups(groups * _SUBLANES)):
       for n in range(_COLUMNS // _LANES):
-        terms_of_row = terms[:, :, n * _LANES : (n + 1) * _LANES]
-        scores = jnp.sum(terms_of_row * w_lanes_ref[group], axis=0)
+        lanes = slice(n * _LANES, (n + 1) * _LANES)
+        similarities = jnp.maximum(logits[group, :, :, lanes], 0.0)
+        scores = jnp.sum(similarities * w_lanes_ref[group], axis=0)
         row = i * (_COLUMNS // _LANES) + n
         key = mosaic_tpu_select.key_of(tile, jnp.full_like(start[rows], row))
         order_ref[tile, row, rows] = jnp.where(

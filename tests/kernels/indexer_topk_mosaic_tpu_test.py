@@ -105,11 +105,9 @@ def case(B, T, S, M, I):
   rng = np.random.default_rng(3)
   start_BT = rng.integers(-5, S // 2, (B, T))
   end_BT = rng.integers(S // 3, S + 5, (B, T))
-  start_BT[:, :3] = [[0, 10, 2 * bS - 3]]
+  start_BT[:, :3] = [[0, 10, bS - 3]]
   end_BT[:, :3] = [[S, 200, 2**31 - 1]]
-  start_BT[1, 8:] = (
-    2 * bS - 9
-  )  # a block of queries that sees two tiles of three
+  start_BT[1, 8:16] = bS + 9  # a block of queries that sees one tile of two
   start_BT[1, 10], end_BT[1, 10] = -(2**31), 0
   ranges = (jnp.asarray(x, jnp.int32) for x in (start_BT, end_BT))
   return q_BTMI, k_BSI, w_BTM, *ranges
@@ -133,7 +131,7 @@ class SelectTest(chex.TestCase):
 
 class IndexerTopkTest(chex.TestCase):
   def test_chooses_what_the_reference_chooses(self):
-    B, T, S, M, I, K = 2, 13, 2 * bS + 100, 3, 16, 300
+    B, T, S, M, I, K = 2, 19, bS + 400, 3, 16, 300
     args = case(B, T, S, M, I)
     run = jax.jit(
       functools.partial(mosaic_tpu.indexer_topk, top_k=K, query_tile=8)
