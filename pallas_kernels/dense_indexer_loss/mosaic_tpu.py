@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import tpu
+from pallas_kernels import tuned
 from pallas_kernels.dense_indexer_loss import mosaic_tpu_kernels as kernels
 
 _CHUNK_BYTES: Final = 256 << 20
@@ -62,6 +63,8 @@ def dense_indexer_loss(
 def pick_tiles(T: int, S: int, N: int) -> kernels.Tiles:
   """The largest that fit: the more queries, the less often keys are brought."""
   chip = tpu.chip()
+  if found := tuned.tiles("dense_indexer_loss", chip.name, T=T, S=S, N=N):
+    return kernels.Tiles(chip.cores, **found)
   bT = 1024 if chip.vmem >= 128 << 20 else 512
   while bT > _LANES and 4 * chip.cores * bT * S > _CHUNK_BYTES:
     bT //= 2

