@@ -71,7 +71,7 @@ def _pad(x, tiles, fill=0):
 
 def _forward(q, kv, indices, latent_rank, scale, tiles):
   T, K = indices.shape[1:]
-  tiles = tiles or plan_lib.tiles(T, K)
+  tiles = tiles or plan_lib.tiles(T, K, q.shape[2])
   check(q, kv, indices, latent_rank, tiles)
   plan = plan_lib.plan(_pad(indices, tiles, -1), kv.shape[1], tiles)
   out, lse = mosaic_tpu_forward.forward(
@@ -87,7 +87,7 @@ def _vjp_backward(latent_rank, scale, tiles, residuals, cotangents):
   q, kv, indices, out, lse = residuals
   d_out, d_lse = cotangents
   T, K = indices.shape[1:]
-  tiles = tiles or plan_lib.tiles(T, K)
+  tiles = tiles or plan_lib.tiles(T, K, q.shape[2])
   # d logits = weights * (d weights - delta), where d lse enters as -delta does.
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
   # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most

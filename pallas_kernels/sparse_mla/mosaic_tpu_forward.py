@@ -1,9 +1,9 @@
 """Sparse attention on a TPU: out and lse, a block of queries at a time.
 
-While a tile of rows is attended to, the next one is copied. All queries of the
-block, with all their heads, are multiplied with a tile of the union at once;
-the bits of its codes say which of them chose the key. A tile that is one
-query's own is multiplied with its heads alone.
+While a tile of rows is attended to, the next one is copied, be it the first of
+the next block. All queries of the block, with all their heads, are multiplied
+with a tile of the union; the bits of its codes say which of them chose the key.
+A tile that is one query's own is multiplied with its heads alone.
 """
 
 import functools
@@ -40,7 +40,7 @@ def vmem_bytes(
 
 def queries_at_once(bQ: int, N: int) -> int:
   """How many queries of a union are multiplied at once: a divisor of bQ."""
-  return min(bQ, max(1, 1 << (_LOGIT_ROWS // N).bit_length() - 1))
+  return min(bQ, 1 << max(_LOGIT_ROWS // N, 1).bit_length() - 1)
 
 
 def forward(
@@ -51,31 +51,36 @@ def forward(
   scale: float,
   tiles: plan_lib.Tiles,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
-  """`tiles` are what the plan was made with; T is a multiple of bQ."""
+  """`tiles` are what the plan was made with; T is a multiple of cores x bQ."""
   (B, T, N, D), C, (bQ, bK) = q.shape, latent_rank, (tiles.bQ, tiles.bK)
-  nK = plan.codes.shape[2]
+  nK, cores = plan.codes.shape[2], tpu.chip().cores
+  steps = T // bQ // cores
   rows = rows_lib.pack(kv, bK)
   W, wide = rows.shape[2], pl.cdiv(D, rows_lib.LANES) * rows_lib.LANES
-  codes = lambda space: pl.BlockSpec(
-    (None, None, nK, bK), lambda b, i: (b, i, 0, 0), memory_space=space
+  here = lambda c, b, i: (b, c * steps + i, 0, 0)
+
+  def following(c, b, i):
+    b += i + 1 == steps
+    return jnp.minimum(b, B - 1), c * steps + (i + 1) % steps, 0, 0
+
+  listed = lambda index_map, *shape, space=pltpu.SMEM: pl.BlockSpec(
+    (None, None, *shape), index_map, memory_space=space
   )
   block = lambda *shape: pl.BlockSpec(
-    (None, bQ, *shape), lambda b, i: (b, i) + (0,) * len(shape)
+    (None, bQ, *shape), lambda *step: here(*step)[: len(shape) + 2]
   )
   interpret = tpu.interpret()
   return pl.pallas_call(
     functools.partial(
       _kernel, scale=scale, group=queries_at_once(bQ, N), interpret=interpret
     ),
-    grid=(B, T // bQ),
+    grid=(cores, B, steps),
     in_specs=[
-      pl.BlockSpec(
-        (None, None, 1, 3),
-        lambda b, i: (b, i, 0, 0),
-        memory_space=pltpu.SMEM,
-      ),
-      codes(pltpu.SMEM),
-      codes(pltpu.VMEM),
+      listed(here, 1, 3),
+      listed(here, nK, bK),
+      listed(following, 1, 3),
+      listed(following, 1, bK),
+      listed(here, nK, bK, space=pltpu.VMEM),
       block(N, D),
       pl.BlockSpec(memory_space=pl.ANY),
     ],
@@ -87,25 +92,31 @@ def forward(
     scratch_shapes=[
       pltpu.VMEM((2, W, bK, 1, rows_lib.LANES), rows.dtype),
       pltpu.SemaphoreType.DMA((2,)),
+      pltpu.SMEM((1,), jnp.int32),
       pltpu.VMEM((bK, wide), kv.dtype),
       pltpu.VMEM((bQ, N, C), jnp.float32),
       pltpu.VMEM((bQ, N, 1), jnp.float32),
       pltpu.VMEM((bQ, N, 1), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"),
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=tpu.chip().vmem,
       # A check for each of the copies would cost more than the copies.
       disable_bounds_checks=True,
     ),
     interpret=interpret,
     name=f"sparse_mla_forward_q{bQ}_k{bK}",
-  )(plan.blocks, plan.codes, plan.codes, q, rows)
+  )(
+    *(plan.blocks, plan.codes, plan.blocks, plan.codes[:, :, :1]),
+    *(plan.codes, q, rows),
+  )
 
 
 def _kernel(
   block_ref,
   codes_ref,
+  next_block_ref,
+  next_codes_ref,
   queries_ref,
   q_ref,
   kv_ref,
@@ -113,6 +124,7 @@ def _kernel(
   lse_ref,
   buffers,
   semaphores,
+  turn,
   keys,
   sums,
   top,
@@ -126,7 +138,10 @@ def _kernel(
   C, bK = out_ref.shape[2], keys.shape[0]
   n_tiles, is_union = block_ref[0, 0], block_ref[0, 1]
   tiles_apart = codes_ref.shape[0] // bQ
-  batch = pl.program_id(0)
+  batch, i = pl.program_id(1), pl.program_id(2)
+  ends_row = i == pl.num_programs(2) - 1
+  ends = ends_row & (batch == pl.num_programs(1) - 1)
+  has_next = ~ends & (next_block_ref[0, 0] > 0)
   precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
   dot = functools.partial(
     jax.lax.dot_general,
@@ -137,18 +152,18 @@ def _kernel(
   top[...] = jnp.full_like(top, _LOWEST)
   total[...] = jnp.zeros_like(total)
 
-  def start(tile):
-    slot = tile % 2
+  def start(codes, batch, slot):
     rows_lib.start(
       lambda key, place: pltpu.make_async_copy(
         kv_ref.at[batch, key],
         buffers.at[slot, :, place],
         semaphores.at[slot],
       ),
-      codes_ref.at[tile],
-      bQ,
-      q_ref.dtype.itemsize,
+      *(codes, bQ, q_ref.dtype.itemsize),
     )
+
+  def start_next(slot):
+    start(next_codes_ref.at[0], batch + ends_row.astype(jnp.int32), slot)
 
   def attend(tile, first, n):
     """The `n` queries from `first` on attend to the tile's keys."""
@@ -170,17 +185,28 @@ def _kernel(
     mixed = dot(weights, keys[:, :C], (((1,), (0,)), ((), ())))
     sums[some] = decay * sums[some] + mixed.reshape(n, N, C)
 
-  @pl.when(n_tiles > 0)
+  @pl.when((batch == 0) & (i == 0))
   def _():
-    start(0)
+    turn[0] = 0
+
+    @pl.when(n_tiles > 0)
+    def _():
+      start(codes_ref.at[0], batch, 0)
+
+  first_slot = turn[0]
 
   @pl.loop(0, n_tiles)
   def _(tile):
+    slot = (first_slot + tile) % 2
+
     @pl.when(tile + 1 < n_tiles)
     def _():
-      start(tile + 1)
+      start(codes_ref.at[tile + 1], batch, 1 - slot)
 
-    slot = tile % 2
+    @pl.when((tile + 1 == n_tiles) & has_next)
+    def _():
+      start_next(1 - slot)
+
     rows_lib.wait(buffers.at[slot], semaphores.at[slot])
     rows_lib.unpack(rows_lib.planes(buffers.at[slot], interpret), keys)
 
@@ -193,6 +219,12 @@ def _kernel(
     @pl.when(is_union == 0)
     def _():
       attend(tile, tile // tiles_apart, 1)
+
+  @pl.when((n_tiles == 0) & has_next)
+  def _():
+    start_next(first_slot)
+
+  turn[0] = (first_slot + n_tiles) % 2
 
   alive = total[...] > 0
   whole = jnp.where(alive, total[...], 1.0)

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-# What the union may be longer than one query's keys. Beyond, the products of
-# all queries with keys that few of them chose cost more than reading a key for
-# each query.
-LONGEST_UNION = 2
+from pallas_kernels import tpu
+from pallas_kernels import tuned
+
 # Queries whose lists are sorted at once: bounds what sorting holds in memory.
 _SORTED_QUERIES = 4096
 
@@ -29,15 +28,26 @@ class Tiles:
   """Queries of a block: a power of two."""
   bK: int
   """Rows that are read, and multiplied, at once."""
+  longest_union: int
+  """How many times one query's keys a union may have."""
 
 
-def tiles(T: int, K: int) -> Tiles:
-  """What serves every chip: a block of 8 takes most of what there is to share,
-  and 256 rows fill a matrix unit of 128 or 256 rows."""
-  return Tiles(
-    bQ=min(8, 1 << max(T - 1, 0).bit_length()),
-    bK=128 if K <= 128 else 256,
-  )
+def tiles(T: int, K: int, N: int) -> Tiles:
+  """What serves every chip, as far as static schedules tell.
+
+  A block of 8 takes most of what there is to share. The longer a tile, the less
+  often are running sums scaled; one longer than a query's keys would be mostly
+  empty. Beyond its longest, a union's products of all queries with keys that
+  few of them chose cost more than to read a key for each: with few heads, it is
+  reading that takes the time.
+  """
+  heuristic = {
+    "bQ": min(8, 1 << max(T - 1, 0).bit_length()),
+    "bK": min(512, max(128, 1 << max(K - 1, 0).bit_length())),
+    "longest_union": 3 if N > 32 else 7,
+  }
+  table = tuned.tiles("sparse_mla", tpu.chip().name, T=T, K=K, N=N)
+  return Tiles(**(table or heuristic))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +113,7 @@ def _block(
   union_L = jnp.where(place_L < length, union_L, no_key_L)
 
   apart_L = jnp.where(valid_L, chosen_L << bQ | 1 << query_L, no_key_L)
-  is_union = length <= LONGEST_UNION * K
+  is_union = length <= tiles.longest_union * K
   n_tiles = jnp.where(is_union, -(-length // bK), L // bK)
   return (
     jnp.where(is_union, union_L, apart_L),
