@@ -3,12 +3,14 @@
   distributions  what the heads attend to, summed over them, and the scores
   gradients      what follows from d scores = (softmax - target) d loss
 
-Between them lie arrays of T x 2 K numbers: the target may be summed over
+Between them lie arrays of T x 3 K numbers: the target may be summed over
 devices, and d scores needs the sums over all of a query's keys.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,9 @@ from pallas_kernels import tpu
 from pallas_kernels.sparse_indexer_loss import mosaic_tpu_kernels as kernels
 from pallas_kernels.sparse_indexer_loss import mosaic_tpu_walk as walk_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
+
+# How many times one query's keys a union may have.
+_LONGEST_UNION: Final = 3
 
 
 def sparse_indexer_loss(
@@ -35,7 +40,7 @@ def sparse_indexer_loss(
 ) -> Float[Array, "B T"]:
   """See `api.sparse_indexer_loss`."""
   T, K = indices.shape[1:]
-  tiles = tiles or plan_lib.tiles(T, K)
+  tiles = tiles or pick_tiles(T, K, q.shape[2])
   _check(q_index, k_index, indices, q, kv, tiles)
   q, kv, lse = jax.lax.stop_gradient((q, kv, lse))
   queries = -T % (tiles.bQ * tpu.chip().cores)
@@ -50,6 +55,14 @@ def sparse_indexer_loss(
     *(scale, heads_axis, tiles),
   )
   return loss_BT[:, :T]
+
+
+def pick_tiles(T: int, K: int, N: int) -> plan_lib.Tiles:
+  """Those of `sparse_mla`, which may then share its plan; but the longest union
+  is what bounds the arrays between the kernels."""
+  tiles = plan_lib.tiles(T, K, N)
+  longest_union = min(tiles.longest_union, _LONGEST_UNION)
+  return dataclasses.replace(tiles, longest_union=longest_union)
 
 
 def _check(q_index, k_index, indices, q, kv, tiles):

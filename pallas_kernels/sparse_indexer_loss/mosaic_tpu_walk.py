@@ -130,7 +130,7 @@ class Walk:
 
 def places(K: int, tiles: plan_lib.Tiles) -> int:
   """`Walk.places`."""
-  return -(-min(plan_lib.LONGEST_UNION, tiles.bQ) * K // tiles.bK)
+  return -(-min(tiles.longest_union, tiles.bQ) * K // tiles.bK)
 
 
 def walk(indices: Int[Array, "B T K"], S: int, tiles: plan_lib.Tiles) -> Walk:

@@ -30,7 +30,7 @@ bf16 = jnp.bfloat16
 # Interpretation is slow: three blocks of queries, the last not full, choosing
 # alike and read a union, anything and read it apart, or hardly any key.
 T = 11
-TILES = plan_lib.Tiles(bQ=4, bK=8)
+TILES = plan_lib.Tiles(bQ=4, bK=8, longest_union=2)
 op = functools.partial(mosaic_tpu.sparse_indexer_loss, tiles=TILES)
 
 
