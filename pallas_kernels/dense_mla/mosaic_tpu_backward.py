@@ -28,6 +28,7 @@ from pallas_kernels import tpu
 from pallas_kernels.dense_mla import mosaic_tpu_words
 
 LANES: Final = 128
+_LEAST: Final = jnp.iinfo(jnp.int32).min
 _LOG2E: Final = math.log2(math.e)
 
 
@@ -186,8 +187,10 @@ def _kernel(
     first_key = j * bS + c * chunk
     if by_words:
       return mosaic_tpu_words.chosen(words[...], first_key, chunk, axis=0)
-    key = lax.broadcasted_iota(jnp.int32, (chunk, bT), 0) + first_key
-    return (key >= start[...]) & (key < end[...])
+    key = lax.broadcasted_iota(jnp.int32, (chunk, bT), 0)
+    # As unsigned numbers, those before the start are larger than any length.
+    key += first_key - start[...] + _LEAST
+    return key < jnp.maximum(end[...] - start[...], 0) + _LEAST
 
   def walk(c, masked):
     keys = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)

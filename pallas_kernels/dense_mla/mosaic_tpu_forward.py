@@ -26,6 +26,7 @@ from pallas_kernels.dense_mla import mosaic_tpu_words
 
 LANES: Final = 128
 _NEVER: Final = -1e30  # a maximum before any key; finite, or NaN comes of it
+_LEAST: Final = jnp.iinfo(jnp.int32).min
 _LOG2E: Final = math.log2(math.e)
 
 
@@ -167,11 +168,12 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
     first_key = tile_key + at
     if by_words:
       return mosaic_tpu_words.chosen(words[...], first_key, chunk, axis=1)
-    lowest = _to_rows(start[...] - first_key)
-    highest = _to_rows(end[...] - first_key)
+    before = _to_rows(start[...] - first_key)
+    length = _to_rows(jnp.maximum(end[...] - start[...], 0))
     lane = lax.broadcasted_iota(jnp.int32, (bT, LANES), 1)
-    keys = [lane + x for x in range(0, chunk, LANES)]
-    parts = [(key >= lowest) & (key < highest) for key in keys]
+    # As unsigned numbers, those before the start are larger than any length.
+    keys = lane - before + _LEAST
+    parts = [keys + x < length + _LEAST for x in range(0, chunk, LANES)]
     return jnp.concatenate(parts, 1)
 
   def add(at, masked):

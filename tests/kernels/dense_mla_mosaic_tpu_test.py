@@ -24,9 +24,9 @@ from . import rows
 from . import tpu_topologies
 
 # No tile divides T or S, and S exceeds K.
-B, T, S, K, N, HR, U = 2, 200, 600, 90, 1, 192, 128
+B, T, S, K, N, HR, U = 2, 200, 1100, 90, 1, 192, 128
 SCALE = 0.1
-TILES = mosaic_tpu.Tiles(bT=128, bS=512, backward_bS=256, chunk=128, group=2)
+TILES = mosaic_tpu.Tiles(bT=128, bS=1024, backward_bS=512, chunk=256, group=2)
 bf16 = jnp.bfloat16
 
 
