@@ -154,7 +154,7 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
   return indices[:, :T, :top_k]
 
 
-def _block(i, nQ: int):
+def _block(i, nQ):
   """Every second block first, for a chip that gives each core half of the grid:
 
   later queries see more keys.
