@@ -129,14 +129,20 @@ def parse(text: str) -> Block:
 def _delay(rows, branches) -> int:
   """Bundles after a branch that are issued before it is taken.
 
-  The last ones of a loop: where fewer loops are around than at the branch.
+  They are the last ones of a loop: at most as many as there are until another
+  branch, a label, or where fewer loops are around.
   """
+
+  def ends(at, depth):
+    _, label, around, body = rows[at]
+    return label or around < depth or _BRANCH.search(body)
+
   found = []
   for address, target, _ in branches:
     if target <= address:
-      end = address + 1
-      while end < len(rows) and rows[end][2] >= rows[address][2]:
-        end += 1
+      after = range(address + 1, len(rows))
+      depth = rows[address][2]
+      end = next((x for x in after if ends(x, depth)), len(rows))
       found.append(end - 1 - address)
   return min(found, default=_DELAY)
 

@@ -208,9 +208,28 @@ def _sparse_forward(call: Call, bQ: int, bK: int) -> Counts:
   shape = call.shape
   nQ, D, C = -(-shape.T // bQ), shape.C + shape.R, shape.C
   tiles, union, apart = _reads(call, bQ, bK)
-  starts = -(-bK // 32)
-  groups = -(-bQ // max(1, 512 // shape.N))
-  row = -(-D // 256) * 512
+  starts, groups = _starts(bK), _groups(shape.N, bQ)
+  return Counts(
+    steps=nQ,
+    ends=nQ,
+    blocks=(
+      *(1, starts),  # of the very first tile
+      tiles,
+      (tiles - nQ) * starts,
+      nQ * starts,  # of the next block's first
+      *(union * groups, apart),
+      0,  # there is no block without keys
+    ),
+    bytes=tiles * bK * _row_bytes(D) + 2 * nQ * bQ * shape.N * (D + C),
+  )
+
+
+def _sparse_backward(call: Call, bQ: int, bK: int) -> Counts:
+  shape = call.shape
+  nQ, D, C = -(-shape.T // bQ), shape.C + shape.R, shape.C
+  tiles, union, apart = _reads(call, bQ, bK)
+  starts, groups = _starts(bK), _groups(shape.N, bQ)
+  sums = 2 * 4 * 128 * -(-D // 128)  # a row is read and written
   return Counts(
     steps=nQ,
     ends=nQ,
@@ -218,15 +237,32 @@ def _sparse_forward(call: Call, bQ: int, bK: int) -> Counts:
       nQ * starts,
       tiles,
       (tiles - nQ) * starts,
-      union * groups,
-      apart,
+      *(union * groups, apart),
+      0,  # no key stands twice in a tile
     ),
-    bytes=tiles * bK * row + 2 * nQ * bQ * shape.N * (D + C),
+    bytes=tiles * bK * (_row_bytes(D) + sums)
+    + 2 * nQ * bQ * shape.N * (2 * D + C),
   )
+
+
+def _starts(bK: int) -> int:
+  """Turns of the loop that starts a tile's copies, 32 in each."""
+  return -(-bK // 32)
+
+
+def _groups(N: int, bQ: int) -> int:
+  """Products of a tile of a union, each of up to 512 rows."""
+  return -(-bQ // max(1, 512 // N))
+
+
+def _row_bytes(D: int) -> int:
+  """Of a row of keys, bf16, as it is copied."""
+  return 512 * -(-D // 256)
 
 
 _KERNELS: Final[dict[str, Callable[..., Counts]]] = {
   "dense_mla_forward": _dense_forward,
   "indexer_topk": _indexer_topk,
   "sparse_mla_forward": _sparse_forward,
+  "sparse_mla_backward": _sparse_backward,
 }

@@ -2,9 +2,9 @@
 
 The op's kernels are compiled for one device of a topology. Each takes, at
 least, its bundles (`bundles`) as often as its data have it issue them
-(`counts`) over the clock, or what it copies over the bandwidth of HBM. No
-kernel was run: waiting that is not hidden, and what XLA does around kernels,
-are not in the estimate.
+(`counts`) over the clock, or what its products keep matrix units busy, or what
+it copies over the bandwidth of HBM. No kernel was run: waiting that is not
+hidden, and what XLA does around kernels, are not in the estimate.
 """
 
 from collections.abc import Callable
@@ -53,15 +53,16 @@ class Kernel:
   cycles: int | None
   """Of each core; None: its blocks are not counted."""
   matmul_share: float | None
-  """Of the cycles, those in which matrix units are busy."""
+  """What matrix units need of them; above 1 they do not keep up."""
   issue_seconds: float | None
   copy_seconds: float | None
 
   @property
   def seconds(self) -> float | None:
-    if self.issue_seconds is None or self.copy_seconds is None:
+    if None in (self.issue_seconds, self.matmul_share, self.copy_seconds):
       return None
-    return max(self.issue_seconds, self.copy_seconds)
+    computing = self.issue_seconds * max(self.matmul_share, 1.0)
+    return max(computing, self.copy_seconds)
 
 
 @contextlib.contextmanager
