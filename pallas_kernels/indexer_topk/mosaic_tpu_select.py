@@ -118,7 +118,8 @@ def _threshold(order_ref, tiles, visible, top_k):
 def _largest(low, end, found, target, count, guess, slack=0):
   """The largest x of [low, end) with count(x) >= target, and count(x).
 
-  Any x with a count of at most target + slack will do. Arrays are [bQ, 128].
+  Any x with a count of at most target + slack will do; without an x that has
+  the target, it is `low`. Arrays are [bQ, 128].
 
   Args:
     low: What has the target.
@@ -138,9 +139,10 @@ def _largest(low, end, found, target, count, guess, slack=0):
     step, low, end, found, missed = state
     x = guess(*state, target)
     x = jnp.minimum(jnp.maximum(x, low + 1), end - 1)
-    x = jnp.where(is_open(low, end, found), x, low)
+    opened = is_open(low, end, found)
+    x = jnp.where(opened, x, low)
     n = count(x)
-    enough = n >= target
+    enough = (n >= target) | ~opened  # what is closed stays
     return (
       step + 1,
       jnp.where(enough, x, low),

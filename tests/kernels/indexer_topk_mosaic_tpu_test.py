@@ -109,6 +109,7 @@ def case(B, T, S, M, I):
   end_BT[:, :3] = [[S, 200, 2**31 - 1]]
   start_BT[1, 8:16] = bS + 9  # a block of queries that sees one tile of two
   start_BT[1, 10], end_BT[1, 10] = -(2**31), 0
+  end_BT[1, 16:] = 0  # one that sees nothing
   ranges = (jnp.asarray(x, jnp.int32) for x in (start_BT, end_BT))
   return q_BTMI, k_BSI, w_BTM, *ranges
 
@@ -127,6 +128,16 @@ class SelectTest(chex.TestCase):
         expected = choose(scores_QS[q], start[q], end[q], K)
         np.testing.assert_array_equal(actual[q, :K], expected)
     np.testing.assert_array_equal(actual[:, K:], -1)
+
+  def test_more_keys_than_a_sample_has(self):
+    S, K = bS - 96, bS - 1000
+    scores_QS = inputs.normal(0, 8, S)
+    start = np.array([0, 0, 9, 9, S, 0, 1, 2])
+    end = np.array([0, S, S, K + 9, S, K + 1, K, S])
+    actual = np.asarray(select(scores_QS, start, end, K))
+    for q in range(8):
+      expected = choose(np.asarray(scores_QS[q]), start[q], end[q], K)
+      np.testing.assert_array_equal(actual[q, :K], expected)
 
 
 class IndexerTopkTest(chex.TestCase):
