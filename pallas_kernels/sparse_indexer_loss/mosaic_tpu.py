@@ -23,6 +23,7 @@ from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 
 # How many times one query's keys a union may have.
 _LONGEST_UNION: Final = 3
+_SMEM: Final = 3 << 18  # bytes, of 1 MiB
 
 
 def sparse_indexer_loss(
@@ -43,15 +44,17 @@ def sparse_indexer_loss(
   tiles = tiles or pick_tiles(T, K, q.shape[2])
   _check(q_index, k_index, indices, q, kv, tiles)
   q, kv, lse = jax.lax.stop_gradient((q, kv, lse))
-  queries = -T % (tiles.bQ * tpu.chip().cores)
-  pad = lambda x, fill=0: jnp.pad(
-    x,
-    [(0, 0), (0, queries), *[(0, 0)] * (x.ndim - 2)],
-    constant_values=fill,
-  )
+  index_heads, heads = _more_heads(q_index), _more_heads(q)
+  pad = functools.partial(_pad, -T % (tiles.bQ * tpu.chip().cores))
   loss_BT = _loss(
-    *(pad(q_index), k_index, pad(w.astype(jnp.float32)), pad(indices, -1)),
-    *(pad(q), kv, pad(lse), jnp.asarray(measure)),
+    pad(q_index, index_heads),
+    k_index,
+    pad(w.astype(jnp.float32), index_heads),
+    pad(indices, 0, -1),
+    pad(q, heads),
+    kv,
+    pad(lse, heads, -jnp.inf),
+    jnp.asarray(measure),
     *(scale, heads_axis, tiles),
   )
   return loss_BT[:, :T]
@@ -74,12 +77,30 @@ def _check(q_index, k_index, indices, q, kv, tiles):
   (M, I), (N, D), K = q_index.shape[2:], q.shape[2:], indices.shape[2]
   if not K:
     raise NotImplementedError(f"{K=} keys of a query: at least 1 can be done.")
+  S = kv.shape[1]
+  if (S + tiles.bK) << tiles.bQ > jnp.iinfo(jnp.int32).max:
+    raise NotImplementedError(f"{S=} keys: a plan has no bits for so many.")
+  if (scalars := 2 * 4 * tiles.bQ * -(-K // tiles.bK) * tiles.bK) > _SMEM:
+    raise NotImplementedError(
+      f"{K=} keys of a query take {scalars} bytes of SMEM; {_SMEM} at most."
+    )
+  M, N = M + _more_heads(q_index), N + _more_heads(q)
   needed = kernels.vmem_bytes(N, D, M, I, K, tiles)
   if needed > tpu.chip().vmem:
     raise NotImplementedError(
-      f"{N=} heads of width {D}, {M=} index heads of width {I=}, and {K=} take "
-      f"{needed} bytes of VMEM of {tpu.chip().vmem}."
+      f"{N=} heads of width {D} and {M=} index heads of width {I} take "
+      f"{needed} bytes of VMEM; {tpu.chip().vmem} at most."
     )
+
+
+def _more_heads(x):
+  """Heads without weight that fill the registers of [B, T, heads, width]."""
+  return -x.shape[2] % (32 // x.dtype.itemsize)
+
+
+def _pad(queries, x, heads, fill=0):
+  padding = (0, 0), (0, queries), (0, heads), *[(0, 0)] * (x.ndim - 3)
+  return jnp.pad(x, padding, constant_values=fill)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))

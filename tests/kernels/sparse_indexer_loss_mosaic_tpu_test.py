@@ -119,7 +119,9 @@ class SparseIndexerLossMosaicTpuTest(chex.TestCase):
   @parameterized.parameters(
     (dict(dtype=jnp.float16), "dtype=float16"),
     (dict(K=0), "K=0"),
-    (dict(K=1 << 20), "K=1048576 .* bytes of VMEM"),
+    (dict(S=1 << 24), "S=16777216"),
+    (dict(K=1 << 14), "K=16384 .* bytes of SMEM"),
+    (dict(N=4096), "N=4096 .* bytes of VMEM"),
   )
   def test_refuses(self, change, why):
     args = shapes(**(dict(T=64, S=1024, N=8) | change))
@@ -148,17 +150,20 @@ def test_bfloat16():
 def test_heads_over_devices():
   n, heads = P(), P(None, None, "x")
   auto = jax.sharding.AxisType.Auto
-  with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
-    sharded = jax.shard_map(
-      lambda *args: op(*args, portable.SCALE, "x"),
+
+  def sharded(*args, measure):
+    return jax.shard_map(
+      lambda *args: op(*args, portable.SCALE, "x", measure),
       in_specs=(n, n, n, n, heads, n, heads),
       out_specs=n,
       check_vma=False,
-    )
-    *args, d_loss = make_inputs()
-    loss, pullback = jax.vjp(lambda *x: sharded(*x, *args[3:]), *args[:3])
-    actual = loss, *pullback(d_loss)
-  chex.assert_trees_all_close(actual, result()[:4], rtol=1e-5, atol=1e-6)
+    )(*args[:-1])
+
+  with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
+    step = jax.jit(functools.partial(portable.value_and_vjp, sharded))
+    actual = step(*make_inputs())
+  expected = result()
+  chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
