@@ -115,13 +115,12 @@ class DenseMlaMosaicTpuTest(chex.TestCase):
     tiles = dataclasses.replace(TILES, group=group)
     actual = compiled(tiles)(*args)
     self.assert_close(actual, value_and_vjp(reference.dense_mla, *args))
-    if kind == "causal":
-      again = compiled(tiles)(*args)
-      chex.assert_trees_all_equal(again, actual, strict=True)
 
   def test_bfloat16(self):
-    args = make_inputs("packed", bf16)
+    args = [x[:1] for x in make_inputs("packed", bf16)]
     actual = compiled(TILES)(*args)
+    again = compiled(TILES)(*args)
+    chex.assert_trees_all_equal(again, actual, strict=True)
     exact = (x.astype(jnp.float32) if x.dtype == bf16 else x for x in args)
     expected = value_and_vjp(reference.dense_mla, *exact)
     for x, dtype in zip(actual, (bf16, jnp.float32) + (bf16,) * 3):
@@ -181,9 +180,8 @@ class DenseMlaMosaicTpuTest(chex.TestCase):
 
   def test_compiles(self):
     """A TPU takes it by itself, forward and backward."""
-    text = tpu_topologies.compile_step(
-      "v6e", step, shapes(4096, 8192, 16)
-    ).as_text()
+    args = shapes(4096, 8192, 16)
+    text = tpu_topologies.compile_step("v6e", step, args).as_text() or ""
     self.assertIn("dense_mla_forward_q1024_k4096_c512", text)
     self.assertIn("dense_mla_backward_q1024_k2048_c512", text)
 
