@@ -3,9 +3,10 @@
 Bit b of word [w, l] is key 4096 w + 128 b + l: 128 words say of 128 keys that
 lie side by side, by one shift, whether they are read.
 
-Bits are set without a scatter. Of the 2^16 values of half a word, a chosen key
-is one power of two: the sum of one-hot rows by one-hot columns, a product of
-matrices that is exact in bfloat16, has them all.
+Bits are set without a scatter. A chosen key is a column with one number, the
+power of two of its bit at its half of a word, times a row with a one at its
+lane: the product of two matrices adds these up for all chosen keys. It is
+exact: bfloat16 has the powers of two, and sums stay below 2^16.
 """
 
 from typing import Final
@@ -30,7 +31,7 @@ def words(
   end: Int[Array, "B T"],
   S: int,
 ) -> Int[Array, "B T nW 128"]:
-  """Bits of the indices that lie in [start, end), each of which occurs once."""
+  """Bits of the indices in [start, end), of which none occurs twice."""
   B, T, K = indices.shape
   nW = -(-S // (2 * _HALF * LANES))
   rows = -(-nW // 8) * 8
