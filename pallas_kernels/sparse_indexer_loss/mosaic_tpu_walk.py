@@ -183,7 +183,7 @@ class Tiles:
     """
     n_tiles, is_union = self.block[0, 0], self.block[0, 1]
     tiles_apart = self.codes.shape[0] // bQ
-    group = min(bQ, max(1, 1 << (_AT_ONCE // heads).bit_length() - 1))
+    group = min(bQ, 1 << max(_AT_ONCE // heads, 1).bit_length() - 1)
 
     @pl.when(n_tiles > 0)
     def _():
