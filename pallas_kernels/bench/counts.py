@@ -74,9 +74,7 @@ def work(kernel: bundles.Block, counts: Counts) -> Work:
   Raises:
     Unknown: The counts are for other blocks.
   """
-  grid = next((x for x in kernel.inside if x.kind == "loop"), None)
-  if grid is None and kernel.inside:
-    grid = next((x for x in kernel.inside[0].inside if x.kind == "loop"), None)
+  grid = next((x for _, x in kernel.walk() if x.kind == "loop"), None)
   if grid is None:
     raise Unknown("The schedule has no loop over a grid.")
   step = max(grid.inside, key=_size, default=None)
@@ -85,7 +83,7 @@ def work(kernel: bundles.Block, counts: Counts) -> Work:
   def times(block, around):
     if block is grid or block is step:
       return counts.steps
-    if around == 0 or _is_guard(block):
+    if around == 0 or _is_guard(block) or any(x is grid for x in block.inside):
       return around
     if block.kind == "loop" and block.trips and not guarded[id(block)]:
       return around * block.trips
