@@ -118,7 +118,7 @@ def backward(
     interpret=interpret,
     name=f"sparse_mla_backward_q{bQ}_k{bK}",
   )(
-    *(plan.blocks, plan.codes, plan.codes, q, d_out),
+    *(plan.blocks, plan.codes >> bQ, plan.codes, q, d_out),
     *(lse[:, :, None], delta[:, :, None], rows, zeros),
   )
   d_kv = d_rows.sum(0).reshape(B, S + bK, n_chunks * lanes)
@@ -127,8 +127,8 @@ def backward(
 
 def _kernel(
   block_ref,
+  keys_ref,
   codes_ref,
-  queries_ref,
   q_ref,
   d_out_ref,
   lse_ref,
@@ -154,7 +154,7 @@ def _kernel(
   C, bK, lanes = d_out_ref.shape[2], keys.shape[0], rows_lib.LANES
   itemsize = q_ref.dtype.itemsize
   n_tiles, is_union, twice = (block_ref[0, i] for i in range(3))
-  tiles_apart = codes_ref.shape[0] // bQ
+  tiles_apart = keys_ref.shape[0] // bQ
   core, batch = pl.program_id(0), pl.program_id(1)
   precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
 
@@ -175,7 +175,7 @@ def _kernel(
         buffers.at[slot, :, place],
         semaphores.at[slot],
       ),
-      *(codes_ref.at[tile], bQ, itemsize),
+      *(keys_ref.at[tile], itemsize),
     )
 
   def start_sums(tile, write):
@@ -186,7 +186,7 @@ def _kernel(
         source, target, sums_semaphores.at[int(write)]
       )
 
-    rows_lib.start(copy, codes_ref.at[tile], bQ, 4)
+    rows_lib.start(copy, keys_ref.at[tile], 4)
 
   def wait_sums(write):
     rows_lib.wait(sums, sums_semaphores.at[int(write)])
@@ -232,7 +232,7 @@ def _kernel(
     slot = tile % 2
     rows_lib.wait(buffers.at[slot], semaphores.at[slot])
     rows_lib.unpack(rows_lib.planes(buffers.at[slot], interpret), keys)
-    codes = queries_ref[pl.ds(tile, 1)]
+    codes = codes_ref[pl.ds(tile, 1)]
     queries[...] = jnp.broadcast_to(codes, (lanes, bK)).T
     d_rows[...] = jnp.zeros_like(d_rows)
 

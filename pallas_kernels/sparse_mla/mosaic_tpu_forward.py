@@ -69,6 +69,8 @@ def forward(
   block = lambda *shape: pl.BlockSpec(
     (None, bQ, *shape), lambda *step: here(*step)[: len(shape) + 2]
   )
+  # The scalar unit, which starts the copies, has no time to spare for shifts.
+  keys = plan.codes >> bQ
   interpret = tpu.interpret()
   return pl.pallas_call(
     functools.partial(
@@ -107,17 +109,17 @@ def forward(
     interpret=interpret,
     name=f"sparse_mla_forward_q{bQ}_k{bK}",
   )(
-    *(plan.blocks, plan.codes, plan.blocks, plan.codes[:, :, :1]),
+    *(plan.blocks, keys, plan.blocks, keys[:, :, :1]),
     *(plan.codes, q, rows),
   )
 
 
 def _kernel(
   block_ref,
-  codes_ref,
+  keys_ref,
   next_block_ref,
-  next_codes_ref,
-  queries_ref,
+  next_keys_ref,
+  codes_ref,
   q_ref,
   kv_ref,
   out_ref,
@@ -137,7 +139,7 @@ def _kernel(
   bQ, N, D = q_ref.shape
   C, bK = out_ref.shape[2], keys.shape[0]
   n_tiles, is_union = block_ref[0, 0], block_ref[0, 1]
-  tiles_apart = codes_ref.shape[0] // bQ
+  tiles_apart = keys_ref.shape[0] // bQ
   batch, i = pl.program_id(1), pl.program_id(2)
   ends_row = i == pl.num_programs(2) - 1
   ends = ends_row & (batch == pl.num_programs(1) - 1)
@@ -152,18 +154,18 @@ def _kernel(
   top[...] = jnp.full_like(top, _LOWEST)
   total[...] = jnp.zeros_like(total)
 
-  def start(codes, batch, slot):
+  def start(keys, batch, slot):
     rows_lib.start(
       lambda key, place: pltpu.make_async_copy(
         kv_ref.at[batch, key],
         buffers.at[slot, :, place],
         semaphores.at[slot],
       ),
-      *(codes, bQ, q_ref.dtype.itemsize),
+      *(keys, q_ref.dtype.itemsize),
     )
 
   def start_next(slot):
-    start(next_codes_ref.at[0], batch + ends_row.astype(jnp.int32), slot)
+    start(next_keys_ref.at[0], batch + ends_row.astype(jnp.int32), slot)
 
   def attend(tile, first, n):
     """The `n` queries from `first` on attend to the tile's keys."""
@@ -173,7 +175,7 @@ def _kernel(
     logits = dot(q, keys[:, :D], (((1,), (1,)), ((), ())))
     logits = logits.reshape(n, N, bK) * (scale * math.log2(math.e))
     shift = first + jax.lax.broadcasted_iota(jnp.int32, (n, 1, bK), 0)
-    chosen = queries_ref[pl.ds(tile, 1)].reshape(1, 1, bK) >> shift & 1
+    chosen = codes_ref[pl.ds(tile, 1)].reshape(1, 1, bK) >> shift & 1
     logits = jnp.where(chosen == 1, logits, -jnp.inf)
     old = top[some]
     new = jnp.maximum(old, jnp.max(logits, -1, keepdims=True))
@@ -191,7 +193,7 @@ def _kernel(
 
     @pl.when(n_tiles > 0)
     def _():
-      start(codes_ref.at[0], batch, 0)
+      start(keys_ref.at[0], batch, 0)
 
   first_slot = turn[0]
 
@@ -201,7 +203,7 @@ def _kernel(
 
     @pl.when(tile + 1 < n_tiles)
     def _():
-      start(codes_ref.at[tile + 1], batch, 1 - slot)
+      start(keys_ref.at[tile + 1], batch, 1 - slot)
 
     @pl.when((tile + 1 == n_tiles) & has_next)
     def _():

@@ -41,24 +41,22 @@ def pack(kv: Float[Array, "B S D"], bK: int) -> Shaped[Array, "B rows W 1 128"]:
   return halves[:, :, 0] | halves[:, :, 1] << 16
 
 
-def start(
-  copy: Callable[[Any, Any], Any], codes: Any, shift: int, itemsize: int
-) -> None:
-  """Starts `copy(key, place)` for each entry of a tile's list, codes[bK].
+def start(copy: Callable[[Any, Any], Any], keys: Any, itemsize: int) -> None:
+  """Starts `copy(key, place)` for each entry of a tile's list, keys[bK].
 
   bfloat16 rows come to lie in pairs, the second in the upper bits: the first of
   each pair is copied to the first half of a plane, the second to the other.
   """
-  bK, pair = codes.shape[0], 4 // itemsize
+  bK, pair = keys.shape[0], 4 // itemsize
   unrolled = min(_UNROLLED, bK)
 
   @pl.loop(0, bK // unrolled)
   def _(i):
-    entry, place = i * unrolled, i * (unrolled // pair)
+    # Offsets from here on are constants of the instructions.
+    some = keys.at[pl.ds(pl.multiple_of(i * unrolled, unrolled), unrolled)]
+    place = i * (unrolled // pair)
     for j in range(unrolled):
-      key = codes[entry + j] >> shift
-      # Added in this order, most of it is a constant of the instruction.
-      copy(key, place + (j % pair * (bK // pair) + j // pair)).start()
+      copy(some[j], place + (j % pair * (bK // pair) + j // pair)).start()
 
 
 def wait(buffer: Any, semaphore: Any) -> None:

@@ -158,7 +158,7 @@ class SparseMlaMosaicTpuTest(chex.TestCase):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
-@pytest.mark.parametrize("S, N", [(4096, 128), (32_768, 16), (131_072, 128)])
+@pytest.mark.parametrize("S, N", [(4096, 16), (131_072, 128)])
 def test_compiles_at_real_shapes(chip, S, N):
   op, shapes = step(T=4096, S=S, N=N)
   tpu_topologies.compile_step(chip, op, shapes)
