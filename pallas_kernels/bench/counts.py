@@ -88,6 +88,8 @@ def work(kernel: bundles.Block, counts: Counts) -> Work:
     if block.kind == "loop" and block.trips and not guarded[id(block)]:
       return around * block.trips
     if block.kind == "branch" and not _is_decisive(block):
+      if any(x is block for x in grid.inside):
+        return around  # fetches and writes of the grid
       return min(around, counts.ends) if _size(block) >= _SMALL else around
     if not left:
       raise Unknown(f"Nothing is known of the block at {block.first:#x}.")
@@ -132,7 +134,7 @@ def _is_decisive(block: bundles.Block) -> bool:
 def counts(name: str, call: Call) -> Counts | None:
   """Of a kernel by its name, which has its tiles; None if it is not known."""
   for prefix, count in _KERNELS.items():
-    if name.startswith(prefix):
+    if prefix in name:
       tiles = dict(re.findall(r"_([a-z])(\d+)", name))
       return count(call, *map(int, tiles.values()))
   return None
@@ -166,6 +168,21 @@ def _dense_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
     ends=N * nT,
     blocks=(N * seen, N * whole, N * (seen - whole)),
     bytes=2 * N * (tiles * bS * (HR + shape.U) + nT * bT * (HR + shape.U)),
+  )
+
+
+def _dense_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
+  shape = call.shape
+  N, width = shape.N, 2 * (shape.H + shape.R + shape.U)
+  nT, nS = -(-shape.T // bT), -(-shape.S // bS)
+  seen, whole = _spans(call, bT, chunk)
+  tiles, _ = _spans(call, bT, bS)
+  return Counts(
+    steps=N * nS * nT,
+    ends=N * nS,
+    blocks=(N * tiles * (bS // chunk), N * whole, N * (seen - whole)),
+    bytes=N * width * (tiles * bT + 2 * nS * bS)
+    + 2 * N * nT * bT * (shape.H + shape.R),
   )
 
 
@@ -260,6 +277,7 @@ def _row_bytes(D: int) -> int:
 
 _KERNELS: Final[dict[str, Callable[..., Counts]]] = {
   "dense_mla_forward": _dense_forward,
+  "dense_mla_backward": _dense_backward,
   "indexer_topk": _indexer_topk,
   "sparse_mla_forward": _sparse_forward,
   "sparse_mla_backward": _sparse_backward,

@@ -252,7 +252,8 @@ class Estimates:
         yield self._kernel(name, block, vmem[name])
 
   def _kernel(self, name: str, block: bundles.Block, vmem: int) -> Kernel:
-    name = re.sub(r"(\.\d+)+$", "", name)  # what makes it another one's
+    # Without what makes it another one's, or says where it stands.
+    name = re.sub(r"^(transpose_|jvp_)+|_*(\.\d+)*$", "", name)
     counts = counts_lib.counts(name, self._call)
     size = block.last + 1
     if counts is None:

@@ -126,7 +126,7 @@ def kernel():
   fixed = block("loop", 7, trips=4)
   first = block("branch", 25)
   step = block("branch", 20, first, block("branch", 5, walk), fixed)
-  whole = block("kernel", 3, block("loop", 11, step))
+  whole = block("kernel", 3, block("loop", 11, block("branch", 22), step))
   place(whole)
   return whole
 
@@ -134,7 +134,7 @@ def kernel():
 def test_blocks_are_weighed_in_their_order():
   of = counts.Counts(steps=100, ends=10, blocks=(400, 300, 90), bytes=0)
   work = counts.work(kernel(), of)
-  cycles = 3 + 100 * (11 + 20) + 10 * 25 + 400 * 10 + 300 * 30 + 90 * 50
+  cycles = 3 + 100 * (11 + 22 + 20) + 10 * 25 + 400 * 10 + 300 * 30 + 90 * 50
   assert work.cycles == cycles + 100 * 4 * 7
   assert work.matmuls == 2 * 300 + 2 * 90
 
