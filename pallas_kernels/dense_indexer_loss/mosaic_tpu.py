@@ -132,7 +132,7 @@ class _Op:
     index = q_index.swapaxes(1, 2), k_index, w.swapaxes(1, 2)
     # A dead row weighs nothing.
     bias_BTN = jnp.where(jnp.isneginf(lse), -jnp.inf, -lse * math.log2(math.e))
-    attention = [x.swapaxes(1, 2) for x in (q, k, bias_BTN)]
+    attention = q.swapaxes(1, 2), k.swapaxes(1, 2), bias_BTN.swapaxes(1, 2)
     chunks = kernels.chunks(start, end, self.tiles)
     more = [x.reshape(B, -1, self.tiles.chunk, *x.shape[2:]) for x in more]
 
@@ -140,7 +140,7 @@ class _Op:
       chunk, *more = xs
       scores = kernels.scores(*index, chunk, self.tiles)
       target_ST = kernels.target(
-        *(*attention, chunk, self.tiles, self.scale, k_index.shape[1])
+        *attention, chunk, self.tiles, self.scale, k_index.shape[1]
       )
       if self.heads_axis is not None:
         target_ST = jax.lax.pmean(target_ST, self.heads_axis)

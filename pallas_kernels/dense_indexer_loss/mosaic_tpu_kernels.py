@@ -286,7 +286,7 @@ def _kernel(
   body, name, tiles, grid, *, in_specs, out_specs, scratch_shapes=(), **kwargs
 ):
   """The kernel as a function of a chunk's place and of arrays."""
-  order = "parallel", *["arbitrary"] * (len(grid) - 1)
+  order = pltpu.PARALLEL, *[pltpu.ARBITRARY] * (len(grid) - 1)
   return pl.pallas_call(
     body,
     name=f"dense_indexer_loss_{name}_q{tiles.bT}_k{tiles.bS}",

@@ -86,11 +86,12 @@ def distributions(
 
   blocks = [walk.split(x) for x in (q, bias, q_index, w)]
   shape = B, blocks[0].shape[1], walk.places, bQ, bK
-  return walk.run(
+  target, scores = walk.run(
     *("distributions", body, keys, blocks),
     [jax.ShapeDtypeStruct(shape, _f32)] * 2,
     [pltpu.VMEM((bQ, N, 1), _f32), pltpu.VMEM((bQ, M, 1), _f32)],
   )
+  return target, scores
 
 
 def gradients(
@@ -122,7 +123,7 @@ def gradients(
         source, to = (part, row) if write else (row, part)
         return pltpu.make_async_copy(source, to, semaphores.at[int(write)])
 
-      rows_lib.start(copy, tiles.codes.at[tile], bQ, 4)
+      rows_lib.start(copy, tiles.listed.at[tile], 4)
 
     def wait_rows(write):
       rows_lib.wait(before, semaphores.at[int(write)])

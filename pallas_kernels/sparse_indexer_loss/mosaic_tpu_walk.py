@@ -123,7 +123,7 @@ class Walk:
       ),
       interpret=interpret,
     )(
-      *(self.plan.blocks, self.plan.codes, self.plan.codes),
+      *(self.plan.blocks, self.plan.codes >> bQ, self.plan.codes),
       *(rows, *blocks, *sums),
     )
 
@@ -145,8 +145,8 @@ class Tiles:
 
   Attributes:
     block: How many there are, and whether they are a union.
-    codes: The keys, and who chose them, as scalars.
-    queries: The same as a vector.
+    listed: The keys, as scalars.
+    codes: Keys and who chose them, as a vector.
     rows: All keys, in HBM.
     buffers: Two tiles of rows, as they are copied.
     semaphores: Of the copies.
@@ -155,8 +155,8 @@ class Tiles:
   """
 
   block: Any
+  listed: Any
   codes: Any
-  queries: Any
   rows: Any
   buffers: Any
   semaphores: Any
@@ -182,18 +182,18 @@ class Tiles:
       end: Called after it.
     """
     n_tiles, is_union = self.block[0, 0], self.block[0, 1]
-    tiles_apart = self.codes.shape[0] // bQ
+    tiles_apart = self.listed.shape[0] // bQ
     group = min(bQ, 1 << max(_AT_ONCE // heads, 1).bit_length() - 1)
 
     @pl.when(n_tiles > 0)
     def _():
-      self._start(0, bQ)
+      self._start(0)
 
     @pl.loop(0, n_tiles)
     def _(tile):
       @pl.when(tile + 1 < n_tiles)
       def _():
-        self._start(tile + 1, bQ)
+        self._start(tile + 1)
 
       begin(tile)
       slot = tile % 2
@@ -214,11 +214,11 @@ class Tiles:
 
   def chosen(self, tile: Any, first: Any, n: int) -> Any:
     """Whether each of the `n` queries chose each key of the tile: [n, bK]."""
-    shape = n, self.queries.shape[1]
-    query = first + jax.lax.broadcasted_iota(self.queries.dtype, shape, 0)
-    return (self.queries[pl.ds(tile, 1)] >> query & 1) == 1
+    shape = n, self.codes.shape[1]
+    query = first + jax.lax.broadcasted_iota(self.codes.dtype, shape, 0)
+    return (self.codes[pl.ds(tile, 1)] >> query & 1) == 1
 
-  def _start(self, tile, bQ):
+  def _start(self, tile):
     slot, batch = tile % 2, pl.program_id(1)
     rows_lib.start(
       lambda key, place: pltpu.make_async_copy(
@@ -226,5 +226,5 @@ class Tiles:
         self.buffers.at[slot, :, place],
         self.semaphores.at[slot],
       ),
-      *(self.codes.at[tile], bQ, self.keys.dtype.itemsize),
+      *(self.listed.at[tile], self.keys.dtype.itemsize),
     )

@@ -47,8 +47,10 @@ def make_inputs(dtype=jnp.float32):
 
 
 def expected(dtype=jnp.float32):
-  *args, d_loss = make_inputs(dtype)
-  return oracles.sparse_indexer_loss(*args, portable.SCALE, d_loss)
+  q_index, k_index, w, indices, q, kv, lse, d_loss = make_inputs(dtype)
+  return oracles.sparse_indexer_loss(
+    q_index, k_index, w, indices, q, kv, lse, portable.SCALE, d_loss
+  )
 
 
 @functools.cache  # tests share what they compile
