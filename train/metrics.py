@@ -8,16 +8,16 @@ from typing import Any, Final
 import jax
 import tensorboardX
 
+from pallas_kernels import tpu
 from train import processes
 
 # Peak dense bf16 FLOP/s of a device, by the start of its kind; data sheets.
 _PEAK: Final = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU7x": 1153e12,  # a chip is two devices
+  "TPU v5": tpu.V5P.flops,
+  "TPU v6 lite": tpu.V6E.flops,
+  "TPU7x": tpu.TPU7X.flops,  # a chip is two devices
   "NVIDIA A100": 312e12,
   "NVIDIA H100": 989e12,
   "NVIDIA H200": 989e12,

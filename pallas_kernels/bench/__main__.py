@@ -13,6 +13,12 @@ beside it.
   python -m pallas_kernels.bench attention --shape=128k --grad
   python -m pallas_kernels.bench sparse_mla --shape=tiny      # also on a CPU
 
+With --topology, and no TPU, nothing is run: the op's kernels are compiled for
+a device of that topology, and the table says what their schedule takes at
+least (static.py says what it leaves out). On a TPU it is measured all the same.
+
+  python -m pallas_kernels.bench attention --shape=128k --topology=v6e:2x2
+
 OP is one of the ops, on the last T queries of a sequence of S; or a whole
 layer's work on a sequence (T = S):
 
@@ -27,14 +33,17 @@ import dataclasses
 import pathlib
 import random
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 from pallas_kernels import shapes as shapes_lib
 from pallas_kernels.bench import cases
+from pallas_kernels.bench import counts
 from pallas_kernels.bench import programs
 from pallas_kernels.bench import report as report_lib
+from pallas_kernels.bench import static
 
 type Op = Literal[
   "indexer_topk",
@@ -86,6 +95,12 @@ class Options:
   measure: bool = True
   """Compute the losses, which training does now and then; if not, only their
   gradients, as in the other steps."""
+  topology: str | None = None
+  """Estimate for a device of it, unless this machine has a TPU: v5p:2x2x1,
+  v6e:2x2, tpu7x:2x2x1."""
+  union: float | None = None
+  """For the estimate, keys that a block of neighbouring queries reads together,
+  over K; None: they have none in common."""
   seed: int | None = None
   """Of the data; another one each time unless given."""
   json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -113,7 +128,8 @@ class Options:
     }
     given = {name: x for name, x in named.items() if x is not None}
     shape = shapes_lib.SHAPES[self.shape]
-    if self.op in ("attention", "warmup", "crossover") and self.queries is None:
+    whole = self.op in ("attention", "warmup", "crossover")
+    if whole and self.topology is None and self.queries is None:
       given["T"] = given.get("S", shape.S)
     return dataclasses.replace(shape, **given)
 
@@ -127,18 +143,60 @@ def main(args: list[str] | None = None) -> None:
       args=args,
     )
     shape = options.sizes()
-  except ValueError as e:
+    if options.topology is None:
+      _measure(options, shape)
+      return
+    with static.dumping() as folder:  # before anything loads libtpu
+      if jax.default_backend() == "tpu":
+        _measure(options, shape)
+      else:
+        _estimate(options, options.topology, shape, folder)
+  except (ValueError, NotImplementedError, report_lib.Wrong) as e:
     sys.exit(f"error: {e}")
+
+
+def _about(options: Options, shape: shapes_lib.Shape) -> dict[str, Any]:
+  return {
+    "op": options.op,
+    "shape": " ".join(f"{k}={v}" for k, v in dataclasses.asdict(shape).items()),
+    "measured": options.measure,
+    "scores": options.score_dtype or "bfloat16",
+  }
+
+
+def _estimate(
+  options: Options, topology: str, shape: shapes_lib.Shape, folder: pathlib.Path
+) -> None:
+  union = options.union
+  estimates = static.Estimates(
+    folder,
+    topology,
+    counts.Call(shape=shape, visible=options.visible, union=union),
+    data=f"bf16, {options.visible} keys visible, a block of queries chooses "
+    f"{'no key in common' if union is None else f'{union:g} K keys'}",
+    **_about(options, shape),
+  )
+  of = static.Cases(
+    shape=shape,
+    visible=options.visible,
+    score_dtype=options.score_dtype,
+    measure=options.measure,
+  )
+  try:
+    static.run(options.op, of, estimates, options.grad)
+  finally:
+    if options.json is not None:
+      estimates.write(options.json)
+
+
+def _measure(options: Options, shape: shapes_lib.Shape) -> None:
   seed = options.seed
   if seed is None:
     seed = random.SystemRandom().randrange(1 << 31)
   report = report_lib.Report(
-    op=options.op,
-    shape=" ".join(f"{k}={v}" for k, v in dataclasses.asdict(shape).items()),
     data=f"bf16, {options.indices} indices, {options.visible} keys visible",
-    measured=options.measure,
-    scores=options.score_dtype or "bfloat16",
     seed=seed,
+    **_about(options, shape),
   )
   run = programs.Programs(
     report=report,
@@ -155,8 +213,6 @@ def main(args: list[str] | None = None) -> None:
   )
   try:
     getattr(run, options.op)()
-  except (ValueError, NotImplementedError, report_lib.Wrong) as e:
-    sys.exit(f"error: {e}")
   finally:
     if options.json is not None:
       report.write(options.json)

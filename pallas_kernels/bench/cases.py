@@ -112,7 +112,8 @@ def ranges(
   if T >= _FEWEST:
     start_T[_DEAD] = end_T[_DEAD] = S // 2
     start_T[_SPARE] = end_T[_SPARE] - min(shape.K // 2 + 1, end_T[_SPARE])
-  return jnp.asarray(start_T)[None], jnp.asarray(end_T)[None]
+  with jax.ensure_compile_time_eval():  # numbers, where the rest is traced
+    return jnp.asarray(start_T[None]), jnp.asarray(end_T[None])
 
 
 def chosen(
@@ -143,11 +144,13 @@ def chosen(
 
 def pairs(start: Array, end: Array) -> int:
   """Pairs of a query and a key that it sees."""
-  return int(np.maximum(np.asarray(end - start, np.int64), 0).sum())
+  return int(np.maximum(np.asarray(end) - np.asarray(start, np.int64), 0).sum())
 
 
 def selected(indices: Array, S: int) -> int:
   """Pairs of a query and a key chosen for it."""
+  if isinstance(indices, jax.core.Tracer):
+    return indices.size  # none is known; nearly all are keys
   return int(jnp.sum((indices >= 0) & (indices < S)))
 
 

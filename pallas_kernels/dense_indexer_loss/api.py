@@ -7,11 +7,15 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.dense_indexer_loss import chunked_xla
 from pallas_kernels.dense_indexer_loss import mosaic_gpu
+from pallas_kernels.dense_indexer_loss import mosaic_tpu
 from pallas_kernels.dense_indexer_loss import reference
 
-type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": mosaic_tpu.dense_indexer_loss,
   "mosaic_gpu": mosaic_gpu.dense_indexer_loss,
   "chunked_xla": chunked_xla.dense_indexer_loss,
   "reference": reference.dense_indexer_loss,
@@ -39,8 +43,8 @@ def dense_indexer_loss(
   over heads of the attention's weights and I the index scores (DeepSeek-V3.2,
   eq. 3). In fp32. Its gradient to I is exactly softmax(I) - p, times that of
   the result. Nothing flows into `q`, `k` and `lse`. Memory is O(T + S) and one
-  tile of queries x keys, except for `reference`; `mosaic_gpu` has four or so
-  tiles of up to 256 MiB.
+  tile of queries x keys, except for `reference`; `mosaic_tpu` has two, and
+  `mosaic_gpu` four or so, tiles of up to 256 MiB.
 
   Args:
     q_index: Index queries, as given to `indexer_topk`.

@@ -7,11 +7,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.dense_mla import chunked_xla
 from pallas_kernels.dense_mla import mosaic_gpu
+from pallas_kernels.dense_mla import mosaic_tpu
 from pallas_kernels.dense_mla import reference
 
-type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": mosaic_tpu.dense_mla,
   "mosaic_gpu": mosaic_gpu.dense_mla,
   "chunked_xla": chunked_xla.dense_mla,
   "reference": reference.dense_mla,

@@ -7,11 +7,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.indexer_topk import chunked_xla
 from pallas_kernels.indexer_topk import mosaic_gpu
+from pallas_kernels.indexer_topk import mosaic_tpu
 from pallas_kernels.indexer_topk import reference
 
-type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": mosaic_tpu.indexer_topk,
   "mosaic_gpu": mosaic_gpu.indexer_topk,
   "chunked_xla": chunked_xla.indexer_topk,
   "reference": reference.indexer_topk,
@@ -48,8 +52,9 @@ def indexer_topk(
     top_k: K, at least 1; may exceed S.
     score_dtype: Of the queries and keys in their product; `None` is their own.
       In 8 bits they are rotated and scaled first, as DeepSeek-V3.2 does it
-      (`fp8.quantize`; I must be a power of 2): the tensor cores are twice as
-      fast, and the scores a few percent off. The same for every implementation.
+      (`fp8.quantize`; I must be a power of 2): Hopper's tensor cores are twice
+      as fast, and the scores a few percent off. The same for every
+      implementation.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 

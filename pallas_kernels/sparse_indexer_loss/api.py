@@ -7,11 +7,15 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_indexer_loss import chunked_xla
 from pallas_kernels.sparse_indexer_loss import mosaic_gpu
+from pallas_kernels.sparse_indexer_loss import mosaic_tpu
 from pallas_kernels.sparse_indexer_loss import reference
 
-type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": mosaic_tpu.sparse_indexer_loss,
   "mosaic_gpu": mosaic_gpu.sparse_indexer_loss,
   "chunked_xla": chunked_xla.sparse_indexer_loss,
   "reference": reference.sparse_indexer_loss,
@@ -38,7 +42,7 @@ def sparse_indexer_loss(
   heads of the main attention's weights there and I the index scores
   (DeepSeek-V3.2, eq. 4). In fp32. Its gradient to I is exactly softmax(I) - p,
   times that of the result. Nothing flows into `q`, `kv` and `lse`. Work is
-  O(T K); memory is the gradients and one tile of queries, or on Hopper the
+  O(T K); memory is the gradients and one tile of queries, or with a kernel the
   target, except for `reference`'s gathered copy. Where the attention runs in
   the same step, `sparse_mla_with_loss` is cheaper.
 

@@ -8,11 +8,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import chunked_xla
 from pallas_kernels.sparse_mla import mosaic_gpu
+from pallas_kernels.sparse_mla import mosaic_tpu
 from pallas_kernels.sparse_mla import reference
 
-type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": mosaic_tpu.sparse_mla,
   "mosaic_gpu": mosaic_gpu.sparse_mla,
   "chunked_xla": chunked_xla.sparse_mla,
   "reference": reference.sparse_mla,

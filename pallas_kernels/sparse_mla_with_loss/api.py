@@ -8,9 +8,12 @@ from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla_with_loss import composed
 from pallas_kernels.sparse_mla_with_loss import mosaic_gpu
 
-type Implementation = Literal["mosaic_gpu", "chunked_xla", "reference"]
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
 
 IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": composed.of("mosaic_tpu"),
   "mosaic_gpu": mosaic_gpu.sparse_mla_with_loss,
   "chunked_xla": composed.of("chunked_xla"),
   "reference": composed.of("reference"),

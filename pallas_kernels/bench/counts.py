@@ -1,0 +1,284 @@
+"""How often a kernel runs each part of its schedule, from its inputs.
+
+The compiler's bundles say what a turn of a loop costs, not how many there are:
+that is data's. Here each kernel says it, for the blocks of `bundles.Block` in
+the order of its source. Where the schedule has other blocks than that, the
+kernel has changed, and there is no estimate.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import re
+from typing import Final
+
+import numpy as np
+
+from pallas_kernels import shapes
+from pallas_kernels.bench import bundles
+from pallas_kernels.bench import cases
+
+# A branch with no more bundles of its own around one loop is the loop's guard.
+_GUARD: Final = 12
+# A branch of fewer bundles is not told from what is around it.
+_SMALL: Final = 20
+# Searches of indexer_topk for the threshold of 32 rows of normally distributed
+# scores: turns in the sample, twice, and in all keys.
+_TURNS: Final = 13, 13, 14
+
+
+class Unknown(ValueError):
+  """A kernel is not as it was counted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+  """Of one call, all cores together."""
+
+  steps: int
+  """Of the grid."""
+  ends: int
+  """Runs of what is at the beginning or the end of a walk over keys: branches
+  without a loop or a product."""
+  blocks: tuple[int, ...]
+  """Turns of the loops, and runs of the other branches, in their order.
+
+  Not of the grid's loop and of what a whole step is; nor of loops whose bounds
+  are constants, or of anything in a block of none.
+  """
+  bytes: int
+  """What is copied from and to HBM."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """What the counts depend on."""
+
+  shape: shapes.Shape
+  visible: cases.Visible
+  union: float | None
+  """Keys that a block of neighbouring queries reads, over K; None: they have
+  none in common."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a kernel issues, all cores together."""
+
+  cycles: int
+  matmuls: int
+
+
+def work(kernel: bundles.Block, counts: Counts) -> Work:
+  """Bundles, each as often as it is issued.
+
+  Raises:
+    Unknown: The counts are for other blocks.
+  """
+  grid = next((x for _, x in kernel.walk() if x.kind == "loop"), None)
+  if grid is None:
+    raise Unknown("The schedule has no loop over a grid.")
+  step = max(grid.inside, key=_size, default=None)
+  left, total, matmuls = list(counts.blocks), 0, 0
+
+  def times(block, around):
+    if block is grid or block is step:
+      return counts.steps
+    if around == 0 or _is_guard(block) or any(x is grid for x in block.inside):
+      return around
+    if block.kind == "loop" and block.trips and not guarded[id(block)]:
+      return around * block.trips
+    if block.kind == "branch" and not _is_decisive(block):
+      if any(x is block for x in grid.inside):
+        return around  # fetches and writes of the grid
+      return min(around, counts.ends) if _size(block) >= _SMALL else around
+    if not left:
+      raise Unknown(f"Nothing is known of the block at {block.first:#x}.")
+    return left.pop(0)
+
+  guarded = {
+    id(inner): _is_guard(block)
+    for _, block in kernel.walk()
+    for inner in block.inside
+  }
+
+  def visit(block, around):
+    nonlocal total, matmuls
+    own = block.own if not _is_guard(block) else 0
+    total += own * around
+    matmuls += block.units["matmul"] * around
+    for inner in block.inside:
+      visit(inner, times(inner, around))
+
+  visit(kernel, 1)
+  if left:
+    raise Unknown(f"{len(left)} blocks are counted that are not there.")
+  return Work(total, matmuls)
+
+
+def _size(block: bundles.Block) -> int:
+  return block.last - block.first + 1
+
+
+def _is_guard(block: bundles.Block) -> bool:
+  return (
+    block.kind == "branch"
+    and block.own <= _GUARD
+    and [x.kind for x in block.inside] == ["loop"]
+  )
+
+
+def _is_decisive(block: bundles.Block) -> bool:
+  return any(x.kind == "loop" or x.units["matmul"] for _, x in block.walk())
+
+
+def counts(name: str, call: Call) -> Counts | None:
+  """Of a kernel by its name, which has its tiles; None if it is not known."""
+  for prefix, count in _KERNELS.items():
+    if prefix in name:
+      tiles = dict(re.findall(r"_([a-z])(\d+)", name))
+      return count(call, *map(int, tiles.values()))
+  return None
+
+
+def _spans(call: Call, rows: int, keys: int) -> tuple[int, int]:
+  """Tiles of rows x keys that some query sees, and those that all see whole."""
+  start, end = (
+    np.asarray(x)[0] for x in cases.ranges(call.shape, call.visible)
+  )
+  seen = whole = 0
+  for first in range(0, len(start), rows):
+    s, e = start[first : first + rows], end[first : first + rows]
+    s, e = s[s < e], e[s < e]
+    if len(s):
+      seen += -(-int(e.max()) // keys) - int(s.min()) // keys
+      whole += max(int(e.min()) // keys - -(-int(s.max()) // keys), 0)
+  return seen, whole
+
+
+def _dense_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
+  shape = call.shape
+  N, HR = shape.N, shape.H + shape.R
+  nT = -(-shape.T // bT)
+  seen, whole = _spans(call, bT, min(2 * chunk, bS))
+  tiles, _ = _spans(call, bT, bS)
+  longest = -(-shape.S // bS)
+  steps = N * nT * longest
+  return Counts(
+    steps=steps,
+    ends=N * nT,
+    blocks=(N * seen, N * whole, N * (seen - whole)),
+    bytes=2 * N * (tiles * bS * (HR + shape.U) + nT * bT * (HR + shape.U)),
+  )
+
+
+def _dense_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
+  shape = call.shape
+  N, width = shape.N, 2 * (shape.H + shape.R + shape.U)
+  nT, nS = -(-shape.T // bT), -(-shape.S // bS)
+  seen, whole = _spans(call, bT, chunk)
+  tiles, _ = _spans(call, bT, bS)
+  return Counts(
+    steps=N * nS * nT,
+    ends=N * nS,
+    blocks=(N * tiles * (bS // chunk), N * whole, N * (seen - whole)),
+    bytes=N * width * (tiles * bT + 2 * nS * bS)
+    + 2 * N * nT * bT * (shape.H + shape.R),
+  )
+
+
+def _indexer_topk(call: Call, bQ: int, bS: int) -> Counts:
+  shape = call.shape
+  M, I = shape.M, shape.I
+  nQ, nS = -(-shape.T // bQ), -(-shape.S // bS)
+  seen, _ = _spans(call, bQ, bS)
+  low, high, exact = _TURNS
+  places = seen + nQ * shape.K // 128  # every tile, and every full register
+  return Counts(
+    steps=nQ * nS,
+    ends=nQ,
+    blocks=(
+      seen * bS // 512,
+      nQ,
+      *(nQ * low, seen * low),
+      *(nQ * high, seen * high),
+      *(nQ * exact, seen * exact),
+      0,  # there are no ties
+      *(seen, places),
+    ),
+    bytes=2 * seen * bS * I + nQ * bQ * (2 * M * I + 4 * shape.K),
+  )
+
+
+def _reads(call: Call, bQ: int, bK: int) -> tuple[int, int, int]:
+  """Tiles of rows: all, those of a union, those of one query."""
+  K, nQ = call.shape.K, -(-call.shape.T // bQ)
+  if call.union is None:
+    tiles = nQ * bQ * -(-K // bK)
+    return tiles, 0, tiles
+  tiles = nQ * -(-round(call.union * K) // bK)
+  return tiles, tiles, 0
+
+
+def _sparse_forward(call: Call, bQ: int, bK: int) -> Counts:
+  shape = call.shape
+  nQ, D, C = -(-shape.T // bQ), shape.C + shape.R, shape.C
+  tiles, union, apart = _reads(call, bQ, bK)
+  starts, groups = _starts(bK), _groups(shape.N, bQ)
+  return Counts(
+    steps=nQ,
+    ends=nQ,
+    blocks=(
+      *(1, starts),  # of the very first tile
+      tiles,
+      (tiles - nQ) * starts,
+      nQ * starts,  # of the next block's first
+      *(union * groups, apart),
+      0,  # there is no block without keys
+    ),
+    bytes=tiles * bK * _row_bytes(D) + 2 * nQ * bQ * shape.N * (D + C),
+  )
+
+
+def _sparse_backward(call: Call, bQ: int, bK: int) -> Counts:
+  shape = call.shape
+  nQ, D, C = -(-shape.T // bQ), shape.C + shape.R, shape.C
+  tiles, union, apart = _reads(call, bQ, bK)
+  starts, groups = _starts(bK), _groups(shape.N, bQ)
+  sums = 2 * 4 * 128 * -(-D // 128)  # a row is read and written
+  return Counts(
+    steps=nQ,
+    ends=nQ,
+    blocks=(
+      nQ * starts,
+      tiles,
+      (tiles - nQ) * starts,
+      *(union * groups, apart),
+      0,  # no key stands twice in a tile
+    ),
+    bytes=tiles * bK * (_row_bytes(D) + sums)
+    + 2 * nQ * bQ * shape.N * (2 * D + C),
+  )
+
+
+def _starts(bK: int) -> int:
+  """Turns of the loop that starts a tile's copies, 32 in each."""
+  return -(-bK // 32)
+
+
+def _groups(N: int, bQ: int) -> int:
+  """Products of a tile of a union, each of up to 512 rows."""
+  return -(-bQ // max(1, 512 // N))
+
+
+def _row_bytes(D: int) -> int:
+  """Of a row of keys, bf16, as it is copied."""
+  return 512 * -(-D // 256)
+
+
+_KERNELS: Final[dict[str, Callable[..., Counts]]] = {
+  "dense_mla_forward": _dense_forward,
+  "dense_mla_backward": _dense_backward,
+  "indexer_topk": _indexer_topk,
+  "sparse_mla_forward": _sparse_forward,
+  "sparse_mla_backward": _sparse_backward,
+}

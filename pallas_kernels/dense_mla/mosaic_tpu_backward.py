@@ -1,0 +1,237 @@
+"""Attention to a range of keys on TPUs, backward, in one kernel.
+
+A step of the grid has a tile of keys of one head and bT queries. It walks over
+the chunks of these keys that some of the queries see. Keys are the rows of its
+products, so that what belongs to a query (lse, delta, its range) is a row:
+
+  S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ += (dS^T)^T K
+
+For each tile of keys, queries are fetched from the first tile that sees some of
+it to the last. dK and dV of the tile stay in VMEM meanwhile, dQ of all queries
+of the head does until the head ends: steps run one after another, so nothing
+is added in an order that varies.
+"""
+
+import functools
+import math
+from typing import Final
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import tpu
+from pallas_kernels.dense_mla import mosaic_tpu_words
+
+LANES: Final = 128
+_LEAST: Final = jnp.iinfo(jnp.int32).min
+_LOG2E: Final = math.log2(math.e)
+
+
+def backward(
+  q: Float[Array, "B N paddedT HR"],
+  k: Float[Array, "B N paddedS HR"],
+  v: Float[Array, "B N paddedS U"],
+  d_out: Float[Array, "B N paddedT U"],
+  lse: Float[Array, "B N 1 paddedT"],
+  delta: Float[Array, "B N 1 paddedT"],
+  start: Int[Array, "B 1 paddedT"],
+  end: Int[Array, "B 1 paddedT"],
+  bounds: Int[Array, "B nT 4"],
+  walks: Int[Array, "B nS 2"],
+  words: Int[Array, "B nW 128 paddedT"] | None,
+  scale: float,
+  *,
+  chunk: int,
+  dtype: DTypeLike,
+) -> tuple[
+  Float[Array, "B N paddedT HR"],
+  Float[Array, "B N paddedS HR"],
+  Float[Array, "B N paddedS U"],
+]:
+  """Gradients to the queries, keys and values.
+
+  Args:
+    q: Queries, of whole tiles.
+    k: Keys, of whole tiles.
+    v: Values.
+    d_out: Gradient to the output.
+    lse: Logsumexp of scaled logits, in units of log 2; inf if no key is seen.
+    delta: What is subtracted from d weights.
+    start: The first key of each query.
+    end: One past the last one.
+    bounds: Of each tile of queries, see `mosaic_tpu_forward`.
+    walks: For each tile of keys, tiles of queries from the first to the second.
+    words: If given, they say which keys are read instead of start and end; see
+      `mosaic_tpu_words`.
+    scale: Of the logits; positive.
+    chunk: Keys of a chunk.
+    dtype: Of the gradients to keys and values.
+  """
+  (B, N, T, HR), (S, U) = q.shape, v.shape[2:]
+  nT, nS = bounds.shape[1], walks.shape[1]
+  bT, bS = T // nT, S // nS
+  bounds, walks = bounds.reshape(-1), walks.reshape(-1)
+
+  def i(b, j, x, walks):
+    """The queries of step x; after the last, what the next keys begin with."""
+    at, following = (2 * (b * nS + y) for y in (j, lax.rem(j + 1, nS)))
+    tile = walks[at] + x
+    return jnp.where(tile < walks[at + 1], tile, walks[following])
+
+  of_queries = lambda width: pl.BlockSpec(
+    (None, None, bT, width),
+    lambda b, n, j, x, _, walks: (b, n, i(b, j, x, walks), 0),
+  )
+  of_keys = lambda width: pl.BlockSpec(
+    (None, None, bS, width), lambda b, n, j, x, *_: (b, n, j, 0)
+  )
+  row = pl.BlockSpec(
+    (None, None, 1, bT),
+    lambda b, n, j, x, _, walks: (b, n, 0, i(b, j, x, walks)),
+  )
+  bound = pl.BlockSpec(
+    (None, 1, bT), lambda b, n, j, x, _, walks: (b, 0, i(b, j, x, walks))
+  )
+  in_specs = [
+    of_queries(HR), of_keys(HR), of_keys(U), of_queries(U), row, row
+  ]  # fmt: skip
+  operands = [q, k, v, d_out, lse, delta]
+  if words is None:
+    in_specs += [bound, bound]
+    operands += [start, end]
+  else:
+    per_word = 32 * LANES // bS
+    in_specs.append(
+      pl.BlockSpec(
+        (None, None, LANES, bT),
+        lambda b, n, j, x, _, walks: (b, j // per_word, 0, i(b, j, x, walks)),
+      )  # fmt: skip
+    )
+    operands.append(words)
+  steps = jnp.max(walks[1::2] - walks[::2])
+  return pl.pallas_call(
+    functools.partial(
+      _kernel,
+      scale=scale,
+      nT=nT,
+      nS=nS,
+      chunk=chunk,
+      by_words=words is not None,
+    ),  # fmt: skip
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(B, N, nS, jnp.maximum(steps, 1)),
+      in_specs=in_specs,
+      out_specs=[
+        pl.BlockSpec((None, None, T, HR), lambda b, n, *_: (b, n, 0, 0)),
+        of_keys(HR),
+        of_keys(U),
+      ],
+      scratch_shapes=[
+        pltpu.VMEM((T, HR), jnp.float32),
+        pltpu.VMEM((bS, HR), jnp.float32),
+        pltpu.VMEM((bS, U), jnp.float32),
+      ],
+    ),
+    out_shape=[
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      jax.ShapeDtypeStruct(k.shape, dtype),
+      jax.ShapeDtypeStruct(v.shape, dtype),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=tpu.chip().vmem,
+    ),
+    interpret=tpu.interpret(),
+    name=f"dense_mla_backward_q{bT}_k{bS}_c{chunk}",
+  )(bounds, walks, *operands)
+
+
+def _dot(x, y, contracted):
+  return lax.dot_general(
+    x, y, ((contracted[:1], contracted[1:]), ((), ())),
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+
+
+def _kernel(
+  bounds, walks, q, k, v, d_out, lse, delta, *refs,
+  scale, nT, nS, chunk, by_words,
+):  # fmt: skip
+  if by_words:
+    words, *refs = refs
+  else:
+    start, end, *refs = refs
+  d_q, d_k, d_v, total_q, total_k, total_v = refs
+  bT, bS = q.shape[0], k.shape[0]
+  b, j, x = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+  is_last = x == pl.num_programs(3) - 1
+  i = walks[2 * (b * nS + j)] + x
+
+  @pl.when((j == 0) & (x == 0))
+  def _():
+    total_q[...] = jnp.zeros_like(total_q)
+
+  @pl.when(x == 0)
+  def _():
+    total_k[...] = jnp.zeros_like(total_k)
+    total_v[...] = jnp.zeros_like(total_v)
+
+  def seen(c):
+    """bool[chunk, bT]"""
+    first_key = j * bS + c * chunk
+    if by_words:
+      return mosaic_tpu_words.chosen(words[...], first_key, chunk, axis=0)
+    key = lax.broadcasted_iota(jnp.int32, (chunk, bT), 0)
+    # As unsigned numbers, those before the start are larger than any length.
+    key += first_key - start[...] + _LEAST
+    return key < jnp.maximum(end[...] - start[...], 0) + _LEAST
+
+  def walk(c, masked):
+    keys = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
+    queries = pl.ds(pl.multiple_of(i * bT, bT), bT)
+    logits_ST = _dot(k[keys], q[...], (1, 1))
+    weights_ST = jnp.exp2(logits_ST * (scale * _LOG2E) - lse[...])
+    if masked:
+      weights_ST = jnp.where(seen(c), weights_ST, 0.0)
+    d_weights_ST = _dot(v[keys], d_out[...], (1, 1))
+    # Without the scale, which the sums are multiplied by.
+    d_logits_ST = weights_ST * (d_weights_ST - delta[...])
+    d_logits_ST = d_logits_ST.astype(q.dtype)
+    weights_ST = weights_ST.astype(d_out.dtype)
+    total_v[keys] += _dot(weights_ST, d_out[...], (1, 0))
+    total_k[keys] += _dot(d_logits_ST, q[...], (1, 0))
+    total_q[queries] += _dot(d_logits_ST, k[keys], (0, 0))
+
+  @pl.when(i < walks[2 * (b * nS + j) + 1])
+  def _():
+    least_start, largest_start, least_end, largest_end = (
+      bounds[4 * (b * nT + i) + x] for x in range(4)
+    )
+
+    @pl.loop(0, bS // chunk)
+    def _(c):
+      first_key = j * bS + c * chunk
+      is_seen = (least_start < first_key + chunk) & (largest_end > first_key)
+      if by_words:
+        pl.when(is_seen)(lambda: walk(c, masked=True))
+      else:
+        is_whole = (largest_start <= first_key) & (
+          least_end >= first_key + chunk
+        )
+        pl.when(is_seen & is_whole)(lambda: walk(c, masked=False))
+        pl.when(is_seen & ~is_whole)(lambda: walk(c, masked=True))
+
+  @pl.when(is_last)
+  def _():
+    d_k[...] = (total_k[...] * scale).astype(d_k.dtype)
+    d_v[...] = total_v[...].astype(d_v.dtype)
+
+  @pl.when(is_last & (j == nS - 1))
+  def _():
+    d_q[...] = (total_q[...] * scale).astype(d_q.dtype)

@@ -1,0 +1,272 @@
+"""Sparse attention's gradients on a TPU: the same tiles as forward, once more.
+
+Weights are computed again from lse, keys along sublanes, so that only dq takes
+a transposed operand. What all queries of the block send back to a row is summed
+before it meets the row's sum in HBM: those rows are read while the products are
+computed, added to, and written back before the next tile reads its own. One
+core does so for all of its blocks in turn: no atomics, and the sums always come
+in the same order. Each core has sums of its own.
+"""
+
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import tpu
+from pallas_kernels.sparse_mla import mosaic_tpu_forward as forward_lib
+from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
+from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
+
+
+def vmem_bytes(
+  N: int, D: int, C: int, n_tiles: int, itemsize: int, tiles: plan_lib.Tiles
+) -> int:
+  """What the kernel holds in VMEM, inputs and outputs twice."""
+  bQ, bK, lanes = tiles.bQ, tiles.bK, rows_lib.LANES
+  wide = pl.cdiv(D, lanes) * lanes
+  rows = bQ * N
+  blocks = itemsize * rows * (2 * wide + C) + 4 * bK * n_tiles
+  blocks += 2 * 4 * 8 * bQ * pl.cdiv(N, lanes) * lanes
+  row = rows_lib.parts(D, itemsize) * lanes * 4
+  scratch = bK * (2 * row + wide * itemsize + 2 * 4 * wide + 4 * lanes)
+  scratch += 4 * rows * wide
+  at_once = forward_lib.queries_at_once(bQ, N) * N
+  products = 4 * (6 * bK * at_once + bK * wide + at_once * wide)
+  return 2 * blocks + scratch + products
+
+
+def backward(
+  q: Float[Array, "B T N D"],
+  kv: Float[Array, "B S D"],
+  plan: plan_lib.Plan,
+  lse: Float[Array, "B T N"],
+  delta: Float[Array, "B T N"],
+  d_out: Float[Array, "B T N C"],
+  scale: float,
+  tiles: plan_lib.Tiles,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B S D"]]:
+  """`tiles` are what the plan was made with; T is a multiple of cores x bQ.
+
+  lse is inf where no gradient goes. kv's gradient is float32.
+  """
+  (B, T, N, D), C, (bQ, bK) = q.shape, d_out.shape[3], (tiles.bQ, tiles.bK)
+  S, nK, cores = kv.shape[1], plan.codes.shape[2], tpu.chip().cores
+  rows = rows_lib.pack(kv, bK)
+  W, n_chunks, lanes = rows.shape[2], pl.cdiv(D, rows_lib.LANES), rows_lib.LANES
+  steps = T // bQ // cores
+  codes = lambda space: pl.BlockSpec(
+    (None, None, nK, bK),
+    lambda c, b, i: (b, c * steps + i, 0, 0),
+    memory_space=space,
+  )
+  block = lambda *shape: pl.BlockSpec(
+    (None, bQ, *shape), lambda c, b, i: (b, c * steps + i, 0, 0)
+  )
+  hbm = pl.BlockSpec(memory_space=pl.ANY)
+  interpret = tpu.interpret()
+  zeros = jnp.zeros((cores, B, S + bK, n_chunks, 1, lanes), jnp.float32)
+  d_q, d_rows = pl.pallas_call(
+    functools.partial(
+      _kernel,
+      scale=scale,
+      group=forward_lib.queries_at_once(bQ, N),
+      interpret=interpret,
+    ),
+    grid=(cores, B, steps),
+    in_specs=[
+      pl.BlockSpec(
+        (None, None, 1, 3),
+        lambda c, b, i: (b, c * steps + i, 0, 0),
+        memory_space=pltpu.SMEM,
+      ),
+      codes(pltpu.SMEM),
+      codes(pltpu.VMEM),
+      block(N, D),
+      block(N, C),
+      block(1, N),
+      block(1, N),
+      hbm,
+      hbm,
+    ],
+    out_specs=[block(N, D), hbm],
+    out_shape=[
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
+    ],
+    input_output_aliases={8: 1},
+    scratch_shapes=[
+      pltpu.VMEM((2, W, bK, 1, lanes), rows.dtype),
+      pltpu.SemaphoreType.DMA((2,)),
+      pltpu.VMEM((bK, n_chunks * lanes), kv.dtype),
+      pltpu.VMEM((bK, lanes), jnp.int32),
+      pltpu.VMEM((bQ, N, D), jnp.float32),
+      pltpu.VMEM((bK, n_chunks * lanes), jnp.float32),
+      pltpu.VMEM((n_chunks, bK, 1, lanes), jnp.float32),
+      pltpu.SemaphoreType.DMA((2,)),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=tpu.chip().vmem,
+      # A check for each of the copies would cost more than the copies.
+      disable_bounds_checks=True,
+    ),
+    interpret=interpret,
+    name=f"sparse_mla_backward_q{bQ}_k{bK}",
+  )(
+    *(plan.blocks, plan.codes >> bQ, plan.codes, q, d_out),
+    *(lse[:, :, None], delta[:, :, None], rows, zeros),
+  )
+  d_kv = d_rows.sum(0).reshape(B, S + bK, n_chunks * lanes)
+  return d_q, d_kv[:, :S, :D]
+
+
+def _kernel(
+  block_ref,
+  keys_ref,
+  codes_ref,
+  q_ref,
+  d_out_ref,
+  lse_ref,
+  delta_ref,
+  kv_ref,
+  _,
+  d_q_ref,
+  d_kv_ref,
+  buffers,
+  semaphores,
+  keys,
+  queries,
+  d_q,
+  d_rows,
+  sums,
+  sums_semaphores,
+  *,
+  scale,
+  group,
+  interpret,
+):
+  bQ, N, D = q_ref.shape
+  C, bK, lanes = d_out_ref.shape[2], keys.shape[0], rows_lib.LANES
+  itemsize = q_ref.dtype.itemsize
+  n_tiles, is_union, twice = (block_ref[0, i] for i in range(3))
+  tiles_apart = keys_ref.shape[0] // bQ
+  core, batch = pl.program_id(0), pl.program_id(1)
+  precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+
+  def dot(x, y, contract):
+    return jax.lax.dot_general(
+      x,
+      y,
+      (contract, ((), ())),
+      precision=precision,
+      preferred_element_type=jnp.float32,
+    )
+
+  def start(tile):
+    slot = tile % 2
+    rows_lib.start(
+      lambda key, place: pltpu.make_async_copy(
+        kv_ref.at[batch, key],
+        buffers.at[slot, :, place],
+        semaphores.at[slot],
+      ),
+      *(keys_ref.at[tile], itemsize),
+    )
+
+  def start_sums(tile, write):
+    def copy(key, place):
+      row, part = d_kv_ref.at[core, batch, key], sums.at[:, place]
+      source, target = (part, row) if write else (row, part)
+      return pltpu.make_async_copy(
+        source, target, sums_semaphores.at[int(write)]
+      )
+
+    rows_lib.start(copy, keys_ref.at[tile], 4)
+
+  def wait_sums(write):
+    rows_lib.wait(sums, sums_semaphores.at[int(write)])
+
+  def attend(first, n):
+    """The gradients of the `n` queries from `first` on, and theirs to keys."""
+    some = pl.ds(first, n)
+    q = q_ref[some].reshape(n * N, D)
+    d_out = d_out_ref[some].reshape(n * N, C)
+    across = lambda of: jnp.concatenate([of(i) for i in range(n)], 1)
+    lse = across(lambda i: lse_ref[first + i]) * math.log2(math.e)
+    delta = across(lambda i: delta_ref[first + i])
+    shift = across(lambda i: jnp.full((1, N), first + i, jnp.int32))
+    chosen = jnp.concatenate([queries[...]] * pl.cdiv(n * N, lanes), 1)
+    chosen = chosen[:, : n * N] >> shift & 1
+    logits = dot(keys[:, :D], q, ((1,), (1,)))
+    # Powers of two are what the hardware computes.
+    weights = jnp.exp2(logits * (scale * math.log2(math.e)) - lse)
+    weights = jnp.where(chosen == 1, weights, 0.0)
+    d_weights = dot(keys[:, :C], d_out, ((1,), (1,)))
+    d_logits = (scale * weights * (d_weights - delta)).astype(q.dtype)
+    d_q[some] += dot(d_logits, keys[:, :D], ((0,), (0,))).reshape(n, N, D)
+    d_rows[:, :D] += dot(d_logits, q, ((1,), (0,)))
+    d_rows[:, :C] += dot(weights.astype(q.dtype), d_out, ((1,), (0,)))
+
+  d_q[...] = jnp.zeros_like(d_q)
+
+  @pl.when(n_tiles > 0)
+  def _():
+    start(0)
+
+  @pl.loop(0, n_tiles)
+  def _(tile):
+    @pl.when(tile + 1 < n_tiles)
+    def _():
+      start(tile + 1)
+
+    @pl.when(tile > 0)
+    def _():
+      wait_sums(write=True)
+
+    start_sums(tile, write=False)
+    slot = tile % 2
+    rows_lib.wait(buffers.at[slot], semaphores.at[slot])
+    rows_lib.unpack(rows_lib.planes(buffers.at[slot], interpret), keys)
+    codes = codes_ref[pl.ds(tile, 1)]
+    queries[...] = jnp.broadcast_to(codes, (lanes, bK)).T
+    d_rows[...] = jnp.zeros_like(d_rows)
+
+    @pl.when(is_union == 1)
+    def _():
+      @pl.loop(0, bQ // group)
+      def _(i):
+        attend(i * group, group)
+
+    @pl.when(is_union == 0)
+    def _():
+      attend(tile // tiles_apart, 1)
+
+    @pl.when(twice == 1)
+    def _():
+      # All entries of a key get, and then write, the sum over all of them.
+      key = codes >> bQ
+      same = jnp.broadcast_to(key, (bK, bK))
+      same = (same == same.T).astype(jnp.float32)
+      d_rows[...] = jax.lax.dot(
+        same,
+        d_rows[...],
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+      )
+
+    wait_sums(write=False)
+    parts = rows_lib.planes(sums, interpret)
+    for i in range(parts.shape[0]):
+      parts[i] += d_rows[:, i * lanes : (i + 1) * lanes]
+    start_sums(tile, write=True)
+
+  @pl.when(n_tiles > 0)
+  def _():
+    wait_sums(write=True)
+
+  d_q_ref[...] = d_q[...].astype(d_q_ref.dtype)

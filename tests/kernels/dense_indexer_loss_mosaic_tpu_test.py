@@ -1,0 +1,171 @@
+"""dense_indexer_loss on TPUs: numbers by interpretation, and that it compiles.
+
+Interpretation follows each copy and finds races; memory that nobody has written
+is NaN.
+"""
+
+import functools
+
+from absl.testing import parameterized
+import chex
+import jax
+from jax import P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dense_indexer_loss import api
+from pallas_kernels.dense_indexer_loss import mosaic_tpu
+from pallas_kernels.dense_indexer_loss import mosaic_tpu_kernels
+
+from . import dense_indexer_loss_test as portable
+from . import hlo
+from . import oracles
+from . import rows
+from . import tpu_topologies
+
+bf16 = jnp.bfloat16
+# Interpretation is slow: some of the queries, among them all kinds of ranges.
+QUERIES = {"any": slice(13), "packed": slice(-13, None)}
+# Several of each, none of which divides its length.
+TILES = mosaic_tpu_kernels.Tiles(cores=2, bT=4, bS=27, target_bS=18, bN=2)
+op = functools.partial(mosaic_tpu.dense_indexer_loss, tiles=TILES)
+
+
+def some(kind, arrays):
+  """Of arrays [B, T, ...]; those of keys stay whole."""
+  T = portable.T
+  return [x[:, QUERIES[kind]] if x.shape[1] == T else x for x in arrays]
+
+
+def make_inputs(kind, dtype=jnp.float32):
+  return some(kind, portable.make_inputs(kind, dtype))
+
+
+def expected(kind, dtype=jnp.float32):
+  """By loops; what is left out has no part in the gradient to the keys."""
+  *args, d_loss = make_inputs(kind, dtype)
+  return oracles.dense_indexer_loss(*args, portable.SCALE, d_loss)
+
+
+@functools.cache  # tests share what they compile
+def compiled():
+  return jax.jit(functools.partial(portable.value_and_vjp, op))
+
+
+def run(*args, measure=True):
+  return compiled()(*args, measure=jnp.bool(measure))
+
+
+@functools.cache
+def result(kind):
+  return run(*make_inputs(kind))
+
+
+def shapes(T, S, N, M=64, I=128, dtype=bf16):
+  a = jax.ShapeDtypeStruct
+  return (
+    *(a((1, T, M, I), dtype), a((1, S, I), dtype), a((1, T, M), jnp.float32)),
+    *[a((1, T), jnp.int32)] * 2,
+    *(a((1, T, N, 192), dtype), a((1, S, N, 192), dtype)),
+    *(a((1, T, N), jnp.float32), a((1, T), jnp.float32)),
+  )
+
+
+def step(*args):
+  return portable.value_and_vjp(mosaic_tpu.dense_indexer_loss, *args)
+
+
+class DenseIndexerLossMosaicTpuTest(chex.TestCase):
+  def assert_close(self, actual, expected, rtol=5e-6, atol=5e-6):
+    np.testing.assert_allclose(actual[0], expected[0], rtol, atol)
+    for x, y in zip(actual[1:4], expected[1:4]):
+      rows.assert_close(x, y, rtol, atol)
+
+  @parameterized.parameters("any", "packed")
+  def test_is_what_the_loops_compute(self, kind):
+    self.assert_close(result(kind), expected(kind))
+
+  def test_no_key_no_loss(self):
+    q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs("any")
+    dead_BT = ~portable.alive("any")[:, QUERIES["any"]]
+    self.assertGreater(dead_BT.sum(), 4)
+    q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
+    q = jnp.where(dead_BT[..., None, None], -1e4, q)
+    w = jnp.where(dead_BT[..., None], 1e4, w)
+    d_loss = jnp.where(dead_BT, 1e4, d_loss)
+    actual = run(q_index, k_index, w, start, end, q, k, lse, d_loss)
+    for x in (actual[0], actual[1], actual[3]):
+      np.testing.assert_array_equal(x[dead_BT], 0)
+    chex.assert_trees_all_equal(actual, result("any"))
+
+  def test_all_dead(self):
+    q_index, k_index, w, start, _, q, k, lse, d_loss = make_inputs("any")
+    lse = jnp.full_like(lse, -jnp.inf)
+    for x in compiled()(q_index, k_index, w, start, start, q, k, lse, d_loss):
+      np.testing.assert_array_equal(x, 0)
+
+  def test_the_gradient_needs_no_loss(self):
+    args = make_inputs("packed")
+    loss, *gradients = run(*args, measure=False)
+    np.testing.assert_array_equal(loss, 0)
+    chex.assert_trees_all_equal(gradients, list(result("packed")[1:]))
+
+  @parameterized.parameters(
+    (dict(dtype=jnp.float16), "dtype=float16"),
+    (dict(S=1 << 21), "S=2097152"),
+    (dict(M=1024), "M=1024 .* bytes of VMEM"),
+  )
+  def test_refuses(self, change, why):
+    args = shapes(**(dict(T=1024, S=1024, N=8) | change))
+    with self.assertRaisesRegex(NotImplementedError, why):
+      jax.eval_shape(step, *args)
+
+  def test_is_chosen_on_a_tpu(self):
+    self.assertEqual(next(iter(api.IMPLEMENTATIONS)), "mosaic_tpu")
+
+  def test_compiles(self):
+    tpu_topologies.compile_step("v5p", step, shapes(512, 1024, 16))
+
+
+@pytest.mark.slow
+def test_bfloat16():
+  args = make_inputs("any", bf16)
+  loss, *gradients = run(*args)
+  expected_loss, *others = expected("any", bf16)
+  np.testing.assert_allclose(loss, expected_loss, 3e-6, 3e-6)
+  for x, y, like in zip(gradients, others, args):
+    assert x.dtype == like.dtype
+    rows.assert_close(x, y, 2**-6, 2**-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "S, N", [(4096, 128), (5000, 16), (32_768, 128), (131_072, 16)]
+)
+@pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
+def test_compiles_at_real_shapes(chip, S, N):
+  compiled = tpu_topologies.compile_step(chip, step, shapes(4096, S, N))
+  if S > 8192:  # otherwise the index queries alone are larger
+    large = hlo.arrays_of(compiled, 4096 * S)
+    assert not [shape for shape in large if 192 not in shape]  # but q and k
+
+
+@pytest.mark.slow
+def test_heads_over_devices():
+  n, heads = P(), P(None, None, "x")
+  auto = jax.sharding.AxisType.Auto
+
+  def sharded(*args, measure):
+    return jax.shard_map(
+      lambda *args: op(*args, portable.SCALE, "x", measure),
+      in_specs=(n, n, n, n, n, heads, heads, heads),
+      out_specs=n,
+      check_vma=False,
+    )(*args[:-1])
+
+  with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
+    step = jax.jit(functools.partial(portable.value_and_vjp, sharded))
+    actual = step(*make_inputs("any"))
+  expected = result("any")
+  chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
