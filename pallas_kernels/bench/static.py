@@ -8,6 +8,7 @@ hidden, and what XLA does around kernels, are not in the estimate.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -59,10 +60,14 @@ class Kernel:
 
   @property
   def seconds(self) -> float | None:
-    if None in (self.issue_seconds, self.matmul_share, self.copy_seconds):
+    issue, share, copy = (
+      self.issue_seconds,
+      self.matmul_share,
+      self.copy_seconds,
+    )
+    if issue is None or share is None or copy is None:
       return None
-    computing = self.issue_seconds * max(self.matmul_share, 1.0)
-    return max(computing, self.copy_seconds)
+    return max(issue, issue * share, copy)
 
 
 @contextlib.contextmanager
@@ -153,12 +158,12 @@ def run(op: str, of: Cases, estimates: "Estimates", grad: bool) -> None:
   if op == "attention":
     parts = one("indexer_topk"), one("sparse_mla", grad)
     whole = one("dense_mla", grad)
-    dsa = None if None in parts else sum(parts)
+    dsa = _sum(parts)
     passes = "forward and backward" if grad else "forward"
     estimates.ratio(f"DSA over dense, {passes}", dsa, whole)
   elif op == "warmup":
     parts = one("dense_mla"), one("dense_indexer_loss", grad=True)
-    both = None if None in parts else sum(parts)
+    both = _sum(parts)
     estimates.ratio("warm-up over dense_mla forward", both, parts[0])
   elif op == "crossover":
     raise ValueError("crossover is measured; there is no estimate of it.")
@@ -209,8 +214,7 @@ class Estimates:
     moved = measure.num_bytes(args) + measure.num_bytes(out)
     floors = flops / self._chip.flops, moved / self._chip.bandwidth
     kernels = [*self._kernels(function, args)]
-    seconds = [x.seconds for x in kernels]
-    total = None if None in seconds or not seconds else sum(seconds)
+    total = _sum(x.seconds for x in kernels)
     self._print(what, floors, kernels, total)
     self._programs.append(
       {
@@ -293,6 +297,16 @@ class Estimates:
       )
       print(" ".join(cells), flush=True)
     print(f"{'all kernels':<81} {_cell(total, 1e3, '8.3f')}", flush=True)
+
+
+def _sum(seconds: Iterable[float | None]) -> float | None:
+  """Of all; None if one is unknown, or there are none."""
+  known = []
+  for x in seconds:
+    if x is None:
+      return None
+    known.append(x)
+  return sum(known) if known else None
 
 
 def _cell(value: float | None, factor: float, form: str) -> str:

@@ -1,6 +1,7 @@
 """Sparse attention on TPUs: what the kernels take, and their derivative."""
 
 import functools
+from typing import Final
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -13,6 +14,8 @@ from pallas_kernels.sparse_mla import mosaic_tpu_forward
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 
+MOST_KEYS: Final = 8192  # a block's list of them is in SMEM, of 1 MiB, twice
+
 
 def check(
   q: Float[Array, "B T N CR"],
@@ -22,7 +25,7 @@ def check(
   tiles: plan_lib.Tiles,
 ) -> None:
   """Raises NotImplementedError for what the kernels cannot do."""
-  N, D, S = *q.shape[2:], kv.shape[1]
+  N, D, S, K = *q.shape[2:], kv.shape[1], indices.shape[2]
   if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(
       f"q is {q.dtype} and kv {kv.dtype}; both must be bfloat16, or float32"
@@ -37,13 +40,15 @@ def check(
   largest = jnp.iinfo(jnp.int32).max >> tiles.bQ
   if S + tiles.bK > largest:
     raise NotImplementedError(f"{S=} keys; {largest - tiles.bK} at most")
-  n_tiles = tiles.bQ * -(-indices.shape[2] // tiles.bK)
+  if K > MOST_KEYS:
+    raise NotImplementedError(f"{K=} keys for a query; {MOST_KEYS} at most")
+  n_tiles = tiles.bQ * -(-K // tiles.bK)
   sizes = N, D, latent_rank, n_tiles, q.dtype.itemsize, tiles
   for kernel in (mosaic_tpu_forward, mosaic_tpu_backward):
     if (needed := kernel.vmem_bytes(*sizes)) > tpu.chip().vmem:
       raise NotImplementedError(
-        f"{N=} heads and K={indices.shape[2]} keys take {needed} bytes of "
-        f"VMEM; there are {tpu.chip().vmem}"
+        f"{N=} heads and {K=} keys take {needed} bytes of VMEM; there are "
+        f"{tpu.chip().vmem}"
       )
 
 

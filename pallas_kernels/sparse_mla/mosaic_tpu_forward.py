@@ -63,9 +63,10 @@ def forward(
     b += i + 1 == steps
     return jnp.minimum(b, B - 1), c * steps + (i + 1) % steps, 0, 0
 
-  listed = lambda index_map, *shape, space=pltpu.SMEM: pl.BlockSpec(
-    (None, None, *shape), index_map, memory_space=space
-  )
+  def listed(index_map, rows, columns, space=pltpu.SMEM):
+    shape = (None, None, rows, columns)
+    return pl.BlockSpec(shape, index_map, memory_space=space)
+
   block = lambda *shape: pl.BlockSpec(
     (None, bQ, *shape), lambda *step: here(*step)[: len(shape) + 2]
   )

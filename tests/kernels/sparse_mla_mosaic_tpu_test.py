@@ -135,6 +135,7 @@ class SparseMlaMosaicTpuTest(chex.TestCase):
     (dict(N=12), "N=12 heads"),
     (dict(C=120), "C=120"),
     (dict(S=1 << 23), "S=8388608 keys"),
+    (dict(K=8200), "K=8200 keys"),
     (dict(N=4096), "N=4096 heads .* bytes of VMEM"),
   )
   def test_refuses(self, change, message):
