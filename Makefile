@@ -10,7 +10,7 @@ PYTHONS ?= python3.13 python3.12 python3
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train demo test test-slow lint format clean
+.PHONY: help setup train demo test test-slow test-tpus lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' \
@@ -26,7 +26,10 @@ demo: $(READY)  ## turn a tiny dense model sparse, and print what it is worth
 	$(PYTHON) -m train.lifecycle --config=configs/tiny_lifecycle.py $(ARGS)
 
 test: $(READY)  ## run the tests, but for the slow ones
-	$(PYTHON) -m pytest -n 2 --dist=loadfile -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist=loadfile -m "not slow and not tpus" $(ARGS)
+
+test-tpus: $(READY)  ## compile every kernel for every TPU, at the real shapes
+	$(PYTHON) -m pytest -n 2 --dist=loadfile -m tpus $(ARGS)
 
 # pytest exits with 5 where it selects no test. Having no slow test is fine;
 # having none at all is not, so only this target accepts it.

@@ -200,7 +200,7 @@ def test_a_tpu_is_measured(monkeypatch):
     bench.main(["dense_mla", "--shape=tiny", "--topology=v6e:2x2"])
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_attention_has_an_estimate(topology, tmp_path: pathlib.Path):
   """The counts are those of the kernels as they are."""

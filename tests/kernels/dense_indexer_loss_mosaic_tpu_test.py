@@ -139,7 +139,7 @@ def test_bfloat16():
     rows.assert_close(x, y, 2**-6, 2**-8)
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 @pytest.mark.parametrize(
   "S, N", [(4096, 128), (5000, 16), (32_768, 128), (131_072, 16)]
 )

@@ -186,7 +186,7 @@ class DenseMlaMosaicTpuTest(chex.TestCase):
     self.assertIn("dense_mla_backward_q1024_k2048_c512", text)
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 @pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
 @pytest.mark.parametrize(
   "shape", [(4096, 4096, 128), (4096, 131_072, 16), (4096, 32_768, 128, 2048)]

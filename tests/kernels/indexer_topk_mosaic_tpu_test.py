@@ -209,7 +209,7 @@ def test_scores_that_nobody_reads_are_not_computed():
   assert memory is not None and memory.temp_size_in_bytes < 256 << 20
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 @pytest.mark.parametrize("S", [4096, 32_768, 131_072])
 @pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
 def test_compiles_at_real_shapes(chip, S):

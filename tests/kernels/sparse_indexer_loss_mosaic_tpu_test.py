@@ -168,7 +168,7 @@ def test_heads_over_devices():
   chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 @pytest.mark.parametrize(
   "S, N", [(4096, 128), (5000, 16), (32_768, 128), (131_072, 16)]
 )

@@ -157,7 +157,7 @@ class SparseMlaMosaicTpuTest(chex.TestCase):
     tpu_topologies.compile_step("v5p", op, shapes)
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 @pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
 @pytest.mark.parametrize("S, N", [(4096, 16), (131_072, 128)])
 def test_compiles_at_real_shapes(chip, S, N):

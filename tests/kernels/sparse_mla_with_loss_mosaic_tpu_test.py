@@ -39,7 +39,7 @@ def test_both_parts_have_a_kernel():
   assert chosen == dict.fromkeys(ops, "mosaic_tpu")
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 @pytest.mark.parametrize("chip", tpu_topologies.TOPOLOGIES)
 @pytest.mark.parametrize("S, N", [(32_768, 16), (131_072, 128)])
 def test_compiles_at_real_shapes(chip, S, N):
