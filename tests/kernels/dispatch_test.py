@@ -71,6 +71,7 @@ CALLS = {
       "start": i32((B, T)),
       "end": i32((B, T)),
       "scale": 0.5,
+      "indices": i32((B, T, K)),
     },
     (f32((B, T, N, U)), f32((B, T, N))),
   ),

@@ -95,11 +95,19 @@ def check(attention, axes, cfg=MODEL, other=None):
   step_test.assert_close_each(other, grads, 1e-5)
 
 
+@pytest.mark.slow
 def test_on_one_mesh():
   check("sparse", dict(expert=2, context=2))
 
 
-@pytest.mark.parametrize("axes", [dict(), dict(context=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+  "axes",
+  [
+    dict(),
+    pytest.param(dict(context=2, tensor=2), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
 def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
   done = []
 

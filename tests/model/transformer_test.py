@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsa_jax import losses as losses_lib
 from tests.model import models
@@ -172,6 +173,7 @@ class TransformerTest(chex.TestCase):
     np.testing.assert_array_equal(one[0], other[0])
 
   @parameterized.parameters(((),), (("full", "shared", "shared"),))
+  @pytest.mark.slow
   def test_remat_changes_no_selection_and_no_gradient(self, indexer_types):
     results = []
     for remat in ("none", "attention", "selection"):

@@ -159,7 +159,7 @@ def test_a_671b_model_made_sparse_at_128k_fits_512_chips(capsys):
   own = stage.seq_len // cfg.mesh.context
   for shape in shapes(compiled.hlo):
     assert not ({stage.seq_len} <= set(shape) and set(shape) & {own, own // 2})
-  assert compiled.seconds < 600
+  assert compiled.seconds < 1200  # kernels are compiled one by one
   assert compiled.host_bytes < 10 * 2**30
 
 

@@ -180,6 +180,7 @@ class StageTest(chex.TestCase):
       name = jax.tree_util.keystr(path)
       self.assertEqual(moved, "indexer" not in name, name)
 
+  @pytest.mark.slow
   def test_the_indexer_has_its_own_rate_and_clipping(self):
     states = []
     for lr in (1e-3, 1e-2):
@@ -263,6 +264,7 @@ class InvarianceTest(chex.TestCase):
   """The same documents in other rows, padding and parts: the same step."""
 
   @parameterized.parameters("warmup", "sparse")
+  @pytest.mark.slow
   def test_packing_padding_and_accumulation(self, kind):
     packed = batch(4)  # eight documents in four rows
     alone = {name: np.zeros((8, 32), x.dtype) for name, x in packed.items()}
