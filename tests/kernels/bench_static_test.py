@@ -101,7 +101,8 @@ def test_cycles_are_known_by_construction(topology, side):
     2 * products,
     2 * products,
   ]
-  np.testing.assert_allclose(double[0] / once[0], 2, rtol=0.01)
+  # All turns at the most do alike, and the two more nothing at the least.
+  assert 66 / 34 <= double[0] / once[0] <= 2
   assert 1.6 < longer[0] / once[0] < 2
 
 
