@@ -148,6 +148,7 @@ class IndexLossTest(chex.TestCase):
         np.testing.assert_allclose(parts.index[i], expected, atol=1e-5, rtol=0)
         self.assertGreater(expected.max(), 0.01)
 
+  @pytest.mark.slow
   def test_an_indexer_learns_the_mean_attention_of_its_layers(self):
     _, of_index, _ = gradients(self.ATTENTION)
     _, expected = by_definition(self.ATTENTION)

@@ -100,14 +100,8 @@ def test_on_one_mesh():
   check("sparse", dict(expert=2, context=2))
 
 
-@pytest.mark.parametrize(
-  "axes",
-  [
-    dict(),
-    pytest.param(dict(context=2, tensor=2), marks=pytest.mark.slow),
-  ],
-  ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [dict(), dict(context=2, tensor=2)], ids=str)
 def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
   done = []
 
