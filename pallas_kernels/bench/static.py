@@ -97,7 +97,7 @@ def device(topology: str) -> jax.sharding.Mesh:
     devices = topologies.get_topology_desc(
       platform="tpu", topology_name=topology
     ).devices
-  except Exception as e:  # JaxRuntimeError, RuntimeError, by what is missing
+  except RuntimeError as e:  # JAX's, whatever is missing
     raise ValueError(
       f"{topology=} cannot be compiled for: {str(e).splitlines()[0]}. Names "
       'are as "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"; the compiler is libtpu: '

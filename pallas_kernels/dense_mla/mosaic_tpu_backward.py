@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu
 from pallas_kernels.dense_mla import mosaic_tpu_words
+from pallas_kernels.dense_mla.mosaic_tpu_forward import dot
 
 LANES: Final = 128
 _LEAST: Final = jnp.iinfo(jnp.int32).min
@@ -152,13 +153,6 @@ def backward(
   )(bounds, walks, *operands)
 
 
-def _dot(x, y, contracted):
-  return lax.dot_general(
-    x, y, ((contracted[:1], contracted[1:]), ((), ())),
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
-
-
 def _kernel(
   bounds, walks, q, k, v, d_out, lse, delta, *refs,
   scale, nT, nS, chunk, by_words,
@@ -195,18 +189,18 @@ def _kernel(
   def walk(c, masked):
     keys = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
     queries = pl.ds(pl.multiple_of(i * bT, bT), bT)
-    logits_ST = _dot(k[keys], q[...], (1, 1))
+    logits_ST = dot(k[keys], q[...], (1, 1))
     weights_ST = jnp.exp2(logits_ST * (scale * _LOG2E) - lse[...])
     if masked:
       weights_ST = jnp.where(seen(c), weights_ST, 0.0)
-    d_weights_ST = _dot(v[keys], d_out[...], (1, 1))
+    d_weights_ST = dot(v[keys], d_out[...], (1, 1))
     # Without the scale, which the sums are multiplied by.
     d_logits_ST = weights_ST * (d_weights_ST - delta[...])
     d_logits_ST = d_logits_ST.astype(q.dtype)
     weights_ST = weights_ST.astype(d_out.dtype)
-    total_v[keys] += _dot(weights_ST, d_out[...], (1, 0))
-    total_k[keys] += _dot(d_logits_ST, q[...], (1, 0))
-    total_q[queries] += _dot(d_logits_ST, k[keys], (0, 0))
+    total_v[keys] += dot(weights_ST, d_out[...], (1, 0))
+    total_k[keys] += dot(d_logits_ST, q[...], (1, 0))
+    total_q[queries] += dot(d_logits_ST, k[keys], (0, 0))
 
   @pl.when(i < walks[2 * (b * nS + j) + 1])
   def _():

@@ -126,9 +126,11 @@ def forward(
   )(bounds, *operands)
 
 
-def _dot(x, y, contracted):
+def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+  """x and y multiplied along an axis of each; float32 is not rounded first."""
   return lax.dot_general(
     x, y, ((contracted[:1], contracted[1:]), ((), ())),
+    precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
     preferred_element_type=jnp.float32,
   )  # fmt: skip
 
@@ -179,7 +181,7 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
   def add(at, masked):
     """Adds the chunk of keys that begins at `at` of the tile."""
     keys = pl.ds(at, chunk)
-    logits = _dot(q[...], k[keys], (1, 1))
+    logits = dot(q[...], k[keys], (1, 1))
     if masked:
       logits = jnp.where(seen(at), logits, -jnp.inf)
     old_top = top[...]
@@ -189,7 +191,7 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
     # Sums of every 128th key: lanes are added at the end.
     total[...] = total[...] * keep + sum(jnp.split(weights, chunk // LANES, 1))
     top[...] = new_top
-    part = _dot(weights.astype(v.dtype), v[keys], (1, 0))
+    part = dot(weights.astype(v.dtype), v[keys], (1, 0))
     total_out[...] = total_out[...] * _wide(keep, U) + part
 
   stretch = min(2 * chunk, bS)
