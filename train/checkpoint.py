@@ -2,148 +2,345 @@
 
 import dataclasses
 import json
+import os
 import pathlib
-from typing import Any
+import shutil
+from typing import Any, Final
+import zlib
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 import dsa_jax
 from dsa_jax.hf import tensors as tensors_lib
 from train import arrays as arrays_lib
 from train import config as config_lib
+from train import metrics as metrics_lib
 from train import processes
 from train import step as step_lib
 
 # What may differ between a run and its continuation: where things lie, what is
-# logged and saved, and which devices compute, by what.
+# logged, saved and guarded, and which devices compute, by what.
 _FREE = (
   "run_dir",
   "mesh",
   "distributed",
   "kernels",
   "checkpoint",
+  "guard",
   "log",
   "resume",
+  "compile_only",
+  "check",
+  "profile",
   "stop_at",
 )
+_ODD: Final = np.uint32(0x9E3779B1)  # with as many ones as zeros, about
+_TEMPORARY: Final = ".orbax-checkpoint-tmp"  # what Orbax has not finished
+
+
+class Broken(Exception):
+  """A checkpoint is not what was saved."""
+
+
+class NotSaved(OSError):
+  """The last checkpoint could not be written; those before it stay."""
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a run knows besides the state of its training."""
+
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Where the data stand, as JSON can hold it."""
+  tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+  """Seen so far, by source."""
+  rollbacks: int = 0
+  """How often the run went back to a checkpoint."""
+  owes_evaluation: bool = False
+  """The run was stopped before it could evaluate after this step."""
 
 
 class Checkpoints:
   """The checkpoints of one run, saved in the background.
 
   RUN_DIR/config.json is the run's config; RUN_DIR/checkpoints/STEP holds the
-  train state and the place in the data after that step.
+  train state and the progress after that step. Each has the state's
+  fingerprint, so that what is read is known to be what was saved, on whatever
+  mesh. What is not used any more lies in RUN_DIR/set_aside.
   """
 
   def __init__(self, cfg: config_lib.TrainConfig):
     """Opens the folder, and changes nothing there but to begin a new run.
 
     Raises:
-      ValueError: The folder holds a run and `resume` is off, or holds none and
-        it is on, or holds a run with another config.
+      ValueError: The folder holds a run and `resume` is off, or what is no run,
+        or a run with another config; or nothing can be written there.
     """
     self._dir = pathlib.Path(cfg.run_dir).resolve()
-    self._check(cfg)
+    check(cfg)
+    _make_writable(self._dir)
     processes.meet("run_dir")  # before anyone writes there
     policies: Any = ocp.training.preservation_policies
     keep = [
       policies.LatestN(cfg.checkpoint.keep),
       policies.CustomSteps(cfg.stage_ends),
     ]
+    if cfg.checkpoint.keep_every:
+      keep.append(policies.EveryNSteps(cfg.checkpoint.keep_every))
+    if cfg.checkpoint.keep_best:
+      keep.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics["bits_per_byte"],
+          reverse=True,  # the last ones stay
+          n=cfg.checkpoint.keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._checkpointer = ocp.training.Checkpointer(
       str(self._dir / "checkpoints"),
       context=_context(),
       preservation_policy=policies.AnyPreservationPolicy(keep),
+      cleanup_tmp_directories=True,  # of processes that were killed
     )
+    self._saving: int | None = None
 
   @property
-  def latest(self) -> int:
-    """The newest checkpoint's step; 0 if there is none."""
-    newest = self._checkpointer.latest
-    return newest.step if newest else 0
+  def steps(self) -> list[int]:
+    """Of the finished checkpoints, ascending."""
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
   def begin(self, cfg: config_lib.TrainConfig) -> None:
     """Writes down which run this folder holds."""
     if not processes.is_first():
       return
     text = json.dumps(dataclasses.asdict(cfg), indent=2)
-    (self._dir / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(self._dir / "config.json", text + "\n")
 
   def save(
     self,
     state: step_lib.TrainState,
     step: int,
-    data: dict[str, Any],
+    progress: Progress,
     model: dsa_jax.ModelConfig,
+    bits_per_byte: float | None,
   ) -> None:
     """Copies the state, and writes it while training goes on.
+
+    That a save failed is told, once it is known; the next one is tried all the
+    same, and training has lost nothing but the place to come back to.
 
     Args:
       state: Of all processes together.
       step: The last one done.
-      data: Where the data stand, as JSON can hold it.
+      progress: After that step.
       model: What the parameters are those of, in this stage.
+      bits_per_byte: Of held-out text, where it was measured after this step.
     """
-    if step > self.latest:
+    self.settle()
+    if step in self.steps:
+      return
+    marks = _fingerprint(state).tolist()
+    said = json.dumps(dataclasses.asdict(progress))
+    metrics: Any = None
+    if bits_per_byte is not None:
+      metrics = {"bits_per_byte": bits_per_byte}
+    self._saving = step
+    try:
       self._checkpointer.save_checkpointables_async(
         step,
         {"state": state},
         force=True,
-        custom_metadata={"data": data, "model": model.to_dict()},
+        metrics=metrics,
+        custom_metadata={
+          "progress": said,
+          "progress_crc32": zlib.crc32(said.encode()),
+          "fingerprint": marks,
+          "model": model.to_dict(),
+        },
       )
+    except Exception as e:  # whatever a file system may say
+      self._failed(e)
 
-  def restore_state(
-    self, like: step_lib.TrainState, mesh: jax.sharding.Mesh
-  ) -> step_lib.TrainState:
-    """The newest state, in the shapes and specs of `like`, on `mesh`."""
-    loaded = self._checkpointer.load_checkpointables(
-      self.latest, {"state": step_lib.on_mesh(like, mesh)}
-    )
-    return loaded["state"]
+  def load(
+    self, step: int, like: step_lib.TrainState, mesh: jax.sharding.Mesh
+  ) -> tuple[step_lib.TrainState, Progress]:
+    """A checkpoint's state, in the shapes and specs of `like`, on `mesh`.
 
-  def data_state(self) -> dict[str, Any]:
-    """Where the data stood."""
-    saved: Any = self._checkpointer.checkpointables_metadata(self.latest)
-    return saved.custom_metadata["data"]
+    Raises:
+      Broken: It cannot be read, or is not what was saved.
+    """
+    try:
+      saved: Any = self._checkpointer.checkpointables_metadata(step)
+      said = saved.custom_metadata["progress"]
+      if zlib.crc32(said.encode()) != saved.custom_metadata["progress_crc32"]:
+        raise ValueError("its metadata are not what was saved")
+      loaded = self._checkpointer.load_checkpointables(
+        step, {"state": step_lib.on_mesh(like, mesh)}
+      )
+      state = loaded["state"]
+      marks = _fingerprint(state).tolist()
+      if marks != saved.custom_metadata["fingerprint"]:
+        raise ValueError("its arrays are not what was saved")
+      progress = Progress(**json.loads(said))
+      why = None
+    # A damaged file may end in any error of Orbax, TensorStore or JSON.
+    except Exception as e:
+      state = progress = None
+      why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    if not processes.all_agree(why is None):
+      raise Broken(why or "another process cannot read it")
+    assert state is not None and progress is not None
+    return state, progress
 
-  def wait(self) -> None:
-    """Until everything is written."""
-    self._checkpointer.wait()
+  def set_aside(self, steps: list[int], why: str) -> None:
+    """Moves checkpoints out of the way: their steps will be saved again."""
+    if not steps:
+      return
+    if processes.is_first():
+      for step in steps:
+        target = self._dir / "set_aside" / f"{step}-{why}"
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(self._dir / "checkpoints" / str(step), target)
+    processes.meet("set aside")
+    self._checkpointer.reload()
+
+  def settle(self) -> None:
+    """Waits until what is being saved is written, and tells if it is not."""
+    try:
+      self._checkpointer.wait()
+      self._saving = None
+    except Exception as e:
+      self._failed(e)
+
+  def finish(self) -> None:
+    """Waits until everything is written.
+
+    Raises:
+      NotSaved: The last checkpoint is not.
+    """
+    self.settle()
+    if self._saving is not None:
+      raise NotSaved(
+        f"The checkpoint of step {self._saving} could not be written (see "
+        f"above); the newest is {max(self.steps, default='none')}. Make room, "
+        "and go on from it with the same command and --resume."
+      )
 
   def close(self) -> None:
-    self._checkpointer.close()  # waits, too
+    try:
+      self._checkpointer.close()  # waits, too
+    except Exception as e:
+      self._failed(e)
 
-  def _check(self, cfg: config_lib.TrainConfig) -> None:
-    file = self._dir / "config.json"
-    if not cfg.resume:
-      if self._dir.exists() and (
-        not self._dir.is_dir() or any(self._dir.iterdir())
-      ):
-        raise ValueError(
-          f"run_dir={cfg.run_dir} is not empty: go on with the run in it by "
-          "--resume, or give another --run-dir."
-        )
-      self._dir.mkdir(parents=True, exist_ok=True)
-      return
-    if not file.exists():
-      raise ValueError(
-        f"--resume: run_dir={cfg.run_dir} holds no run (no config.json); give "
-        "the --run-dir of one, or begin one without --resume."
-      )
-    saved = _flat(json.loads(file.read_text(encoding="utf-8")))
-    now = _flat(json.loads(json.dumps(dataclasses.asdict(cfg))))
-    changed = [
-      f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
-      for name in sorted(saved | now)
-      if name.split(".")[0] not in _FREE and saved.get(name) != now.get(name)
-    ]
-    if changed:
-      raise ValueError(
-        f"--resume: the run in {cfg.run_dir} has another config: "
-        f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
-        "begin a new run."
-      )
+  def _failed(self, why: Exception) -> None:
+    reason = str(why).splitlines()[0] if str(why) else type(why).__name__
+    free = metrics_lib.size(shutil.disk_usage(self._dir).free)
+    processes.say(
+      f"ERROR: the checkpoint of step {self._saving} was NOT written: {reason} "
+      f"({free} are free in {self._dir}). The newest is "
+      f"{max(self.steps, default='none')}; training goes on, and the next save "
+      "is tried as planned."
+    )
+    if processes.is_first():  # half of one would fill the disk
+      for left in (self._dir / "checkpoints").glob(f"*{_TEMPORARY}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def check(cfg: config_lib.TrainConfig) -> None:
+  """Compares the config with the run in its folder, if there is one.
+
+  Raises:
+    ValueError: The folder holds a run and `resume` is off, or what is no run,
+      or a run with another config.
+  """
+  folder = pathlib.Path(cfg.run_dir)
+  file = folder / "config.json"
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(
+      f"run_dir={cfg.run_dir} is a file; give another --run-dir."
+    )
+  # A run that was killed as it began may have left half of its config.
+  begun = folder.exists() and {p.name for p in folder.iterdir()} - {
+    _partial(file).name
+  }
+  if not begun:
+    return
+  if not cfg.resume:
+    raise ValueError(
+      f"run_dir={cfg.run_dir} is not empty: go on with the run in it by "
+      "--resume, or give another --run-dir."
+    )
+  if not file.exists():
+    raise ValueError(
+      f"--resume: run_dir={cfg.run_dir} is not empty, but holds no run (no "
+      "config.json); give the --run-dir of one, or of none yet."
+    )
+  saved = _flat(json.loads(file.read_text(encoding="utf-8")))
+  now = _flat(json.loads(json.dumps(dataclasses.asdict(cfg))))
+  changed = [
+    f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
+    for name in sorted(saved | now)
+    if name.split(".")[0] not in _FREE and saved.get(name) != now.get(name)
+  ]
+  if changed:
+    raise ValueError(
+      f"--resume: the run in {cfg.run_dir} has another config: "
+      f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
+      "begin a new run."
+    )
+
+
+def write_whole(file: pathlib.Path, text: str) -> None:
+  """Writes a file so that whoever reads finds all of it, or what was before."""
+  partial = _partial(file)
+  partial.write_text(text, encoding="utf-8")
+  os.replace(partial, file)
+
+
+def _partial(file: pathlib.Path) -> pathlib.Path:
+  return file.with_name(file.name + ".partial")
+
+
+def _make_writable(folder: pathlib.Path) -> None:
+  probe = folder / f".written-{processes.number()}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.write_bytes(b"")
+    probe.unlink()
+  except OSError as e:
+    raise ValueError(
+      f"run_dir={folder} cannot be written to ({e.strerror}): a run keeps its "
+      "checkpoints and metrics there. Give another --run-dir."
+    ) from e
+
+
+@jax.jit
+def _fingerprint(tree: Any) -> UInt32[Array, " leaves"]:
+  """A number for each array, of all its bits and where they stand.
+
+  Sums of whole numbers: the same on every mesh, whatever the order.
+  """
+
+  def mark(x):
+    bits = x
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      width = 8 * x.dtype.itemsize
+      bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    mixed = bits.astype(jnp.uint32)
+    # Any odd number has an inverse: no place and no value is forgotten.
+    for axis in range(x.ndim):
+      place = jnp.arange(x.shape[axis], dtype=jnp.uint32)
+      place = place.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
+      mixed = (mixed ^ place * _ODD) * _ODD
+      mixed ^= mixed >> 15
+    return mixed.sum(dtype=jnp.uint32)
+
+  return jnp.stack([mark(x) for x in jax.tree.leaves(tree)])
 
 
 def _context() -> ocp.Context:

@@ -242,5 +242,7 @@ def trace(
     for name, dtype in step_lib.BATCH_DTYPES.items()
   }
   optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
-  step = step_lib.make_train_step(model, stage, optimizer, cfg.log.every)
+  step = step_lib.make_train_step(
+    model, stage, optimizer, cfg.guard, cfg.log.every
+  )
   return step.trace(state, batch)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import dsa_jax
 from train import data as data_lib
+from train import guards
 from train import processes
 
 type Kind = Literal["pretrain", "extend", "warmup", "sparse"]
@@ -143,10 +144,19 @@ class CheckpointConfig:
   """Steps between checkpoints."""
   keep: int = 3
   """How many of the newest stay, besides."""
+  keep_every: int | None = None
+  """Those of every so many-th step stay, too."""
+  keep_best: int = 0
+  """So many stay that lost least on held-out text, of those saved right after
+  an evaluation."""
 
   def __post_init__(self):
     if self.every < 1 or self.keep < 1:
       raise ValueError(f"{self.every=} and {self.keep=} must be at least 1.")
+    if self.keep_every is not None and self.keep_every < 1:
+      raise ValueError(f"{self.keep_every=} must be at least 1.")
+    if self.keep_best < 0:
+      raise ValueError(f"{self.keep_best=} must be at least 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,6 +210,7 @@ class TrainConfig:
   mesh: MeshConfig = MeshConfig()
   distributed: processes.DistributedConfig = processes.DistributedConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  guard: guards.GuardConfig = guards.GuardConfig()
   log: LogConfig = LogConfig()
   init_from: str | None = None
   """Begin with the parameters of another run: its folder (the newest checkpoint
@@ -208,13 +219,19 @@ class TrainConfig:
   seed: int = 0
   """Of the initial weights, the order of the data, and the samples."""
   resume: bool = False
-  """Go on from the newest checkpoint in run_dir."""
+  """Go on from the newest whole checkpoint in run_dir; begin where there is
+  none yet. So one command serves to start a run, and to start it again."""
   kernels: bool = True
   """Let ops run as kernels, where there are some for the device and the shapes;
   if not, as plain XLA: to compare with."""
   compile_only: str | None = None
   """Train nothing: compile the steps for TPUs that need not be here, such as
   v5p:8x8x8 (chips along each side), and say what they would take."""
+  check: bool = False
+  """Train nothing: try everything short of that, and show it."""
+  profile: str | None = None
+  """Trace these steps, such as 10,13 (the first and the last), for xprof or
+  Perfetto, to RUN_DIR/profile."""
   stop_at: int | None = None
   """Save and stop after this step, as an interruption would."""
 
@@ -225,6 +242,7 @@ class TrainConfig:
       raise ValueError(f"{self.seed=} must be at least 0.")
     if self.stop_at is not None and self.stop_at < 1:
       raise ValueError(f"{self.stop_at=} must be at least 1.")
+    self.profile_steps  # noqa: B018  (raises)
     self._check_stages()
     self._check_mesh()
 
@@ -304,6 +322,21 @@ class TrainConfig:
       return self.model
     yarn = dataclasses.replace(self.model.yarn, factor=1.0)
     return dataclasses.replace(self.model, yarn=yarn)
+
+  @property
+  def profile_steps(self) -> tuple[int, int] | None:
+    """The first and the last step to trace."""
+    if self.profile is None:
+      return None
+    first, _, last = self.profile.partition(",")
+    if not (first.isdecimal() and last.isdecimal()) or not (
+      1 <= int(first) <= int(last)
+    ):
+      raise ValueError(
+        f"profile={self.profile!r} must be two steps, the first and the last, "
+        "such as 10,13."
+      )
+    return int(first), int(last)
 
   @property
   def stage_ends(self) -> tuple[int, ...]:

@@ -50,17 +50,19 @@ class Evaluation:
 
   def __call__(
     self, step: int, state: step_lib.TrainState, *, last: bool
-  ) -> None:
+  ) -> float:
+    """Held-out bits per byte, in the stage's own way of attending."""
     # Nothing is chosen from K keys or fewer.
     can_choose = self._stage.seq_len > self._cfg.model.top_k
     way = "sparse" if self._stage.trains_indexer else "dense"
     ways = ["dense", "sparse"] if last and can_choose else [way]
-    self._text(step, state, ways)
+    bits_per_byte = self._text(step, state, ways)[way]
     if self._cfg.data.retrieval.fraction:
-      for way in ways:
-        self._retrieval(step, state, way)
+      for each in ways:
+        self._retrieval(step, state, each)
     if last and can_choose:
       self._selections(step, state)
+    return bits_per_byte
 
   def _put(self, x: np.ndarray) -> jax.Array:
     return feed.put_rows(x, self._cfg.model.rules)
@@ -72,8 +74,8 @@ class Evaluation:
       max_batches=batches,
     )
 
-  def _text(self, step, state, ways) -> None:
-    """Bits per byte; in sparse attention, recall too."""
+  def _text(self, step, state, ways) -> dict[str, Any]:
+    """Bits per byte by way; in sparse attention, recall too."""
     values: dict[str, Any] = {"stage": self._stage.kind}
     for way in ways:
       sums = [
@@ -93,6 +95,7 @@ class Evaluation:
     if "recall" in values:
       line += f"; recall {values['recall']:.1%}"
     processes.say(f"held-out bits/byte after step {step}: {line}")
+    return values
 
   def _retrieval(self, step, state, way) -> None:
     """Share of right answers, by length of the text and depth of the pair."""

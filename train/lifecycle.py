@@ -126,7 +126,7 @@ def _train(cfg: config_lib.TrainConfig) -> bool:
   begun = (pathlib.Path(cfg.run_dir) / "config.json").exists()
   run = loop.Run(dataclasses.replace(cfg, resume=begun))
   run.train()
-  return run.checkpoints.latest == cfg.total_steps
+  return run.step == cfg.total_steps
 
 
 def main() -> None:

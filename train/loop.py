@@ -24,15 +24,21 @@ from train import feed
 from train import metrics as metrics_lib
 from train import optimizer as optimizer_lib
 from train import processes
+from train import stage_log
 from train import step as step_lib
 
 
 class Diverged(RuntimeError):
-  """The loss is not finite; the checkpoints before it stay."""
+  """Step after step must be skipped; the checkpoints before them stay."""
 
 
 class Run:
-  """A run, opened and checked, ready to train."""
+  """A run, opened and checked, ready to train.
+
+  Attributes:
+    step: The last one done, over all stages.
+    progress: What is known besides the train state.
+  """
 
   def __init__(self, cfg: config_lib.TrainConfig):
     """Checks everything that can be wrong, before anything compiles.
@@ -57,35 +63,40 @@ class Run:
     if cfg.init_from not in (None, "random"):
       self.origin = checkpoint_lib.Origin(cfg)
     self.checkpoints = checkpoint_lib.Checkpoints(cfg)
+    self.step, self.progress = 0, checkpoint_lib.Progress()
     self._stop = False
 
   def train(self) -> None:
     """Trains to the end, or until stopped; both save.
 
     Raises:
-      Diverged: The loss is not finite.
+      Diverged: Too many steps had to be skipped.
+      Broken: There are checkpoints to go on from, and none is whole.
+      NotSaved: The last checkpoint could not be written.
+      DataError: The data end, or cannot be read any more.
     """
     cfg = self.cfg
-    self.checkpoints.begin(cfg)
-    done = self.checkpoints.latest
-    self.metrics = metrics_lib.Writer(
-      cfg.run_dir, done + 1, tensorboard=cfg.log.tensorboard
-    )
-    with (
-      contextlib.closing(self.metrics),
-      contextlib.closing(self.checkpoints),
-      jax.set_mesh(self.mesh),
-      dispatch.kernels(cfg.kernels),
-      _signals(self._ask_to_stop),
-    ):
+    with contextlib.ExitStack() as stack:
+      self.checkpoints.begin(cfg)
+      stack.enter_context(contextlib.closing(self.checkpoints))
+      stack.enter_context(jax.set_mesh(self.mesh))
+      stack.enter_context(dispatch.kernels(cfg.kernels))
+      stack.enter_context(_signals(self._ask_to_stop))
       _, self._init = step_lib.init(cfg.model, cfg.seed)
       processes.say(self.summary())
-      state = self._start(done)
+      state = self._start()
+      self.metrics = metrics_lib.Writer(
+        cfg.run_dir,
+        self.step + 1,
+        again=self.progress.owes_evaluation,
+        tensorboard=cfg.log.tensorboard,
+      )
+      stack.enter_context(contextlib.closing(self.metrics))
       for i, end in enumerate(cfg.stage_ends):
-        begin = end - cfg.stages[i].steps
-        if done < end and not self._stop:
-          state = self._stage(i, begin, max(done, begin), state)
-      self.checkpoints.wait()
+        owes = self.step == end and self.progress.owes_evaluation
+        if not self._stop and (self.step < end or owes):
+          state = self._stage(i, state)
+      self.checkpoints.finish()
       self._farewell(state)
 
   def summary(self) -> str:
@@ -105,7 +116,7 @@ class Run:
       f"mesh     {self.mesh.size} x {devices[0].device_kind} ({axes})",
     ]
     for i, stage in enumerate(cfg.stages):
-      cost = self._flops_per_token(stage)
+      cost = stage_log.flops_per_token(model, stage)
       state = jax.eval_shape(
         functools.partial(self._fresh, stage), *self._like()
       )
@@ -121,97 +132,206 @@ class Run:
       )
     return "\n".join(lines)
 
-  def _flops_per_token(self, stage: config_lib.StageConfig) -> float:
-    return flops.training_flops_per_token(
-      self.cfg.model,
-      stage.seq_len,
-      stage.attention,
-      trains_model=stage.trains_model,
-      trains_indexer=stage.trains_indexer,
-    )
-
   def _like(self) -> Any:
     return jax.eval_shape(self._init, jax.random.key(0))
 
   def _fresh(self, stage, params, bias, step=0) -> step_lib.TrainState:
     return step_lib.begin_stage(self.cfg.optimizer, stage, params, bias, step)
 
-  def _start(self, done: int) -> step_lib.TrainState:
-    """The initial state, or that of the newest checkpoint."""
+  def _start(self) -> step_lib.TrainState:
+    """The initial state, or that of the newest whole checkpoint."""
     cfg = self.cfg
-    if not done and self.origin is not None:
+    steps = self.checkpoints.steps
+    if steps:
+      state = self._restore(steps)
+      if state is None:
+        raise checkpoint_lib.Broken(
+          f"None of the checkpoints in {cfg.run_dir} ({steps}) is whole; "
+          "nothing there was changed. Bring one back from a copy, or begin "
+          "anew with another --run-dir."
+        )
+      newer = [step for step in steps if step > self.step]
+      self.checkpoints.set_aside(newer, "broken")
+      processes.say(f"resumed  after step {self.step}")
+      return state
+    if self.origin is not None:
       params, bias = self.origin.restore(self._like(), self.mesh)
       processes.say(f"begins   with the parameters of {self.origin}")
-      return self._fresh(cfg.stages[0], params, bias)
-    if not done:
+    else:
       params, bias = self._init(jax.random.key(cfg.seed))
-      return self._fresh(cfg.stages[0], params, bias)
-    # The stage that saved it knows what its optimizer holds.
-    saved = next(s for s, end in zip(cfg.stages, cfg.stage_ends) if done <= end)
-    make = functools.partial(self._fresh, saved)
-    like = jax.eval_shape(make, *self._like())
-    state = self.checkpoints.restore_state(like, self.mesh)
-    processes.say(f"resumed  after step {done}")
-    return state
+    return self._fresh(cfg.stages[0], params, bias)
 
-  def _stage(
-    self, i: int, begin: int, done: int, state: step_lib.TrainState
-  ) -> step_lib.TrainState:
-    """Trains stage `i`, of which steps `begin` to `done` are done."""
+  def _restore(self, steps: list[int]) -> step_lib.TrainState | None:
+    """The state of the newest of these checkpoints that is whole, if any is;
+    `step` and `progress` are then those of it."""
+    cfg = self.cfg
+    for step in sorted(steps, reverse=True):
+      # The stage that saved it knows what its optimizer holds.
+      saved = next(
+        s for s, end in zip(cfg.stages, cfg.stage_ends) if step <= end
+      )
+      make = functools.partial(self._fresh, saved)
+      like = jax.eval_shape(make, *self._like())
+      try:
+        state, self.progress = self.checkpoints.load(step, like, self.mesh)
+      except checkpoint_lib.Broken as e:
+        processes.say(f"ERROR: the checkpoint of step {step} is broken: {e}")
+      else:
+        self.step = step
+        return state
+    return None
+
+  def _stage(self, i: int, state: step_lib.TrainState) -> step_lib.TrainState:
+    """Trains stage `i`, from where it stands."""
     cfg, stage = self.cfg, self.cfg.stages[i]
-    end = begin + stage.steps
+    end = cfg.stage_ends[i]
+    begin = end - stage.steps
     batches = feed.Feed(
       self.corpus, stage, cfg.model.rules, cfg.seed + i, cfg.data.shards
     )
-    if done > begin:
-      batches.set_state(self.checkpoints.data_state())
+    if self.step > begin:
+      batches.set_state(self.progress.data)
     else:
-      fresh = functools.partial(self._fresh, stage, step=done)
-      state = jax.jit(fresh)(state.params, state.router_bias)
+      state = self._begin_stage(stage, state)
     optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
     model, _ = step_lib.init(cfg.stage_model(stage), cfg.seed)
-    train_step = step_lib.make_train_step(
-      model, stage, optimizer, cfg.log.every
+    log = stage_log.StageLog(
+      cfg, i, self.mesh, self.metrics, self.progress.tokens
     )
-    batch = next(batches)
-    train_step = self._compile(train_step, state, batch, stage)
-    log = _StageLog(self, stage, begin, end)
     evaluate = evaluation.Evaluation(
       cfg, stage, model, self.corpus, self.metrics
     )
 
-    step, pending = done, None
-    while step < end:
+    def measure(state, step):
+      """Evaluates and samples, if it is time; held-out bits per byte, if so."""
+      bits_per_byte = None
+      if step == end or step % cfg.log.eval_every == 0:
+        bits_per_byte = evaluate(step, state, last=step == end)
+      if step < end and step % cfg.log.sample_every == 0:
+        self._sample(step, state, stage)
+      return bits_per_byte
+
+    def save(state, step, bits_per_byte=None):
+      self.progress.data = batches.get_state()
+      model = cfg.stage_model(stage)
+      self.checkpoints.save(state, step, self.progress, model, bits_per_byte)
+
+    if self.progress.owes_evaluation:
+      measure(state, self.step)
+      self.progress.owes_evaluation = False
+    if self.step == end:
+      batches.close()
+      return state
+    train_step = step_lib.make_train_step(
+      model, stage, optimizer, cfg.guard, cfg.log.every
+    )
+    batch = next(batches)
+    train_step = self._compile(train_step, state, batch, stage)
+    log.restart_clock()
+    pending = None
+    while self.step < end:
       state, metrics = train_step(state, batch)
-      step += 1
+      self.step = step = self.step + 1
       # The data of step + 1 is fetched, and the numbers of step - 1 are read,
       # while the device works on this step.
-      saves = step == end or step % cfg.checkpoint.every == 0
       stops = processes.asked_to_stop(self._stop, step) or step == cfg.stop_at
-      if saves or stops:  # before the iterator moves on
-        self.checkpoints.save(
-          state, step, batches.get_state(), cfg.stage_model(stage)
-        )
+      saves = stops or step == end or step % cfg.checkpoint.every == 0
+      measures = step == end or (
+        step % cfg.log.eval_every == 0 or step % cfg.log.sample_every == 0
+      )
       if pending:
         log(*pending)
       pending = step, metrics
-      samples = step % cfg.log.sample_every == 0 and step < end
-      evaluates = step == end or step % cfg.log.eval_every == 0
-      if saves or stops or samples or evaluates:
+      # What a checkpoint has behind it is on the disk before it.
+      if saves or measures:
         log(*pending)
         pending = None
-      if evaluates:
-        evaluate(step, state, last=step == end)
-      if samples:
-        self._sample(step, state, stage)
-      if saves or stops or samples or evaluates:
+      if log.in_a_row >= cfg.guard.patience:
+        state, pending = self._roll_back(stage, begin, log), None
+        batch = next(batches)
+        continue
+      bits_per_byte = None
+      if measures and not stops:  # who asks to stop may not wait
+        bits_per_byte = measure(state, step)
+      if saves:
+        self.progress.owes_evaluation = measures and stops
+        save(state, step, bits_per_byte)
+      if saves or measures:
         log.restart_clock()
       if stops:
         self._stop = True
         break
       if step < end:
-        batch = next(batches)
+        try:
+          batch = next(batches)
+        except data_lib.DataError:
+          if pending:
+            log(*pending)
+          if jax.process_count() == 1:  # the others have gone on
+            save(state, step)
+          raise
     batches.close()
+    return state
+
+  def _begin_stage(self, stage, state) -> step_lib.TrainState:
+    fresh = functools.partial(self._fresh, stage, step=self.step)
+    return jax.jit(fresh)(state.params, state.router_bias)
+
+  def _roll_back(
+    self, stage: config_lib.StageConfig, begin: int, log: stage_log.StageLog
+  ) -> step_lib.TrainState:
+    """The state before the steps that were skipped in a row.
+
+    The data are not gone back to: the next batch is one that was not seen.
+    """
+    guard, reached, progress = self.cfg.guard, self.step, self.progress
+    first = log.step - log.in_a_row + 1
+    self.checkpoints.settle()
+    steps = self.checkpoints.steps
+    tried = [step for step in steps if max(begin, 1) <= step < first]
+    trouble = (
+      f"steps {first} to {log.step} had to be skipped, one after the other"
+      f" ({log.trouble})"
+    )
+    remedy = (
+      f"Lower --optimizer.{'peak' if stage.trains_model else 'indexer'}-lr; "
+      "the checkpoints before these steps are kept."
+    )
+    if progress.rollbacks >= guard.rollbacks:
+      raise Diverged(
+        f"{trouble}, after {progress.rollbacks} rollbacks. {remedy}"
+      )
+    state = self._restore(tried)
+    if state is None:
+      raise Diverged(
+        f"{trouble}, and there is no checkpoint of this stage before them to "
+        f"go back to. {remedy}"
+      )
+    # What was seen is seen: only the parameters go back.
+    self.progress = dataclasses.replace(
+      progress, rollbacks=progress.rollbacks + 1
+    )
+    later = [step for step in steps if step > self.step]
+    self.checkpoints.set_aside(later, f"rollback-{self.progress.rollbacks}")
+    if self.step == begin:
+      state = self._begin_stage(stage, state)
+    self.metrics.go_back(self.step + 1)
+    self.metrics.write(
+      self.step,
+      "incident",
+      {
+        "what": "rollback",
+        "from": reached,
+        "why": trouble,
+        "steps_of_data_left_out": reached - self.step,
+      },
+    )
+    processes.say(
+      f"ROLLBACK {self.progress.rollbacks} of {guard.rollbacks}: {trouble}. "
+      f"Goes on from the checkpoint of step {self.step}, with the data after "
+      f"those of step {reached}."
+    )
+    log.begin_again()
     return state
 
   def _compile(self, train_step, state, batch, stage):
@@ -278,99 +398,6 @@ class Run:
       sys.exit(128 + signum)
     print("stopping after this step (again: at once)", file=sys.stderr)
     self._stop = True
-
-
-class _StageLog:
-  """Reads the metrics of a step, and says how training goes."""
-
-  def __init__(self, run: Run, stage: config_lib.StageConfig, begin, end):
-    self._run, self._stage, self._begin, self._end = run, stage, begin, end
-    # The model's; the indexer's where that alone is trained.
-    self._rate, *_ = optimizer_lib.rates(run.cfg.optimizer, stage).values()
-    self._flops = run._flops_per_token(stage)
-    kind = run.mesh.devices.flat[0]
-    peak = metrics_lib.peak_flops(kind)
-    self._peak = peak and peak * run.mesh.size
-    self.restart_clock()
-
-  def restart_clock(self) -> None:
-    """Leaves out the time that was not spent on training."""
-    self._since, self._steps = time.perf_counter(), 0
-
-  def __call__(self, step: int, metrics: step_lib.Metrics) -> None:
-    cfg, stage = self._run.cfg, self._stage
-    metrics = processes.fetch(metrics)
-    self._steps += 1
-    norm, loss = float(metrics["grad_norm"]), float(metrics.get("lm", 0.0))
-    if not np.isfinite(loss) or not np.isfinite(norm):
-      raise Diverged(
-        f"step {step}: loss {loss}, gradient norm {norm}. Lower "
-        f"--optimizer.{'peak' if stage.trains_model else 'indexer'}-lr; the "
-        "checkpoints before this step are kept."
-      )
-    values = {"stage": stage.kind, **self._values(step, metrics)}
-    if step % cfg.log.every and step != self._end:
-      self._run.metrics.write(step, "train", values)
-      return
-    seconds = (time.perf_counter() - self._since) / self._steps
-    tokens = stage.batch_size * stage.seq_len
-    values["tokens_per_second"] = tokens / seconds
-    values["ms_per_step"] = 1000 * seconds
-    if self._peak:
-      values["mfu"] = self._flops * tokens / seconds / self._peak
-    self._run.metrics.write(step, "train", values)
-    self.restart_clock()
-    left = self._tokens_left(step) / values["tokens_per_second"]
-    shown = {
-      "loss": "loss {:.4f}",
-      "bits_per_byte": "{:.3f} bits/byte",
-      "index": "KL {:.3f}",
-      "recall": "recall {:.1%}",
-      "lr": "lr {:.1e}",
-      "tokens_per_second": "{:,.0f} tokens/s",
-      "mfu": "MFU {:.1%}",
-      "ms_per_step": "{:.0f} ms/step",
-    }
-    parts = [
-      f"step {step:>5}/{cfg.total_steps} {stage.kind}",
-      *(form.format(values[k]) for k, form in shown.items() if k in values),
-      f"ETA {metrics_lib.duration(left)}",
-    ]
-    processes.say(" | ".join(parts))
-
-  def _values(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What is known of every step, and of the indexer where it was measured."""
-    layers = {
-      name: metrics.pop(name).tolist()
-      for name in ("index_per_layer", "recall_per_layer")
-      if name in metrics
-    }
-    values = {name: float(x) for name, x in metrics.items()}
-    num_bytes, targets = values.pop("bytes"), values.pop("targets")
-    if "lm" in values:
-      values["loss"] = loss = values.pop("lm")
-      values["bits_per_byte"] = metrics_lib.bits_per_byte(
-        loss * targets, num_bytes
-      )
-    values["lr"] = np.asarray(self._rate(step - 1 - self._begin)).item()
-    if layers and step % self._run.cfg.log.every == 0:
-      values["index"] = sum(layers["index_per_layer"])
-      values["index_per_layer"] = layers["index_per_layer"]
-      # NaN where no query of the batch had more than K keys to choose from.
-      recall = layers["recall_per_layer"]
-      if np.isfinite(recall).all():
-        values["recall"] = sum(recall) / len(recall)
-        values["recall_per_layer"] = recall
-    return values
-
-  def _tokens_left(self, step: int) -> int:
-    """Of this stage and those after it."""
-    left, end = 0, 0
-    for stage in self._run.cfg.stages:
-      end += stage.steps
-      steps = min(max(end - step, 0), stage.steps)
-      left += steps * stage.batch_size * stage.seq_len
-    return left
 
 
 class _signals:

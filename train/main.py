@@ -12,6 +12,7 @@ if __package__ in (None, ""):  # run as `python train/main.py`
 
 import tyro  # noqa: E402
 
+from train import checkpoint as checkpoint_lib  # noqa: E402
 from train import compile as compile_lib  # noqa: E402
 from train import config as config_lib  # noqa: E402
 from train import data as data_lib  # noqa: E402
@@ -58,7 +59,12 @@ def main() -> None:
     sys.exit(f"error: {e}")
   try:
     run.train()
-  except (loop.Diverged, data_lib.DataError) as e:
+  except (
+    loop.Diverged,
+    checkpoint_lib.Broken,
+    checkpoint_lib.NotSaved,
+    data_lib.DataError,
+  ) as e:
     sys.exit(f"error: {e}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 from typing import Any, Final
 
@@ -41,26 +42,44 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
 class Writer:
   """RUN_DIR/metrics.jsonl, one object a line, and TensorBoard if asked for."""
 
-  def __init__(self, run_dir: str, first_step: int, *, tensorboard: bool):
-    """Drops what was written of `first_step` and later: it will come again.
+  def __init__(
+    self, run_dir: str, first_step: int, *, again: bool, tensorboard: bool
+  ):
+    """Goes on from `first_step`, see `go_back`.
 
     Of several processes, only the first one writes.
     """
-    self._out = self._board = None
+    self._out: Any = None
+    self._board: Any = None
+    self._board_dir = None
     self.file = pathlib.Path(run_dir) / "metrics.jsonl"
+    if tensorboard:
+      self._board_dir = str(pathlib.Path(run_dir) / "tensorboard")
+    self.go_back(first_step, again=again)
+
+  def go_back(self, first_step: int, *, again: bool = False) -> None:
+    """Drops what was written of `first_step` and later: it will come again.
+
+    With `again`, so will all of the step before but its training.
+    """
+    self.close()
     if not processes.is_first():
       return
     kept = []
     if self.file.exists():
-      lines = self.file.read_text(encoding="utf-8").splitlines()
-      kept = [line for line in lines if json.loads(line)["step"] < first_step]
-    text = "".join(line + "\n" for line in kept)
-    self.file.write_text(text, encoding="utf-8")
+      for line in self.file.read_text(encoding="utf-8").splitlines():
+        said = json.loads(line)
+        if said["step"] < first_step - again or (
+          said["step"] < first_step and said["kind"] == "train"
+        ):
+          kept.append(line + "\n")
+    partial = self.file.with_name(self.file.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, self.file)
     self._out = self.file.open("a", encoding="utf-8", buffering=1)
-    if tensorboard:
-      folder = pathlib.Path(run_dir) / "tensorboard"
+    if self._board_dir is not None:
       self._board = tensorboardX.SummaryWriter(
-        str(folder), purge_step=first_step
+        self._board_dir, purge_step=first_step
       )
 
   def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
@@ -68,7 +87,7 @@ class Writer:
 
     Args:
       step: Over all stages.
-      kind: "train", "eval", "retrieval" or "sample".
+      kind: "train", "eval", "retrieval", "sample" or "incident".
       values: Numbers or texts by name.
     """
     if self._out is None:

@@ -1,12 +1,14 @@
 """AdamW for the model and the indexer, each with its own rate and clipping."""
 
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from train import config as config_lib
+
+_UNDECAYED: Final = ("scale_D", "bias_D")  # of norms
 
 
 def make_optimizer(
@@ -74,6 +76,29 @@ def label(params: Any) -> Any:
   )
 
 
+def norms(grads: Any) -> dict[str, jax.Array]:
+  """The gradient's norm, and that of each part of the model in it:
+  "grad_norm", "grad_norm_attention", ..."""
+  squares: dict[str, Any] = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(grads):
+    part = _part(_names(path))
+    square = jnp.square(x.astype(jnp.float32)).sum()
+    squares[part] = squares.get(part, 0.0) + square
+  return {"grad_norm": jnp.sqrt(sum(squares.values()))} | {
+    f"grad_norm_{part}": jnp.sqrt(square) for part, square in squares.items()
+  }
+
+
+def _part(names: list[str]) -> str:
+  """What a parameter is part of; MTP's layer is like the others."""
+  for part in ("indexer", "router", "shared", "embed", "head", "attention"):
+    if part in names:
+      return part
+  if "ffn" in names:
+    return "experts" if names[-1].endswith(("EFD", "EDF")) else "ffn"
+  return "norms" if names[-1] in _UNDECAYED else "mtp"
+
+
 def _adamw(cfg, rate) -> optax.GradientTransformation:
   adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.epsilon)
   return optax.chain(
@@ -106,9 +131,9 @@ def _kept_in(
 
 
 def _decayed(params: Any) -> Any:
-  """All but norms: their scales and biases alone end in `_D`."""
+  """All but norms."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: _names(path)[-1] not in ("scale_D", "bias_D"), params
+    lambda path, _: _names(path)[-1] not in _UNDECAYED, params
   )
 
 

@@ -90,6 +90,18 @@ def check_mesh(mesh: jax.sharding.Mesh) -> None:
     )
 
 
+def number() -> int:
+  """Of this process, from 0."""
+  return jax.process_index()
+
+
+def all_agree(here: bool) -> bool:
+  """Whether it is so in every process; all call."""
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.process_allgather(np.array(here)).all())
+
+
 def is_first() -> bool:
   """Whether this process speaks for all."""
   return jax.process_index() == 0

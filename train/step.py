@@ -18,6 +18,7 @@ import dsa_jax
 from dsa_jax import losses as losses_lib
 from dsa_jax import moe
 from train import config as config_lib
+from train import guards
 from train import optimizer as optimizer_lib
 
 type Batch = dict[str, jax.Array]  # of `BATCH_DTYPES`
@@ -41,6 +42,7 @@ class TrainState:
   params: Any
   router_bias: Any
   opt_state: Any
+  guard: guards.GuardState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,9 @@ def begin_stage(
   optimizer = optimizer_lib.make_optimizer(cfg, stage)
   trained, _ = optimizer_lib.split(params, stage)
   opt_state = optimizer.init(trained)
-  return TrainState(jnp.int32(step), params, router_bias, opt_state)
+  return TrainState(
+    jnp.int32(step), params, router_bias, opt_state, guards.begin()
+  )
 
 
 def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -100,11 +104,13 @@ def make_train_step(
   model: Model,
   stage: config_lib.StageConfig,
   optimizer: optax.GradientTransformation,
+  guard: guards.GuardConfig,
   measure_every: int = 1,
 ) -> jax.stages.Wrapped:
   """`train_step(state, batch) -> (state, metrics)`, with `state` donated.
 
-  Only what the stage trains is differentiated, and all else stays bit for bit.
+  Only what the stage trains is differentiated, and all else stays bit for bit;
+  so does all but the count of steps where `guard` does not believe the step.
 
   Each array of the batch is [A, B / A, T]. Losses are means over what the whole
   batch holds, so that neither A nor padding nor packing changes them:
@@ -167,23 +173,38 @@ def make_train_step(
     )
     (grads, aux), _ = jax.lax.scan(microbatch, zeros, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = optimizer_lib.merge(optax.apply_updates(trained, updates), frozen)
     bias = state.router_bias
     if stage.trains_model:
       bias = balance(bias, aux["load"], stage.router_bias_rate)
+    norms = optimizer_lib.norms(grads)
+    loss = aux["parts"].get("lm", jnp.float32(0))
+    believed, guard_state = guards.judge(
+      state.guard,
+      jnp.stack([loss, norms["grad_norm"]]),
+      guard.spike_deviations,
+    )
+    trained, opt_state, bias = jax.tree.map(
+      lambda new, old: jnp.where(believed, new, old),
+      (optax.apply_updates(trained, updates), opt_state, bias),
+      (trained, state.opt_state, state.router_bias),
+    )
     metrics = {
       **aux["parts"],
+      **norms,
       "bytes": _next_bytes(batch),
       "targets": counts["lm"],
-      "grad_norm": optax.tree.norm(grads),
-      **_load_metrics(aux["load"]),
+      "skipped": guard_state.skipped,
+      "in_a_row": guard_state.in_a_row,
+      **load_metrics(aux["load"]),
     }
     if aux["recall"] is not None:
       held, queries = aux["recall"]
       metrics["recall_per_layer"] = (
         held / queries
       )  # NaN where none can be asked
-    return TrainState(state.step + 1, params, bias, opt_state), metrics
+    params = optimizer_lib.merge(trained, frozen)
+    state = TrainState(state.step + 1, params, bias, opt_state, guard_state)
+    return state, metrics
 
   return train_step
 
@@ -258,9 +279,19 @@ def _next_bytes(batch: Batch) -> Float[Array, ""]:
   return jnp.where(has_target, losses_lib.shift(batch["bytes"], 1), 0).sum()
 
 
-def _load_metrics(load: Float[Array, "L E"]) -> Metrics:
-  """How much the busiest expert of any layer has, 1 being its share."""
+def load_metrics(load: Float[Array, "L E"]) -> Metrics:
+  """How the batch's tokens are spread.
+
+  max_load: of the busiest expert of any layer, 1 being its share
+  dead_experts: those of all layers that have none
+  collapsed_layers: those in which half of the experts or more have none
+  """
   if not load.size:
     return {}
   share = load / jnp.maximum(load.mean(-1, keepdims=True), 1)
-  return {"max_load": share.max()}
+  dead = (load == 0).sum(-1)
+  return {
+    "max_load": share.max(),
+    "dead_experts": dead.sum(),
+    "collapsed_layers": (2 * dead >= load.shape[-1]).sum(),
+  }

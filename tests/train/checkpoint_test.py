@@ -12,6 +12,7 @@ import pytest
 from dsa_jax import sharding
 from tests.train import runs
 from train import checkpoint
+from train import guards
 from train import step as step_lib
 
 
@@ -21,7 +22,9 @@ def state():
   params, bias = init(jax.random.key(5))
   bias = jax.tree.map(lambda x: x + 0.25, bias)
   # What an optimizer holds is not of interest.
-  return step_lib.TrainState(jnp.int32(7), params, bias, {"mu": jnp.ones(3)})
+  return step_lib.TrainState(
+    jnp.int32(7), params, bias, {"mu": jnp.ones(3)}, guards.begin()
+  )
 
 
 @pytest.fixture(scope="module")

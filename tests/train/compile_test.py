@@ -141,7 +141,7 @@ def test_only_the_meant_collectives(tmp_path):
     assert not sizes <= set(shape), shape
 
 
-@pytest.mark.slow
+@pytest.mark.tpus
 def test_a_671b_model_made_sparse_at_128k_fits_512_chips(capsys):
   cfg = config_lib.load("configs/v32_671b_sparse.py")
   (stage,) = cfg.stages

@@ -202,15 +202,15 @@ def test_what_was_not_written_as_given_is_found(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_few_tensors_at_a_time(tmp_path):
-  """A gigabyte goes both ways through far less memory than that."""
+  """Gigabytes go both ways through far less memory than that."""
   size = dict(
     hidden_size=512,
     moe_intermediate_size=1024,
     n_routed_experts=64,
-    num_hidden_layers=6,
+    num_hidden_layers=12,
   )
   found = folders.tensors("bf16", **size)
-  assert sum(x.nbytes for x in found.values()) > 1e9
+  assert sum(x.nbytes for x in found.values()) > 2e9
   folders.write(tmp_path / "in", found, **size)
   root = pathlib.Path(convert.__file__).parents[1]
   for source, target in (("in", "orbax"), ("orbax", "out")):
@@ -228,7 +228,7 @@ def test_a_few_tensors_at_a_time(tmp_path):
       check=True,
     )
     peak = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
-    assert peak and int(peak[1]) * 1024 < 800e6
+    assert peak and int(peak[1]) * 1024 < 1.1e9
   folders.assert_same(folders.read(tmp_path / "out"), found)
 
 

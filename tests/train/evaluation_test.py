@@ -9,6 +9,7 @@ import pytest
 
 from tests.train import runs
 from train import evaluation
+from train import guards
 from train import step as step_lib
 
 
@@ -17,7 +18,7 @@ def test_an_answer_is_right_if_all_of_its_tokens_are(attention):
   cfg = dataclasses.replace(runs.MODEL, num_mtp_layers=0)
   model, init = step_lib.init(cfg, 0)
   params, bias = init(jax.random.key(0))
-  state = step_lib.TrainState(jnp.int32(0), params, bias, ())
+  state = step_lib.TrainState(jnp.int32(0), params, bias, (), guards.begin())
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 256, (2, 32)).astype(np.int32)
   segments = np.ones((2, 32), np.int32)

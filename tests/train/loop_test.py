@@ -5,7 +5,6 @@ import json
 import pathlib
 import signal
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,19 +14,9 @@ from train import feed
 from train import lifecycle
 from train import loop
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  """The runs here are alike: a program is compiled once for all of them."""
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update(
-    "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache"))
-  )
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  yield
-  jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder):
+def unbroken(folder, compile_once):
   """The config and the train lines of a run from beginning to end."""
   cfg = runs.config(folder, "unbroken")
   loop.Run(cfg).train()

@@ -18,6 +18,7 @@ from dsa_jax import moe
 from tests.kernels import hlo
 from tests.train import runs
 from train import config as config_lib
+from train import guards
 from train import optimizer as optimizer_lib
 from train import step as step_lib
 
@@ -55,12 +56,9 @@ def start(
   model, init = step_lib.init(model_cfg, 0)
   optimizer = optimizer_lib.make_optimizer(optimizer_cfg, stage_cfg)
   params, bias = init(jax.random.key(0))
-  trained, _ = optimizer_lib.split(params, stage_cfg)
-  state = step_lib.TrainState(
-    jnp.int32(0), params, bias, optimizer.init(trained)
-  )
+  state = step_lib.begin_stage(optimizer_cfg, stage_cfg, params, bias)
   train_step = step_lib.make_train_step(
-    model, stage_cfg, optimizer, measure_every
+    model, stage_cfg, optimizer, guards.GuardConfig(), measure_every
   )
   return train_step, state
 

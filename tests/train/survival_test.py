@@ -1,0 +1,324 @@
+"""Damaged checkpoints, full disks, folders that cannot be written, kills."""
+
+import contextlib
+import dataclasses
+import pathlib
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import runs
+from train import checkpoint
+from train import loop
+from train import processes
+from train import step as step_lib
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  runs.write_text(folder)
+  return folder
+
+
+def config(folder, run, **kwargs):
+  """Six steps of dense training, saved after each second one."""
+  cfg = runs.config(folder, run)
+  fields = dict(
+    stages=(dataclasses.replace(cfg.stages[0], steps=6),),
+    checkpoint=dataclasses.replace(cfg.checkpoint, every=2, keep=5),
+    log=dataclasses.replace(cfg.log, eval_every=4),
+  )
+  return dataclasses.replace(cfg, **(fields | kwargs))
+
+
+def train(cfg, **kwargs):
+  run = loop.Run(dataclasses.replace(cfg, **kwargs))
+  run.train()
+  return run
+
+
+def lines(cfg):
+  """What must be alike; timings need not."""
+  timings = ("tokens_per_second", "ms_per_step")
+  return [
+    {name: x for name, x in line.items() if name not in timings}
+    for kind in ("train", "eval", "sample")
+    for line in runs.lines(cfg.run_dir, kind)
+  ]
+
+
+def arrays(cfg, step):
+  run = loop.Run(dataclasses.replace(cfg, resume=True))
+  with jax.set_mesh(run.mesh), contextlib.closing(run.checkpoints):
+    state, _ = run.checkpoints.load(step, like(run), run.mesh)
+  return jax.device_get(jax.tree.leaves(state))
+
+
+def like(run):
+  _, init = step_lib.init(run.cfg.model, run.cfg.seed)
+
+  def make(key):
+    stage = run.cfg.stages[0]
+    return step_lib.begin_stage(run.cfg.optimizer, stage, *init(key))
+
+  return jax.eval_shape(make, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, compile_once):
+  cfg = config(folder, "unbroken")
+  train(cfg)
+  return cfg, lines(cfg)
+
+
+def copy(cfg, folder, name):
+  """The run as it was after step 4."""
+  target = folder / name
+  shutil.copytree(cfg.run_dir, target)
+  shutil.rmtree(target / "checkpoints" / "6")
+  return dataclasses.replace(cfg, run_dir=str(target))
+
+
+def damage(file, rng):
+  """Half of the file, or one of its bits changed."""
+  content = bytearray(file.read_bytes())
+  if rng.integers(4) == 0:
+    file.write_bytes(content[: len(content) // 2])
+    return
+  content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+  file.write_bytes(content)
+
+
+def test_no_damaged_file_goes_unnoticed(folder, unbroken):
+  """Whichever it is: the checkpoint is refused, or holds what was saved."""
+  cfg, _ = unbroken
+  run = loop.Run(dataclasses.replace(cfg, resume=True))
+  source = pathlib.Path(cfg.run_dir) / "checkpoints" / "6"
+  rng = np.random.default_rng(0)
+  refused, whole = set(), set()
+  with jax.set_mesh(run.mesh), contextlib.closing(run.checkpoints):
+    shapes = like(run)
+    expected, progress = run.checkpoints.load(6, shapes, run.mesh)
+    safe = source.with_name("6-safe")
+    shutil.copytree(source, safe)
+    for _ in range(4):
+      for file in sorted(x for x in safe.rglob("*") if x.stat().st_size):
+        if file.is_dir():
+          continue
+        name = file.relative_to(safe)
+        damage(source / name, rng)
+        try:
+          found, said = run.checkpoints.load(6, shapes, run.mesh)
+        except checkpoint.Broken:
+          refused.add(name.name)
+        else:
+          whole.add(name.name)
+          assert said == progress, name
+          for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+            np.testing.assert_array_equal(x, y, str(name))
+        shutil.copyfile(file, source / name)
+    shutil.rmtree(safe)
+  assert "_CHECKPOINT_METADATA" in refused
+  assert "manifest.ocdbt" in refused
+  data = {x.name for x in source.rglob("d/*")}
+  assert data <= refused
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(folder, unbroken, capsys):
+  cfg, expected = unbroken
+  cfg = copy(cfg, folder, "damaged")
+  files = pathlib.Path(cfg.run_dir).glob("checkpoints/4/state/**/d/*")
+  largest = max(files, key=lambda file: file.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 16
+  largest.write_bytes(content)
+  train(cfg, resume=True)
+  said = capsys.readouterr().out
+  assert "the checkpoint of step 4 is broken" in said
+  assert "resumed  after step 2" in said
+  assert lines(cfg) == expected
+  aside = pathlib.Path(cfg.run_dir) / "set_aside"
+  assert [x.name for x in aside.iterdir()] == ["4-broken"]
+  steps = {x.name for x in pathlib.Path(cfg.run_dir).glob("checkpoints/*")}
+  assert steps == {"2", "4", "6"}
+
+
+def test_without_a_whole_checkpoint_nothing_is_done(folder, unbroken):
+  cfg, _ = unbroken
+  cfg = copy(cfg, folder, "lost")
+  for file in pathlib.Path(cfg.run_dir).glob("checkpoints/*/state/_METADATA"):
+    file.write_text("{")
+  before = sorted(pathlib.Path(cfg.run_dir).rglob("*"))
+  with pytest.raises(checkpoint.Broken, match=r"None of .*\[2, 4\]"):
+    train(cfg, resume=True)
+  after = sorted(pathlib.Path(cfg.run_dir).rglob("*"))
+  assert [x for x in before if x not in after] == []
+
+
+@contextlib.contextmanager
+def full_disk():
+  """No file may grow over 20 kB."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("failing", [{2, 4}, {4, 6}])
+def test_a_full_disk_costs_no_training(
+  folder, unbroken, monkeypatch, capsys, failing
+):
+  cfg, expected = unbroken
+  cfg = dataclasses.replace(cfg, run_dir=str(folder / f"full_{max(failing)}"))
+  save = checkpoint.Checkpoints.save
+
+  def no_room(self, state, step, *args):
+    with full_disk() if step in failing else contextlib.nullcontext():
+      save(self, state, step, *args)
+      self.settle()
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", no_room)
+  if 6 in failing:
+    with pytest.raises(checkpoint.NotSaved, match="step 6 .*newest is 2"):
+      train(cfg)
+  else:
+    train(cfg)
+  assert lines(cfg)[:6] == expected[:6]
+  said = capsys.readouterr().out
+  for step in failing:
+    assert f"the checkpoint of step {step} was NOT written" in said
+  assert "are free" in said
+  found = {x.name for x in pathlib.Path(cfg.run_dir).glob("checkpoints/*")}
+  assert found == {str(x) for x in {2, 4, 6} - failing}
+  # And what is there can be gone on from.
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+  train(cfg, resume=True)
+  assert lines(cfg) == expected
+
+
+@pytest.mark.parametrize("run_dir", ["/proc/run", "/dev/null/run"])
+def test_a_folder_that_cannot_be_written_is_refused(folder, run_dir):
+  cfg = dataclasses.replace(config(folder, "run"), run_dir=run_dir)
+  with pytest.raises(ValueError, match="cannot be written to|is a file"):
+    loop.Run(cfg)
+
+
+def test_one_command_starts_a_run_and_starts_it_again(folder, unbroken):
+  cfg, expected = unbroken
+  cfg = dataclasses.replace(cfg, run_dir=str(folder / "again"), resume=True)
+  train(cfg, stop_at=1)
+  train(cfg, stop_at=3)
+  train(cfg)
+  assert lines(cfg) == expected
+
+
+def test_killed_before_its_config_was_whole(folder):
+  cfg = config(folder, "early", resume=True)
+  half = pathlib.Path(cfg.run_dir) / "config.json.partial"
+  half.parent.mkdir()
+  half.write_text('{"run_d')
+  checkpoint.check(cfg)
+  (half.parent / "notes.txt").write_text("not a run")
+  with pytest.raises(ValueError, match="holds no run"):
+    checkpoint.check(cfg)
+
+
+def test_who_is_stopped_evaluates_later(folder, unbroken):
+  """An evaluation is due after step 4, where the run must stop at once."""
+  cfg, expected = unbroken
+  cfg = dataclasses.replace(cfg, run_dir=str(folder / "owing"))
+  train(cfg, stop_at=4)
+  assert not runs.lines(cfg.run_dir, "eval")
+  train(cfg, stop_at=5, resume=True)
+  assert [x["step"] for x in runs.lines(cfg.run_dir, "eval")] == [4]
+  train(cfg, resume=True)
+  assert lines(cfg) == expected
+
+
+def test_the_best_and_every_so_many_stay(folder):
+  cfg = config(folder, "kept")
+  cfg = dataclasses.replace(
+    cfg,
+    stages=(dataclasses.replace(cfg.stages[0], steps=10),),
+    checkpoint=dataclasses.replace(
+      cfg.checkpoint, every=1, keep=1, keep_every=3, keep_best=1
+    ),
+    log=dataclasses.replace(cfg.log, eval_every=1),
+    # The longer it trains, the worse it gets.
+    optimizer=dataclasses.replace(
+      cfg.optimizer, peak_lr=0.3, warmup=0.0, decay=0.0
+    ),
+  )
+  train(cfg)
+  evals = runs.lines(cfg.run_dir, "eval")
+  best = min(evals, key=lambda line: line["dense"])["step"]
+  found = {x.name for x in pathlib.Path(cfg.run_dir).glob("checkpoints/*")}
+  assert found == {str(x) for x in {3, 6, 9, 10, best}}
+  assert best not in (3, 6, 9, 10)  # or the test shows nothing
+
+
+def test_the_loop_reads_nothing_but_metrics_a_step_late(
+  folder, monkeypatch, tmp_path
+):
+  """Between saves and evaluations, each step reads those of the one before."""
+  cfg = config(folder, "run", run_dir=str(tmp_path / "run"))
+  cfg = dataclasses.replace(
+    cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=100)
+  )
+  events = []
+  fetch, ready = processes.fetch, jax.Array.block_until_ready
+  value = jax._src.array.ArrayImpl._value.fget
+
+  def fetched(tree):
+    events.append("fetch")
+    inside.append(True)
+    try:
+      return fetch(tree)
+    finally:
+      inside.pop()
+
+  inside = []
+
+  def read(self):
+    if not inside and counting:
+      events.append("another")
+    return value(self)
+
+  counting = []
+  compile_step = loop.Run._compile
+
+  def compiled(self, *args):
+    step = compile_step(self, *args)
+    counting.append(True)
+
+    def run(*args):
+      events.append("step")
+      return step(*args)
+
+    return run
+
+  save = checkpoint.Checkpoints.save
+
+  def saved(self, *args):
+    counting.clear()
+    return save(self, *args)
+
+  monkeypatch.setattr(processes, "fetch", fetched)
+  monkeypatch.setattr(jax._src.array.ArrayImpl, "_value", property(read))
+  monkeypatch.setattr(loop.Run, "_compile", compiled)
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", saved)
+  del ready
+  train(cfg)
+  first = events.index("step")
+  assert events[first : first + 7] == [
+    *("step", "step", "fetch", "step", "fetch", "step", "fetch")
+  ]
+  assert "another" not in events[first:]
