@@ -4,9 +4,15 @@ The first of them alone writes the log, the metrics and what else a person
 reads; checkpoints are written by all, together.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import json
+import pathlib
+import sys
+import time
+import traceback
 from typing import Any
 
 import jax
@@ -15,6 +21,9 @@ import numpy as np
 
 # A process that says nothing for so long is dead; the others end as well.
 _SILENCE_SECONDS = 30
+
+# Where what is said goes too, see `log_to`.
+_log: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +117,41 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-  """Prints, in the first process."""
+  """Prints, in the first process, and writes to the log if there is one."""
   if is_first():
     print(text, flush=True)
+    _write(text)
+
+
+@contextlib.contextmanager
+def log_to(file: str | pathlib.Path) -> Iterator[None]:
+  """Inside, what is said is appended to `file` too, each line with its time.
+
+  So is the traceback of an exception that leaves.
+  """
+  global _log
+  before, _log = _log, pathlib.Path(file)
+  try:
+    yield
+  except BaseException:
+    if is_first():
+      _write(traceback.format_exc())
+    raise
+  finally:
+    _log = before
+
+
+def _write(text: str) -> None:
+  if _log is None:
+    return
+  now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+  lines = [f"{now} {line}".rstrip() + "\n" for line in text.splitlines()]
+  try:
+    # Closed each time: a mounted bucket shows what is in closed files only.
+    with _log.open("a", encoding="utf-8") as out:
+      out.write("".join(lines))
+  except OSError as e:  # no reason to end a run, and it is printed
+    print(f"{_log} could not be written: {e}", file=sys.stderr)
 
 
 def fetch(tree: Any) -> Any:

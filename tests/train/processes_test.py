@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -147,3 +148,48 @@ def test_when_one_dies_all_end(tmp_path):
 def test_refuses(options, says):
   with pytest.raises(ValueError, match=says):
     processes.DistributedConfig(**options)
+
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+
+
+def test_what_is_said_is_logged_with_times(tmp_path, capsys):
+  file = tmp_path / "log.txt"
+  processes.say("before")
+  for attempt in ("first", "second"):
+    with processes.log_to(file):
+      processes.say(f"{attempt}:\n  | text")
+  processes.say("after")
+  said = capsys.readouterr().out
+  assert said == "before\nfirst:\n  | text\nsecond:\n  | text\nafter\n"
+  lines = file.read_text().splitlines()
+  assert all(re.match(f"{TIME} ", line) for line in lines)
+  assert [line[21:] for line in lines] == said.splitlines()[1:-1]
+
+
+def test_the_log_tells_what_ended_a_run(tmp_path):
+  file = tmp_path / "log.txt"
+  with pytest.raises(KeyError), processes.log_to(file):
+    raise KeyError("no such thing")
+  lines = file.read_text().splitlines()
+  assert re.fullmatch(f"{TIME} KeyError: 'no such thing'", lines[-1])
+  with pytest.raises(SystemExit), processes.log_to(file):
+    sys.exit(143)
+  assert file.read_text().splitlines()[-1].endswith(" SystemExit: 143")
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+  with processes.log_to(tmp_path):  # a folder
+    processes.say("on it goes")
+  out, err = capsys.readouterr()
+  assert out == "on it goes\n"
+  assert f"{tmp_path} could not be written" in err
+
+
+def test_one_process_logs(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(processes, "is_first", lambda: False)
+  with pytest.raises(KeyError), processes.log_to(tmp_path / "log.txt"):
+    processes.say("not this one")
+    raise KeyError
+  assert capsys.readouterr().out == ""
+  assert not any(tmp_path.iterdir())
