@@ -18,9 +18,18 @@ import tyro
 from tests.train import data_test
 from train import data
 from train import documents as documents_lib
+from train import sources as sources_lib
 
 rows, served = data_test.rows, data_test.served
 side, take = data_test.side, data_test.take
+
+
+def open_documents(path, text_field="text") -> documents_lib.Documents:
+  def reject(bad):
+    raise bad
+
+  config = data.SourceConfig(path=path, text_field=text_field)
+  return sources_lib.open_documents(config, reject)
 
 
 class SplitTest(data_test.DataTestCase):
@@ -28,23 +37,29 @@ class SplitTest(data_test.DataTestCase):
     texts = self.words(3000)
     corpus = self.corpus(texts, heldout_fraction=0.1)
     train, heldout = (
-      side(corpus.train),
-      side(corpus.heldout),
+      side(corpus.sources[0].train),
+      side(corpus.sources[0].heldout),
     )
     self.assertCountEqual(train + heldout, texts)
     self.assertBetween(len(heldout), 250, 350)
     # Documents added at the end change no side.
     fewer = self.corpus(texts[:2000], heldout_fraction=0.1)
-    self.assertEqual(side(fewer.heldout), heldout[: len(fewer.heldout)])
-    self.assertEqual(side(fewer.train), train[: len(fewer.train)])
+    self.assertEqual(
+      side(fewer.sources[0].heldout), heldout[: len(fewer.sources[0].heldout)]
+    )
+    self.assertEqual(
+      side(fewer.sources[0].train), train[: len(fewer.sources[0].train)]
+    )
 
   @parameterized.parameters(1e-9, 0.02, 1 - 1e-9)
   def test_both_sides_have_a_document(self, fraction):
     for n in range(2, 8):
       corpus = self.corpus(self.words(n), heldout_fraction=fraction)
-      self.assertNotEmpty(corpus.train)
-      self.assertNotEmpty(corpus.heldout)
-      self.assertLen(side(corpus.train) + side(corpus.heldout), n)
+      self.assertNotEmpty(corpus.sources[0].train)
+      self.assertNotEmpty(corpus.sources[0].heldout)
+      self.assertLen(
+        side(corpus.sources[0].train) + side(corpus.sources[0].heldout), n
+      )
 
   def test_one_document_is_too_few(self):
     with self.assertRaisesRegex(data.DataError, "1 document is too few.*Cut"):
@@ -53,8 +68,8 @@ class SplitTest(data_test.DataTestCase):
 
 class DocumentsTest(data_test.DataTestCase):
   def open(self, *sources, text_field="text") -> documents_lib.Documents:
-    sources = [f"{self.folder}/{source}" for source in sources]
-    return documents_lib.open_documents(",".join(sources), text_field)
+    paths = ",".join(f"{self.folder}/{source}" for source in sources)
+    return open_documents(paths, text_field)
 
   def write_parquet(self, name, columns, **kwargs):
     path = self.folder / name
@@ -62,7 +77,7 @@ class DocumentsTest(data_test.DataTestCase):
     return str(path)
 
   def test_stdlib(self):
-    documents = documents_lib.open_documents("stdlib", "text")
+    documents = open_documents("stdlib")
     texts = side(documents)
     self.assertGreater(len(texts), 300)
     self.assertTrue(all(texts))
@@ -71,8 +86,10 @@ class DocumentsTest(data_test.DataTestCase):
       with open(os.path.join(root, name), newline="") as file:
         self.assertIn(file.read(), texts)
     corpus = data.Corpus(data.DataConfig())
-    self.assertIn(f"{len(corpus.train):,} documents to train on", str(corpus))
-    self.assertBetween(len(corpus.heldout) / len(texts), 0.005, 0.05)
+    self.assertIn(
+      f"{len(corpus.sources[0].train):,} documents to train on", str(corpus)
+    )
+    self.assertBetween(len(corpus.sources[0].heldout) / len(texts), 0.005, 0.05)
     batch = next(corpus.batches(seq_len=64, batch_size=2, seed=0))
     self.assertEqual(batch["tokens"].shape, (2, 64))
 
@@ -114,13 +131,15 @@ class DocumentsTest(data_test.DataTestCase):
     texts = [""] * 40
     texts[::2] = [f"text {i}" for i in range(20)]
     source = self.write_parquet("x.parquet", {"text": texts})
-    corpus = data.Corpus(data.DataConfig(source=source, heldout_fraction=0.3))
+    corpus = data.Corpus(
+      data.DataConfig(sources=data_test.sources(source), heldout_fraction=0.3)
+    )
     self.set_block_tokens(1)  # the stream itself, unshuffled
     batches = corpus.batches(seq_len=16, batch_size=1, seed=0)
     self.assertNotIn("", served(rows(take(batches, 64))))
     batches = corpus.heldout_batches(seq_len=16, batch_size=2, max_batches=99)
     tokens = rows(list(batches))
-    heldout = [text for text in side(corpus.heldout) if text]
+    heldout = [text for text in side(corpus.sources[0].heldout) if text]
     self.assertCountEqual(served(tokens[tokens > 0]), heldout)
 
   def test_kinds_mix(self):
@@ -184,7 +203,7 @@ class DocumentsTest(data_test.DataTestCase):
   def test_empty_parquet(self):
     source = self.write_parquet("x.parquet", {"text": ["", None, ""]})
     with self.assertRaisesRegex(data.DataError, "all empty; remove"):
-      data.Corpus(data.DataConfig(source=source))
+      data.Corpus(data.DataConfig(sources=data_test.sources(source)))
     self.write_parquet("y.parquet", {"text": pa.array([], pa.string())})
     with self.assertRaisesRegex(data.DataError, "all of them empty"):
       self.open("y.parquet")
@@ -194,7 +213,7 @@ class DocumentsTest(data_test.DataTestCase):
     with self.assertRaisesRegex(data.DataError, "nope.*matches no file in /"):
       self.open("x.txt", "nope/*.txt")
     with self.assertRaisesRegex(data.DataError, "matches no file"):
-      documents_lib.open_documents("", "text")
+      open_documents("")
 
   def test_missing_pyarrow(self):
     self.write("x.parquet", "")
@@ -224,7 +243,7 @@ class DataConfigTest(parameterized.TestCase):
     help_text = re.sub(r"[│\s]+", " ", printed.getvalue())
     for words in (
       "Python's standard library",
-      "Field (JSON lines)",
+      "Field (JSON) or column",
       "path of a tokenizer.json",
       "kept out of training",
       "order of the training documents",
