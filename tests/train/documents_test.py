@@ -5,10 +5,12 @@ import os
 import pickle
 import re
 import sys
+import types
 import unittest.mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+from array_record.python import array_record_module
 import grain
 import numpy as np
 import pyarrow as pa
@@ -142,6 +144,33 @@ class DocumentsTest(data_test.DataTestCase):
     heldout = [text for text in side(corpus.sources[0].heldout) if text]
     self.assertCountEqual(served(tokens[tokens > 0]), heldout)
 
+  def write_array_records(self, name, records):
+    writer = array_record_module.ArrayRecordWriter(
+      f"{self.folder}/{name}", "group_size:1"
+    )
+    for record in records:
+      writer.write(record)
+    writer.close()
+
+  @parameterized.parameters("x.array_record", "x.ArrayRecord")
+  def test_array_record(self, name):
+    texts = ["one", "zwei €\n", "", "vier"]
+    records = [json.dumps({"body": text}).encode() for text in texts]
+    self.write_array_records(name, records)
+    documents = self.open(name, text_field="body")
+    self.assertEqual(side(documents), texts)
+    self.assertEqual(documents.place(3), (f"{self.folder}/{name}", 3))
+
+  def test_bad_array_records(self):
+    self.write_array_records("x.array_record", [b'{"text": "a"}', b"[1]"])
+    with self.assertRaisesRegex(
+      data.DataError, "x.array_record, record 1, holds a list"
+    ):
+      self.open("x.array_record")
+    self.write("x.array_record", b"no record")
+    with self.assertRaisesRegex(data.DataError, "is not ArrayRecord.*narrow"):
+      self.open("x.array_record")
+
   def test_kinds_mix(self):
     self.write("b.txt", "text")
     self.write("c.jsonl", '{"text": "line"}\n{"text": "line 2"}')
@@ -222,6 +251,78 @@ class DocumentsTest(data_test.DataTestCase):
       self.assertRaisesRegex(data.DataError, r"pip install .dsa-jax\[parquet"),
     ):
       self.open("x.parquet")
+
+
+class Rows:
+  """As much of a `datasets.Dataset` as is used."""
+
+  def __init__(self, columns):
+    self._columns = columns
+    names = {str: "string", int: "int64"}
+    self.features = {
+      name: types.SimpleNamespace(dtype=names[type(values[0])])
+      for name, values in columns.items()
+    }
+    self.data = types.SimpleNamespace(nbytes=1000)
+
+  def select_columns(self, names):
+    return Rows({name: self._columns[name] for name in names})
+
+  def __len__(self):
+    return len(next(iter(self._columns.values())))
+
+  def __getitem__(self, i):
+    return {name: values[i] for name, values in self._columns.items()}
+
+
+class HubDatasetTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.load = unittest.mock.Mock()
+    self.load.return_value = Rows(
+      {"id": [0, 1, 2], "body": ["one", None, "three"]}
+    )
+    datasets = types.ModuleType("datasets")
+    setattr(datasets, "load_dataset", self.load)  # noqa: B010
+    patch = unittest.mock.patch.dict(sys.modules, {"datasets": datasets})
+    patch.start()
+    self.addCleanup(patch.stop)
+
+  @parameterized.parameters(
+    ("hf:squad", "squad", dict(split="train")),
+    (
+      "hf:allenai/c4?name=en&split=train[:1%]+test",
+      "allenai/c4",
+      dict(name="en", split="train[:1%]+test"),
+    ),
+  )
+  def test_opens(self, path, name, options):
+    documents = open_documents(path, "body")
+    self.load.assert_called_once_with(name, **options)
+    self.assertEqual(side(documents), ["one", "", "three"])
+    self.assertEqual(documents.num_bytes, 1000)
+    self.assertEqual(documents.place(2), (path, 2))
+
+  def test_refuses(self):
+    with self.assertRaisesRegex(
+      data.DataError, r"no column 'id' of strings.*\['body'\].*\['id', 'body'\]"
+    ):
+      open_documents("hf:x", "id")
+    for path in ("hf:x?config=en", "hf:x?split", "hf:x?name=", "hf:x?&"):
+      with self.assertRaisesRegex(data.DataError, "is not OPTION=VALUE"):
+        open_documents(path, "body")
+    self.load.side_effect = FileNotFoundError("no such dataset")
+    with self.assertRaisesRegex(
+      data.DataError, "'hf:x' cannot be loaded .*no such dataset"
+    ):
+      open_documents("hf:x", "body")
+
+  def test_missing_package(self):
+    with (
+      unittest.mock.patch.dict(sys.modules, {"datasets": None}),
+      self.assertRaisesRegex(data.DataError, r"pip install .dsa-jax\[datasets"),
+    ):
+      open_documents("hf:x")
 
 
 class DataConfigTest(parameterized.TestCase):
