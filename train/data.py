@@ -1,17 +1,19 @@
 """Text to packed batches: documents -> tokens -> blocks -> shuffled rows.
 
-Some rows of a block may have their text turned into the filler of retrieval
-documents, see `train/retrieval.py`.
+Each row comes from one source, and each source has its share of the rows, see
+`train/stream.py`. Some rows of a block may have their text turned into the
+filler of retrieval documents, see `train/retrieval.py`.
 
-Shapes: B batch, T sequence length, R rows of a block, N tokens of a document.
+Shapes: B batch, T sequence length, R rows of a block.
 
-A batch is a dict of four arrays [B, T]:
+A batch is a dict of five arrays [B, T]:
   tokens       int32, ids; 0 where padded
   segment_ids  int32, number of the document in its row, from 1; 0 = padding
   positions    int32, place in that segment, from 0
   bytes        float32, UTF-8 bytes that the token stands for. A document's
                tokens, eos included, share its bytes evenly, so
                sum(nats) / log(2) / sum(bytes) is bits per byte.
+  sources      int32, number of the source that the row comes from
 """
 
 from collections.abc import Iterator
@@ -19,45 +21,44 @@ from concurrent import futures
 import dataclasses
 import functools
 import itertools
+import pathlib
 import sys
-from typing import Any
 
 import grain
-from jaxtyping import Int32
 import numpy as np
 
 from train import documents as documents_lib
 from train import retrieval as retrieval_lib
+from train import sources as sources_lib
+from train import stream as stream_lib
 from train import tokenizer as tokenizer_lib
 
 DataError = documents_lib.DataError
+SourceConfig = sources_lib.SourceConfig
 
-type Batch = dict[str, np.ndarray]
-type State = dict[str, Any]
-
-_START = {"document": 0, "used": 0}  # a place, see `_pack`
+type Batch = stream_lib.Batch
+type State = stream_lib.State
 
 # Rows are shuffled in blocks of about this many tokens: some hundred source
 # files, or thousands of web pages. Two blocks live, 16 bytes of memory a token.
 _BLOCK_TOKENS = 1 << 21
-
-# Threads that read and tokenise, and how many documents they take at a time.
-_THREADS, _GROUP = 4, 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """Which text to train on, and how."""
 
-  source: str = "stdlib"
-  """"stdlib" (the source code of Python's standard library), or globs with
-  commas between them: text files, *.jsonl, *.parquet."""
-  text_field: str = "text"
-  """Field (JSON lines) or column (Parquet) that holds the text."""
+  sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+  """Where the text comes from, and in which proportion."""
   tokenizer: str = "bytes"
   """"bytes", or the path of a tokenizer.json."""
   heldout_fraction: float = 0.02
-  """Fraction of the documents kept out of training, to evaluate on."""
+  """Fraction of each source's documents kept out of training, to evaluate
+  on."""
+  max_bad_share: float = 0.0
+  """Share of a source's records that may be bad: not of the kind they should
+  be, or not to be read any more. They are left out, and written down in
+  RUN_DIR/quarantine. With 0 the first one is an error."""
   shuffle_seed: int = 0
   """Another seed, another order of the training documents."""
   shards: int = 1
@@ -68,6 +69,16 @@ class DataConfig:
   """Synthetic key-value retrieval, mixed into the training rows."""
 
   def __post_init__(self):
+    names = [source.label for source in self.sources]
+    if not names:
+      raise DataError("data.sources is empty; give at least one.")
+    if len(set(names)) < len(names):
+      raise DataError(
+        f"data.sources have the names {names}, which must differ: set the name"
+        " of those that are alike."
+      )
+    if not 0 <= self.max_bad_share < 1:
+      raise DataError(f"{self.max_bad_share=} must be at least 0 and below 1.")
     if not 0 < self.heldout_fraction < 1:
       raise DataError(f"{self.heldout_fraction=} must lie between 0 and 1.")
     if self.shards < 1:
@@ -77,41 +88,63 @@ class DataConfig:
 
 
 class Corpus:
-  """A collection of documents, some of them held out, and its tokenizer.
+  """Collections of documents, some of them held out, and their tokenizer.
 
   Attributes:
     tokenizer: see `train/tokenizer.py`.
-    train: the documents to train on.
-    heldout: the others, see `documents.split`.
+    sources: the collections, in the order of the config.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
-  train: documents_lib.Subset
-  heldout: documents_lib.Subset
+  sources: tuple[sources_lib.Source, ...]
 
-  def __init__(self, config: DataConfig):
+  def __init__(
+    self, config: DataConfig, quarantine: pathlib.Path | None = None
+  ):
     """Opens and checks everything that `config` names.
 
+    Args:
+      config: what to open.
+      quarantine: the folder where bad records are written down, from the first
+        call of `batches` on; None writes none. See `Quarantine`.
+
     Raises:
-      DataError: see `HfTokenizer`, `open_documents` and `split`.
+      DataError: see `HfTokenizer` and `Source`.
     """
     self._config = config
     self.tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
-    documents = documents_lib.open_documents(config.source, config.text_field)
-    self._num_bytes = documents.num_bytes
-    self.train, self.heldout = documents_lib.split(
-      documents, config.heldout_fraction
+    self.sources = tuple(
+      sources_lib.Source(
+        source, config.heldout_fraction, config.max_bad_share, quarantine
+      )
+      for source in config.sources
     )
+    self._num_bytes = sum(source.num_bytes for source in self.sources)
     self._planter = retrieval_lib.Planter(config.retrieval, self.tokenizer)
 
   def __str__(self) -> str:
     """One line for a log."""
+    total = sum(source.weight for source in self.sources)
+    parts = [
+      f"{source.weight / total:.1%} {source}"
+      if len(self.sources) > 1
+      else str(source)
+      for source in self.sources
+    ]
     return (
-      f"{self._config.source}: {len(self.train):,} documents to train on,"
-      f" {len(self.heldout):,} held out ({self._num_bytes / 1e6:,.1f} MB on"
-      f" disk); tokenizer {self._config.tokenizer}"
+      f"{'; '.join(parts)}; tokenizer {self._config.tokenizer}"
       f" ({self.tokenizer.vocab_size:,} ids)"
     )
+
+  @property
+  def source_names(self) -> tuple[str, ...]:
+    """Of the sources, by the numbers that "sources" of a batch has."""
+    return tuple(source.name for source in self.sources)
+
+  @property
+  def bad_records(self) -> dict[str, int]:
+    """How many records of each source this process has found to be bad."""
+    return {source.name: source.quarantine.count for source in self.sources}
 
   def batches(
     self, *, seq_len: int, batch_size: int, seed: int, shard: int = 0
@@ -120,27 +153,39 @@ class Corpus:
 
     Of one of `shards` streams; each has every so many-th document of all.
 
-    Each epoch lays all training documents end to end in a new order; rows cut
-    this stream every T tokens and are shuffled in blocks. `shuffle_seed` and
-    `seed` (not negative) choose the order. After Orbax or `set_state` restored
-    the iterator, the next batch is exactly the one that would have come.
+    Each epoch lays all training documents of a source end to end in a new
+    order; rows cut this stream every T tokens, each source gives its share of
+    them, and they are shuffled in blocks. `shuffle_seed` and `seed` (not
+    negative) choose the order. After Orbax or `set_state` restored the
+    iterator, the next batch is exactly the one that would have come.
     `retrieval.fraction` of the rows have pairs planted in their text.
+
+    A document that cannot be read any more is left out, up to `max_bad_share`;
+    beyond, `next` raises. Blocks are the same again, after a restore, only if
+    the same documents can be read then.
 
     Raises:
       DataError: a size is below 1, or too small for retrieval; or a state of
-        other settings is restored.
+        other settings is restored; by `next`, too many documents cannot be read
+        (`get_state` is that of the last batch still).
     """
-    seeds = np.random.SeedSequence([self._config.shuffle_seed, seed])
-    seed = int(seeds.generate_state(1)[0])
-    stream = _Stream(
-      texts=self.train,
-      tokenizer=self.tokenizer,
-      seed=seed,
-      shard=shard,
-      shards=self._config.shards,
-    )
     rows = self.check_sizes(seq_len, batch_size)
-    return _ShuffledBatches(stream, self._planter, rows, seq_len, batch_size)
+    streams = []
+    for number, source in enumerate(self.sources):
+      source.quarantine.begin()
+      # That of the first is as if it were the only one.
+      entropy = [self._config.shuffle_seed, seed] + [number] * (number > 0)
+      drawn = np.random.SeedSequence(entropy).generate_state(1)
+      stream = stream_lib.Stream(
+        texts=source.train,
+        tokenizer=self.tokenizer,
+        seed=int(drawn[0]),
+        shard=shard,
+        shards=self._config.shards,
+      )
+      streams.append(stream)
+    mixture = self._mixture(streams)
+    return _ShuffledBatches(mixture, self._planter, rows, seq_len, batch_size)
 
   def check_sizes(self, seq_len: int, batch_size: int) -> int:
     """Returns the rows of a block of `batches` of this size.
@@ -163,17 +208,18 @@ class Corpus:
   ) -> Iterator[Batch]:
     """Returns the same batches [B, T] of held-out text at each call.
 
-    Documents come from all over the collection, each cut to its middle, an
-    equal share of `max_batches` (but not below T), lest a huge one be the whole
+    Each source gives its share of the rows, as long as it has text.
+    Documents come from all over a source, each cut to its middle, an equal
+    share of the source's rows (but not below T), lest a huge one be the whole
     evaluation: fewer batches may come though text is left. The last is padded.
 
     Raises:
-      DataError: a size is below 1.
+      DataError: a size is below 1; when read, see `batches`.
     """
-    rows = min(self._block_rows(seq_len, batch_size), max_batches * batch_size)
-    stream = self._heldout_stream(max_batches * batch_size, seq_len)
-    stream = dataclasses.replace(stream, stop=len(self.heldout))
-    batches = _batches_in_order(stream, rows, seq_len, batch_size)
+    rows = max_batches * batch_size
+    block_rows = min(self._block_rows(seq_len, batch_size), rows)
+    mixture = self._heldout(rows, seq_len, once=True)
+    batches = mixture.batches(block_rows, seq_len, batch_size)
     return itertools.islice(batches, max_batches)
 
   @property
@@ -200,18 +246,35 @@ class Corpus:
         f" {len(retrieval_lib.DEPTHS)} pairs and are padded to the sequence."
       )
     batches = -(-self._config.retrieval.eval_rows // batch_size)
-    stream = self._heldout_stream(batches * batch_size, length)
-    batch_shape = (batch_size, length)
-    return _probes(stream, self._planter, batches, batch_shape, seq_len)
-
-  def _heldout_stream(self, rows: int, seq_len: int) -> "_Stream":
-    """Returns the held-out documents, an equal share of the rows from each."""
-    return _Stream(
-      texts=self.heldout,
-      tokenizer=self.tokenizer,
-      seed=0,  # always: any prefix of this order is a fair sample
-      max_tokens=max(rows * seq_len // len(self.heldout), seq_len),
+    mixture = self._heldout(batches * batch_size, length, once=False)
+    texts = mixture.batches(batch_size, length, batch_size)
+    rng = np.random.default_rng(length)
+    return (
+      self._planter.probes(batch["tokens"], seq_len, rng)
+      for batch in itertools.islice(texts, batches)
     )
+
+  def _heldout(
+    self, rows: int, seq_len: int, *, once: bool
+  ) -> stream_lib.Mixture:
+    """Returns the held-out documents, an equal share of its rows from each."""
+    total = sum(source.weight for source in self.sources)
+    streams = []
+    for source in self.sources:
+      tokens = int(rows * source.weight / total) * seq_len
+      stream = stream_lib.Stream(
+        texts=source.heldout,
+        tokenizer=self.tokenizer,
+        seed=0,  # always: any prefix of this order is a fair sample
+        stop=len(source.heldout) if once else sys.maxsize,
+        max_tokens=max(tokens // len(source.heldout), seq_len),
+      )
+      streams.append(stream)
+    return self._mixture(streams)
+
+  def _mixture(self, streams: list[stream_lib.Stream]) -> stream_lib.Mixture:
+    weights = [source.weight for source in self.sources]
+    return stream_lib.Mixture(streams=streams, weights=weights)
 
   def _block_rows(self, seq_len: int, batch_size: int) -> int:
     if min(seq_len, batch_size) < 1:
@@ -219,37 +282,6 @@ class Corpus:
     # Longer than an epoch, a block would be no better mixed.
     tokens = min(_BLOCK_TOKENS, self._num_bytes)
     return batch_size * max(1, tokens // (batch_size * seq_len))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Stream:
-  """The documents of one side in random order, epoch after epoch."""
-
-  texts: documents_lib.Source
-  tokenizer: tokenizer_lib.Tokenizer
-  seed: int
-  shard: int = 0  # of every `shards` documents, this one
-  shards: int = 1
-  stop: int = sys.maxsize  # length of the stream
-  max_tokens: int | None = None  # of a document; None: all of them
-
-  def read(self, n: int) -> tuple[Int32[np.ndarray, " N"], float]:
-    """Returns the ids of document `n`, eos last, and the bytes an id is."""
-    epoch, i = divmod(n * self.shards + self.shard, len(self.texts))
-    text = self.texts[
-      grain.experimental.index_shuffle(  # a permutation that takes no memory
-        i, len(self.texts) - 1, (self.seed + epoch) % 2**32, rounds=4
-      )
-    ]
-    if not text:
-      return np.zeros(0, np.int32), 0.0
-    ids = self.tokenizer.encode(text)
-    ids = np.append(ids, np.int32(self.tokenizer.eos_id))
-    rate = len(text.encode()) / len(ids)
-    # From the middle: a document's beginning is not like the rest of it.
-    kept = min(len(ids), self.max_tokens or len(ids))
-    first = (len(ids) - kept) // 2
-    return ids[first : first + kept], rate
 
 
 class _ShuffledBatches(grain.DatasetIterator):
@@ -260,16 +292,16 @@ class _ShuffledBatches(grain.DatasetIterator):
   context whole and need two blocks of memory for a corpus of any size. (To cut
   the documents before their shuffle would take the length of each, in tokens.)
 
-  The state is the place in the stream where the block begins, and how many of
-  its rows are dealt. A block is always made from its place and number alone, so
-  a restored iterator cannot differ.
+  The state is the place in each source's stream where the block begins, and how
+  many of its rows are dealt. A block is always made from the places and its
+  number alone, so a restored iterator cannot differ.
   """
 
   _block: Batch | None
 
   def __init__(
     self,
-    stream: _Stream,
+    mixture: stream_lib.Mixture,
     planter: retrieval_lib.Planter,
     rows: int,
     seq_len: int,
@@ -277,15 +309,17 @@ class _ShuffledBatches(grain.DatasetIterator):
   ):
     super().__init__()
     self._rows, self._batch_size = rows, batch_size
-    self._seed = _seeds(stream)
-    self._make = functools.partial(_make_block, stream, planter, rows, seq_len)
+    self._seeds = mixture.seeds
+    self._make = functools.partial(_make_block, mixture, planter, rows, seq_len)
     # Makes the next block while this one is dealt. (grain's own prefetching
     # thread prints a traceback if it lives until Python exits.)
     self._thread = futures.ThreadPoolExecutor(1, "data-block")
+    first = mixture.streams[0]
     self._settings: State = dict(
-      seed=stream.seed,
-      documents=len(stream.texts),
-      shard=f"{stream.shard} of {stream.shards}",
+      seed=first.seed,
+      documents=[len(stream.texts) for stream in mixture.streams],
+      weights=[*mixture.weights],
+      shard=f"{first.shard} of {first.shards}",
       seq_len=seq_len,
       batch_size=batch_size,
       block_rows=rows,
@@ -294,23 +328,25 @@ class _ShuffledBatches(grain.DatasetIterator):
       retrieval: State = dataclasses.asdict(planter.config)
       del retrieval["eval_rows"]  # may change: no training row hangs on it
       self._settings["retrieval"] = retrieval
-    start = dict(place=_START, block=0, dealt=0, settings=self._settings)
-    self.set_state(start)
+    places = [stream_lib.START] * len(mixture.streams)
+    self.set_state(
+      dict(places=places, block=0, dealt=0, settings=self._settings)
+    )
 
   def __next__(self) -> Batch:
     state = self._state
     if self._block is None:
-      self._block, self._end = self._ahead.result()
+      self._block, self._ends = self._ahead.result()
       self._ahead = self._thread.submit(
-        self._make, self._end, state["block"] + 1
+        self._make, self._ends, state["block"] + 1
       )
-      rng = np.random.default_rng([*self._seed, state["block"]])
+      rng = np.random.default_rng([*self._seeds, state["block"]])
       self._order = rng.permutation(self._rows)
     rows = self._order[state["dealt"] :][: self._batch_size]
     batch = {name: array[rows] for name, array in self._block.items()}
     state["dealt"] += self._batch_size
     if state["dealt"] == self._rows:
-      state.update(place=self._end, block=state["block"] + 1, dealt=0)
+      state.update(places=self._ends, block=state["block"] + 1, dealt=0)
       self._block = None
     return batch
 
@@ -318,16 +354,22 @@ class _ShuffledBatches(grain.DatasetIterator):
     return dict(self._state)
 
   def set_state(self, state: State) -> None:
-    if state["settings"] != self._settings:
+    saved, own = state["settings"], self._settings
+    changed = [
+      f"{name} is {own.get(name)}, was {saved.get(name)}"
+      for name in sorted(saved | own)
+      if own.get(name) != saved.get(name)
+    ]
+    if changed:
       raise DataError(
-        f"The saved data iterator is of {state['settings']}, this one of"
-        f" {self._settings}: it cannot go on. Restore with the same settings"
-        " and data, or begin anew by not restoring the data iterator."
+        f"The saved data iterator cannot go on here: {'; '.join(changed)}."
+        " Restore with the same settings and data, or begin anew by not"
+        " restoring the data iterator."
       )
     self._state = dict(state)
     self._block = None
     self._ahead = self._thread.submit(
-      self._make, state["place"], state["block"]
+      self._make, state["places"], state["block"]
     )
 
   def close(self) -> None:
@@ -335,99 +377,23 @@ class _ShuffledBatches(grain.DatasetIterator):
     super().close()
 
 
-def _seeds(stream: _Stream) -> list[int]:
-  """Of what is drawn for a shard; those of the only one are of old."""
-  return [stream.seed] + [stream.shard] * (stream.shards > 1)
-
-
 def _make_block(
-  stream: _Stream,
+  mixture: stream_lib.Mixture,
   planter: retrieval_lib.Planter,
   rows: int,
   seq_len: int,
-  place: State,
+  places: list[State],
   number: int,
-) -> tuple[Batch, State]:
-  """Packs block `number`, see `_pack`, and plants pairs in its first rows."""
-  block, end = _pack(stream, rows, seq_len, place)
+) -> tuple[Batch, list[State]]:
+  """Packs block `number`, see `Mixture.block`, and plants pairs in it."""
+  block, order, ends = mixture.block(rows, seq_len, places, number)
   # Of all rows so far, the fraction: right even if a block has but one row.
   share = planter.config.fraction * rows
   planted = int(share * (number + 1)) - int(share * number)
   # The 1 sets it apart from the rng that shuffles the block.
-  rng = np.random.default_rng([*_seeds(stream), number, 1])
-  for row in range(planted):
+  rng = np.random.default_rng([*mixture.seeds, number, 1])
+  for row in order[:planted]:
     arrays = planter.plant(block["tokens"][row], block["bytes"][row], rng)
     for name, array in arrays.items():
       block[name][row] = array
-  return block, end
-
-
-def _probes(
-  stream: _Stream,
-  planter: retrieval_lib.Planter,
-  batches: int,
-  batch_shape: tuple[int, int],  # [B, length of a document]
-  seq_len: int,
-) -> Iterator[retrieval_lib.Probes]:
-  rng, place = np.random.default_rng(batch_shape[1]), _START
-  for _ in range(batches):
-    block, place = _pack(stream, *batch_shape, place)
-    yield planter.probes(block["tokens"], seq_len, rng)
-
-
-def _batches_in_order(
-  stream: _Stream, rows: int, seq_len: int, batch_size: int
-) -> Iterator[Batch]:
-  place = _START
-  while True:
-    block, place = _pack(stream, rows, seq_len, place)
-    for row in range(0, rows, batch_size):
-      batch = {k: v[row : row + batch_size] for k, v in block.items()}
-      if not batch["segment_ids"].any():
-        return
-      yield batch
-
-
-def _pack(
-  stream: _Stream, rows: int, seq_len: int, place: State
-) -> tuple[Batch, State]:
-  """Lays documents end to end in a block [R, T], padded where they end.
-
-  Begins at `place`: the next document's number, and how many of its ids are
-  "used", that is, in the block before. Returns also the place where it ends.
-
-  (grain 0.2.18's ConcatThenSplitIterDataset may skip a document once its state
-  went through JSON, hence through Orbax: tuples in it come back as lists.)
-  """
-  size = rows * seq_len
-  tokens = np.zeros(size, np.int32)
-  text_bytes = np.zeros(size, np.float32)
-  starts = np.zeros(size, bool)
-  n, used = place["document"], place["used"]
-  filled = 0
-  with futures.ThreadPoolExecutor(_THREADS, "data-read") as pool:
-    while filled < size and n < stream.stop:
-      group = range(n, min(n + _GROUP, stream.stop))
-      for ids, rate in pool.map(stream.read, group):
-        piece = ids[used : used + size - filled]
-        span = slice(filled, filled + len(piece))
-        tokens[span], text_bytes[span], starts[span][:1] = piece, rate, True
-        filled += len(piece)
-        used += len(piece)
-        if used < len(ids):
-          break
-        n, used = n + 1, 0
-  starts = starts.reshape(rows, seq_len)
-  starts[:, 0] = True  # a document goes on in the next row as a new segment
-  columns = np.arange(seq_len, dtype=np.int32)[None]
-  segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
-  positions = columns - np.maximum.accumulate(starts * columns, axis=1)
-  segment_ids.reshape(-1)[filled:] = 0
-  positions.reshape(-1)[filled:] = 0
-  block = {
-    "tokens": tokens.reshape(rows, seq_len),
-    "segment_ids": segment_ids,
-    "positions": positions,
-    "bytes": text_bytes.reshape(rows, seq_len),
-  }
-  return block, {"document": n, "used": used}
+  return block, ends

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import signal
 import sys
 import time
@@ -48,7 +49,9 @@ class Run:
         see `Corpus`, `make_mesh`, `Checkpoints`.
     """
     self.cfg = cfg
-    self.corpus = data_lib.Corpus(cfg.data)
+    self.corpus = data_lib.Corpus(
+      cfg.data, pathlib.Path(cfg.run_dir) / "quarantine"
+    )
     for stage in cfg.stages:
       self.corpus.check_sizes(stage.seq_len, stage.batch_size)
     vocab = self.corpus.tokenizer.vocab_size
@@ -388,8 +391,8 @@ class Run:
       f"  metrics      {self.metrics.file}\n"
       f"  config       {cfg.run_dir}/config.json\n"
       "next: `make test` proves the parts right; README.md shows how to import "
-      "them; give --data.source='my/*.txt' and another --run-dir to train on "
-      "your own text."
+      "them; give --data.sources.0.path='my/*.txt' and another --run-dir to "
+      "train on your own text."
     )
 
   def _ask_to_stop(self, signum: int, frame: Any) -> None:

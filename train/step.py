@@ -29,6 +29,7 @@ BATCH_DTYPES: Final = {
   "segment_ids": "int32",
   "positions": "int32",
   "bytes": "float32",
+  "sources": "int32",
 }
 
 

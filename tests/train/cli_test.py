@@ -82,7 +82,7 @@ TINY = "--config=configs/tiny.py"
     ),
     ([TINY, "--stages.0.microbatches=3"], ["batch_size=8", "microbatches=3"]),
     ([TINY, "--stages.0.steps=0"], ["steps=0"]),
-    ([TINY, "--data.source=/nowhere/*.txt"], ["/nowhere/*.txt"]),
+    ([TINY, "--data.sources.0.path=/nowhere/*.txt"], ["/nowhere/*.txt"]),
     ([TINY, "--data.tokenizer=none.json"], ["none.json"]),
     ([TINY, "--resume", "--run-dir=/nowhere"], ["/nowhere", "no run"]),
     ([TINY, "--stages.0.kind=warmup"], ["stages.0 is warmup", "--init-from"]),
@@ -130,7 +130,7 @@ def test_refuses_bad_text(monkeypatch, capsys, tmp_path, name, content):
     monkeypatch,
     capsys,
     TINY,
-    f"--data.source={tmp_path}/*.txt",
+    f"--data.sources.0.path={tmp_path}/*.txt",
     f"--run-dir={tmp_path}/run",
   )
   assert name in text or str(tmp_path) in text

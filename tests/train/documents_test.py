@@ -5,10 +5,12 @@ import os
 import pickle
 import re
 import sys
+import types
 import unittest.mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+from array_record.python import array_record_module
 import grain
 import numpy as np
 import pyarrow as pa
@@ -18,9 +20,18 @@ import tyro
 from tests.train import data_test
 from train import data
 from train import documents as documents_lib
+from train import sources as sources_lib
 
 rows, served = data_test.rows, data_test.served
 side, take = data_test.side, data_test.take
+
+
+def open_documents(path, text_field="text") -> documents_lib.Documents:
+  def reject(bad):
+    raise bad
+
+  config = data.SourceConfig(path=path, text_field=text_field)
+  return sources_lib.open_documents(config, reject)
 
 
 class SplitTest(data_test.DataTestCase):
@@ -28,23 +39,29 @@ class SplitTest(data_test.DataTestCase):
     texts = self.words(3000)
     corpus = self.corpus(texts, heldout_fraction=0.1)
     train, heldout = (
-      side(corpus.train),
-      side(corpus.heldout),
+      side(corpus.sources[0].train),
+      side(corpus.sources[0].heldout),
     )
     self.assertCountEqual(train + heldout, texts)
     self.assertBetween(len(heldout), 250, 350)
     # Documents added at the end change no side.
     fewer = self.corpus(texts[:2000], heldout_fraction=0.1)
-    self.assertEqual(side(fewer.heldout), heldout[: len(fewer.heldout)])
-    self.assertEqual(side(fewer.train), train[: len(fewer.train)])
+    self.assertEqual(
+      side(fewer.sources[0].heldout), heldout[: len(fewer.sources[0].heldout)]
+    )
+    self.assertEqual(
+      side(fewer.sources[0].train), train[: len(fewer.sources[0].train)]
+    )
 
   @parameterized.parameters(1e-9, 0.02, 1 - 1e-9)
   def test_both_sides_have_a_document(self, fraction):
     for n in range(2, 8):
       corpus = self.corpus(self.words(n), heldout_fraction=fraction)
-      self.assertNotEmpty(corpus.train)
-      self.assertNotEmpty(corpus.heldout)
-      self.assertLen(side(corpus.train) + side(corpus.heldout), n)
+      self.assertNotEmpty(corpus.sources[0].train)
+      self.assertNotEmpty(corpus.sources[0].heldout)
+      self.assertLen(
+        side(corpus.sources[0].train) + side(corpus.sources[0].heldout), n
+      )
 
   def test_one_document_is_too_few(self):
     with self.assertRaisesRegex(data.DataError, "1 document is too few.*Cut"):
@@ -53,8 +70,8 @@ class SplitTest(data_test.DataTestCase):
 
 class DocumentsTest(data_test.DataTestCase):
   def open(self, *sources, text_field="text") -> documents_lib.Documents:
-    sources = [f"{self.folder}/{source}" for source in sources]
-    return documents_lib.open_documents(",".join(sources), text_field)
+    paths = ",".join(f"{self.folder}/{source}" for source in sources)
+    return open_documents(paths, text_field)
 
   def write_parquet(self, name, columns, **kwargs):
     path = self.folder / name
@@ -62,7 +79,7 @@ class DocumentsTest(data_test.DataTestCase):
     return str(path)
 
   def test_stdlib(self):
-    documents = documents_lib.open_documents("stdlib", "text")
+    documents = open_documents("stdlib")
     texts = side(documents)
     self.assertGreater(len(texts), 300)
     self.assertTrue(all(texts))
@@ -71,8 +88,10 @@ class DocumentsTest(data_test.DataTestCase):
       with open(os.path.join(root, name), newline="") as file:
         self.assertIn(file.read(), texts)
     corpus = data.Corpus(data.DataConfig())
-    self.assertIn(f"{len(corpus.train):,} documents to train on", str(corpus))
-    self.assertBetween(len(corpus.heldout) / len(texts), 0.005, 0.05)
+    self.assertIn(
+      f"{len(corpus.sources[0].train):,} documents to train on", str(corpus)
+    )
+    self.assertBetween(len(corpus.sources[0].heldout) / len(texts), 0.005, 0.05)
     batch = next(corpus.batches(seq_len=64, batch_size=2, seed=0))
     self.assertEqual(batch["tokens"].shape, (2, 64))
 
@@ -114,14 +133,43 @@ class DocumentsTest(data_test.DataTestCase):
     texts = [""] * 40
     texts[::2] = [f"text {i}" for i in range(20)]
     source = self.write_parquet("x.parquet", {"text": texts})
-    corpus = data.Corpus(data.DataConfig(source=source, heldout_fraction=0.3))
+    corpus = data.Corpus(
+      data.DataConfig(sources=data_test.sources(source), heldout_fraction=0.3)
+    )
     self.set_block_tokens(1)  # the stream itself, unshuffled
     batches = corpus.batches(seq_len=16, batch_size=1, seed=0)
     self.assertNotIn("", served(rows(take(batches, 64))))
     batches = corpus.heldout_batches(seq_len=16, batch_size=2, max_batches=99)
     tokens = rows(list(batches))
-    heldout = [text for text in side(corpus.heldout) if text]
+    heldout = [text for text in side(corpus.sources[0].heldout) if text]
     self.assertCountEqual(served(tokens[tokens > 0]), heldout)
+
+  def write_array_records(self, name, records):
+    writer = array_record_module.ArrayRecordWriter(
+      f"{self.folder}/{name}", "group_size:1"
+    )
+    for record in records:
+      writer.write(record)
+    writer.close()
+
+  @parameterized.parameters("x.array_record", "x.ArrayRecord")
+  def test_array_record(self, name):
+    texts = ["one", "zwei €\n", "", "vier"]
+    records = [json.dumps({"body": text}).encode() for text in texts]
+    self.write_array_records(name, records)
+    documents = self.open(name, text_field="body")
+    self.assertEqual(side(documents), texts)
+    self.assertEqual(documents.place(3), (f"{self.folder}/{name}", 3))
+
+  def test_bad_array_records(self):
+    self.write_array_records("x.array_record", [b'{"text": "a"}', b"[1]"])
+    with self.assertRaisesRegex(
+      data.DataError, "x.array_record, record 1, holds a list"
+    ):
+      self.open("x.array_record")
+    self.write("x.array_record", b"no record")
+    with self.assertRaisesRegex(data.DataError, "is not ArrayRecord.*narrow"):
+      self.open("x.array_record")
 
   def test_kinds_mix(self):
     self.write("b.txt", "text")
@@ -184,7 +232,7 @@ class DocumentsTest(data_test.DataTestCase):
   def test_empty_parquet(self):
     source = self.write_parquet("x.parquet", {"text": ["", None, ""]})
     with self.assertRaisesRegex(data.DataError, "all empty; remove"):
-      data.Corpus(data.DataConfig(source=source))
+      data.Corpus(data.DataConfig(sources=data_test.sources(source)))
     self.write_parquet("y.parquet", {"text": pa.array([], pa.string())})
     with self.assertRaisesRegex(data.DataError, "all of them empty"):
       self.open("y.parquet")
@@ -194,7 +242,7 @@ class DocumentsTest(data_test.DataTestCase):
     with self.assertRaisesRegex(data.DataError, "nope.*matches no file in /"):
       self.open("x.txt", "nope/*.txt")
     with self.assertRaisesRegex(data.DataError, "matches no file"):
-      documents_lib.open_documents("", "text")
+      open_documents("")
 
   def test_missing_pyarrow(self):
     self.write("x.parquet", "")
@@ -203,6 +251,78 @@ class DocumentsTest(data_test.DataTestCase):
       self.assertRaisesRegex(data.DataError, r"pip install .dsa-jax\[parquet"),
     ):
       self.open("x.parquet")
+
+
+class Rows:
+  """As much of a `datasets.Dataset` as is used."""
+
+  def __init__(self, columns):
+    self._columns = columns
+    names = {str: "string", int: "int64"}
+    self.features = {
+      name: types.SimpleNamespace(dtype=names[type(values[0])])
+      for name, values in columns.items()
+    }
+    self.data = types.SimpleNamespace(nbytes=1000)
+
+  def select_columns(self, names):
+    return Rows({name: self._columns[name] for name in names})
+
+  def __len__(self):
+    return len(next(iter(self._columns.values())))
+
+  def __getitem__(self, i):
+    return {name: values[i] for name, values in self._columns.items()}
+
+
+class HubDatasetTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.load = unittest.mock.Mock()
+    self.load.return_value = Rows(
+      {"id": [0, 1, 2], "body": ["one", None, "three"]}
+    )
+    datasets = types.ModuleType("datasets")
+    setattr(datasets, "load_dataset", self.load)  # noqa: B010
+    patch = unittest.mock.patch.dict(sys.modules, {"datasets": datasets})
+    patch.start()
+    self.addCleanup(patch.stop)
+
+  @parameterized.parameters(
+    ("hf:squad", "squad", dict(split="train")),
+    (
+      "hf:allenai/c4?name=en&split=train[:1%]+test",
+      "allenai/c4",
+      dict(name="en", split="train[:1%]+test"),
+    ),
+  )
+  def test_opens(self, path, name, options):
+    documents = open_documents(path, "body")
+    self.load.assert_called_once_with(name, **options)
+    self.assertEqual(side(documents), ["one", "", "three"])
+    self.assertEqual(documents.num_bytes, 1000)
+    self.assertEqual(documents.place(2), (path, 2))
+
+  def test_refuses(self):
+    with self.assertRaisesRegex(
+      data.DataError, r"no column 'id' of strings.*\['body'\].*\['id', 'body'\]"
+    ):
+      open_documents("hf:x", "id")
+    for path in ("hf:x?config=en", "hf:x?split", "hf:x?name=", "hf:x?&"):
+      with self.assertRaisesRegex(data.DataError, "is not OPTION=VALUE"):
+        open_documents(path, "body")
+    self.load.side_effect = FileNotFoundError("no such dataset")
+    with self.assertRaisesRegex(
+      data.DataError, "'hf:x' cannot be loaded .*no such dataset"
+    ):
+      open_documents("hf:x", "body")
+
+  def test_missing_package(self):
+    with (
+      unittest.mock.patch.dict(sys.modules, {"datasets": None}),
+      self.assertRaisesRegex(data.DataError, r"pip install .dsa-jax\[datasets"),
+    ):
+      open_documents("hf:x")
 
 
 class DataConfigTest(parameterized.TestCase):
@@ -224,7 +344,7 @@ class DataConfigTest(parameterized.TestCase):
     help_text = re.sub(r"[│\s]+", " ", printed.getvalue())
     for words in (
       "Python's standard library",
-      "Field (JSON lines)",
+      "Field (JSON) or column",
       "path of a tokenizer.json",
       "kept out of training",
       "order of the training documents",

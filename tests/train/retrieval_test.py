@@ -137,7 +137,8 @@ class TrainingRowsTest(RetrievalTestCase):
     corpus = self.retrieval_corpus(tokenizer, fraction=1.0)
     packed = rows(self.retrieval_corpus(tokenizer), 40)
     self.assertNoCommonElements(
-      self.letters(corpus.train), self.letters(corpus.heldout)
+      self.letters(corpus.sources[0].train),
+      self.letters(corpus.sources[0].heldout),
     )
     for row, text_row in zip(rows(corpus, 40), packed):
       is_text = text_row["tokens"] != corpus.tokenizer.eos_id
@@ -149,7 +150,7 @@ class TrainingRowsTest(RetrievalTestCase):
         filler = PAIR.sub("", decoded)
         end = used + len(filler)
         self.assertEqual(filler, corpus.tokenizer.decode(text[used:end]))
-        self.assertLessEqual(set(filler), self.letters(corpus.train))
+        self.assertLessEqual(set(filler), self.letters(corpus.sources[0].train))
         # The document's bytes, evenly.
         total = rates[used:end].sum() + len(decoded) - len(filler)
         np.testing.assert_allclose(text_bytes, total / len(ids), rtol=1e-5)
@@ -282,7 +283,7 @@ class ProbesTest(RetrievalTestCase):
         ]
         context = length - 1 - sum(map(len, encoded))
         self.assertLessEqual(
-          set(PAIR.sub("", text)), self.letters(corpus.heldout)
+          set(PAIR.sub("", text)), self.letters(corpus.sources[0].heldout)
         )
         for d, ((key, value), pair) in enumerate(zip(planted, encoded)):
           # Its middle is at its depth of the context.

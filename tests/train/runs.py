@@ -49,7 +49,10 @@ def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
   return config_lib.TrainConfig(
     run_dir=str(folder / run),
     model=MODEL,
-    data=data_lib.DataConfig(source=f"{folder}/*.txt", heldout_fraction=0.2),
+    data=data_lib.DataConfig(
+      sources=(data_lib.SourceConfig(path=f"{folder}/*.txt"),),
+      heldout_fraction=0.2,
+    ),
     stages=(
       pretrain,
       extend,
