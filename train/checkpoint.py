@@ -39,6 +39,7 @@ _FREE = (
   "stop_at",
 )
 _ODD: Final = np.uint32(0x9E3779B1)  # with as many ones as zeros, about
+_PROBE: Final = ".written-by-"  # a process that tried whether it can
 _TEMPORARY: Final = ".orbax-checkpoint-tmp"  # what Orbax has not finished
 
 
@@ -74,7 +75,7 @@ class Checkpoints:
   """
 
   def __init__(self, cfg: config_lib.TrainConfig):
-    """Opens the folder, and changes nothing there but to begin a new run.
+    """Opens the folder, and writes down which run it holds.
 
     Raises:
       ValueError: The folder holds a run and `resume` is off, or what is no run,
@@ -83,7 +84,10 @@ class Checkpoints:
     self._dir = pathlib.Path(cfg.run_dir).resolve()
     check(cfg)
     _make_writable(self._dir)
-    processes.meet("run_dir")  # before anyone writes there
+    if processes.is_first():
+      text = json.dumps(dataclasses.asdict(cfg), indent=2)
+      write_whole(self._dir / "config.json", text + "\n")
+    processes.meet("run_dir")  # before anyone writes anything else there
     policies: Any = ocp.training.preservation_policies
     keep = [
       policies.LatestN(cfg.checkpoint.keep),
@@ -112,13 +116,6 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Of the finished checkpoints, ascending."""
     return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-
-  def begin(self, cfg: config_lib.TrainConfig) -> None:
-    """Writes down which run this folder holds."""
-    if not processes.is_first():
-      return
-    text = json.dumps(dataclasses.asdict(cfg), indent=2)
-    write_whole(self._dir / "config.json", text + "\n")
 
   def save(
     self,
@@ -265,10 +262,10 @@ def check(cfg: config_lib.TrainConfig) -> None:
       f"run_dir={cfg.run_dir} is a file; give another --run-dir."
     )
   # A run that was killed as it began may have left half of its config.
-  begun = folder.exists() and {p.name for p in folder.iterdir()} - {
-    _partial(file).name
-  }
-  if not begun:
+  unfinished = (_partial(file).name, _PROBE)
+  if not folder.exists() or all(
+    path.name.startswith(unfinished) for path in folder.iterdir()
+  ):
     return
   if not cfg.resume:
     raise ValueError(
@@ -307,7 +304,7 @@ def _partial(file: pathlib.Path) -> pathlib.Path:
 
 
 def _make_writable(folder: pathlib.Path) -> None:
-  probe = folder / f".written-{processes.number()}"
+  probe = folder / f"{_PROBE}{processes.number()}"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")

@@ -243,6 +243,6 @@ def trace(
   }
   optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
   step = step_lib.make_train_step(
-    model, stage, optimizer, cfg.guard, cfg.log.every
+    model, stage, optimizer, cfg.guard, cfg.log.every, len(cfg.data.sources)
   )
   return step.trace(state, batch)

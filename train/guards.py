@@ -64,8 +64,8 @@ class GuardState:
 
 def begin() -> GuardState:
   """Of a stage that has made no step."""
-  zero = jnp.int32(0)
-  return GuardState(jnp.zeros((2, _WINDOW)), zero, zero, zero)
+  counts = (jnp.int32(0) for _ in range(3))
+  return GuardState(jnp.zeros((2, _WINDOW)), *counts)
 
 
 def judge(

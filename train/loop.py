@@ -22,11 +22,14 @@ from train import config as config_lib
 from train import data as data_lib
 from train import evaluation
 from train import feed
+from train import goodput
 from train import metrics as metrics_lib
 from train import optimizer as optimizer_lib
 from train import processes
+from train import provenance
 from train import stage_log
 from train import step as step_lib
+from train import watchdog
 
 
 class Diverged(RuntimeError):
@@ -67,7 +70,7 @@ class Run:
       self.origin = checkpoint_lib.Origin(cfg)
     self.checkpoints = checkpoint_lib.Checkpoints(cfg)
     self.step, self.progress = 0, checkpoint_lib.Progress()
-    self._stop = False
+    self._began, self._stop, self._tracing = time.time(), False, False
 
   def train(self) -> None:
     """Trains to the end, or until stopped; both save.
@@ -80,7 +83,13 @@ class Run:
     """
     cfg = self.cfg
     with contextlib.ExitStack() as stack:
-      self.checkpoints.begin(cfg)
+      run_dir = pathlib.Path(cfg.run_dir)
+      stack.enter_context(processes.log_to(run_dir / "log.txt"))
+      provenance.write(run_dir)
+      self.watchdog = watchdog.Watchdog(
+        cfg.guard.stall_seconds, run_dir / "stalls"
+      )
+      stack.enter_context(contextlib.closing(self.watchdog))
       stack.enter_context(contextlib.closing(self.checkpoints))
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(dispatch.kernels(cfg.kernels))
@@ -88,6 +97,9 @@ class Run:
       _, self._init = step_lib.init(cfg.model, cfg.seed)
       processes.say(self.summary())
       state = self._start()
+      self.clock = goodput.Clock(cfg.run_dir, self.step, began=self._began)
+      stack.enter_context(contextlib.closing(self.clock))
+      stack.callback(self._trace_until)
       self.metrics = metrics_lib.Writer(
         cfg.run_dir,
         self.step + 1,
@@ -199,7 +211,13 @@ class Run:
     optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
     model, _ = step_lib.init(cfg.stage_model(stage), cfg.seed)
     log = stage_log.StageLog(
-      cfg, i, self.mesh, self.metrics, self.progress.tokens
+      cfg,
+      i,
+      self.mesh,
+      self.corpus,
+      self.metrics,
+      self.clock,
+      self.progress.tokens,
     )
     evaluate = evaluation.Evaluation(
       cfg, stage, model, self.corpus, self.metrics
@@ -209,15 +227,23 @@ class Run:
       """Evaluates and samples, if it is time; held-out bits per byte, if so."""
       bits_per_byte = None
       if step == end or step % cfg.log.eval_every == 0:
-        bits_per_byte = evaluate(step, state, last=step == end)
+        with self.clock.spend("evaluation"):
+          bits_per_byte = evaluate(step, state, last=step == end)
       if step < end and step % cfg.log.sample_every == 0:
-        self._sample(step, state, stage)
+        with self.clock.spend("sample"):
+          self._sample(step, state, stage)
       return bits_per_byte
 
     def save(state, step, bits_per_byte=None):
-      self.progress.data = batches.get_state()
-      model = cfg.stage_model(stage)
-      self.checkpoints.save(state, step, self.progress, model, bits_per_byte)
+      with self.clock.spend("checkpoint"):
+        self.progress.data = batches.get_state()
+        model = cfg.stage_model(stage)
+        self.checkpoints.save(state, step, self.progress, model, bits_per_byte)
+      self.clock.saved(step)
+
+    def read():
+      with self.clock.spend("data"):
+        return next(batches)
 
     if self.progress.owes_evaluation:
       measure(state, self.step)
@@ -226,15 +252,22 @@ class Run:
       batches.close()
       return state
     train_step = step_lib.make_train_step(
-      model, stage, optimizer, cfg.guard, cfg.log.every
+      model,
+      stage,
+      optimizer,
+      cfg.guard,
+      cfg.log.every,
+      len(self.corpus.source_names),
     )
-    batch = next(batches)
+    batch = read()
     train_step = self._compile(train_step, state, batch, stage)
     log.restart_clock()
     pending = None
     while self.step < end:
+      self._trace_from(self.step + 1)
       state, metrics = train_step(state, batch)
       self.step = step = self.step + 1
+      self.watchdog.alive(f"step {step}")
       # The data of step + 1 is fetched, and the numbers of step - 1 are read,
       # while the device works on this step.
       stops = processes.asked_to_stop(self._stop, step) or step == cfg.stop_at
@@ -246,12 +279,14 @@ class Run:
         log(*pending)
       pending = step, metrics
       # What a checkpoint has behind it is on the disk before it.
-      if saves or measures:
+      if saves or measures or self._traces_last(step):
         log(*pending)
         pending = None
+      self._trace_until(step)
       if log.in_a_row >= cfg.guard.patience:
-        state, pending = self._roll_back(stage, begin, log), None
-        batch = next(batches)
+        with self.clock.spend("restore"):
+          state, pending = self._roll_back(stage, begin, log), None
+        batch = read()
         continue
       bits_per_byte = None
       if measures and not stops:  # who asks to stop may not wait
@@ -266,7 +301,7 @@ class Run:
         break
       if step < end:
         try:
-          batch = next(batches)
+          batch = read()
         except data_lib.DataError:
           if pending:
             log(*pending)
@@ -318,6 +353,7 @@ class Run:
     self.checkpoints.set_aside(later, f"rollback-{self.progress.rollbacks}")
     if self.step == begin:
       state = self._begin_stage(stage, state)
+    self.clock.went_back(reached, self.step)
     self.metrics.go_back(self.step + 1)
     self.metrics.write(
       self.step,
@@ -339,9 +375,10 @@ class Run:
 
   def _compile(self, train_step, state, batch, stage):
     start = time.perf_counter()
-    with dispatch.record() as ops:
-      lowered = train_step.lower(state, batch)
-    compiled = lowered.compile()
+    with self.clock.spend("compile"), self.watchdog.paused():
+      with dispatch.record() as ops:
+        lowered = train_step.lower(state, batch)
+      compiled = lowered.compile()
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory else 0
     chosen = ", ".join(f"{op} by {name}" for op, name in sorted(ops.items()))
@@ -350,6 +387,27 @@ class Run:
       f" {metrics_lib.size(temporary)} of temporaries a device; {chosen}"
     )
     return compiled
+
+  def _trace_from(self, step: int) -> None:
+    """Begins to trace, if `step` is the first to."""
+    steps = self.cfg.profile_steps
+    if steps and step == steps[0]:
+      jax.profiler.start_trace(f"{self.cfg.run_dir}/profile")
+      self._tracing = True
+
+  def _traces_last(self, step: int) -> bool:
+    steps = self.cfg.profile_steps
+    return self._tracing and steps is not None and step >= steps[1]
+
+  def _trace_until(self, step: int = sys.maxsize) -> None:
+    """Ends the trace, if `step` is its last, or nothing comes after."""
+    if self._traces_last(step):
+      jax.profiler.stop_trace()
+      self._tracing = False
+      processes.say(
+        f"traced   steps {self.cfg.profile}, to {self.cfg.run_dir}/profile: "
+        "for xprof (tensorboard --logdir), or the trace in it for Perfetto"
+      )
 
   def _sample(self, step, state, stage) -> None:
     """Prints a continuation of the prompt, by the stage's way of attending."""
@@ -384,7 +442,8 @@ class Run:
         "the same command and --resume."
       )
       return
-    self._sample(step, state, cfg.stages[-1])
+    with self.clock.spend("sample"):
+      self._sample(step, state, cfg.stages[-1])
     processes.say(
       f"done: {step} steps\n"
       f"  checkpoints  {cfg.run_dir}/checkpoints (newest: {step})\n"
@@ -404,13 +463,19 @@ class Run:
 
 
 class _signals:
-  """SIGINT and SIGTERM call `handler` inside the context."""
+  """SIGINT and SIGTERM call `handler` inside the context.
+
+  Not so in one of several processes: there, JAX hears SIGTERM, and makes them
+  all agree on a step (`processes.asked_to_stop`), which a handler would undo.
+  """
 
   def __init__(self, handler: Callable[[int, Any], None]):
     self._handler = handler
 
   def __enter__(self):
     kinds = (signal.SIGINT, signal.SIGTERM)
+    if jax.process_count() > 1:
+      kinds = ()
     self._before = {kind: signal.signal(kind, self._handler) for kind in kinds}
 
   def __exit__(self, *exc_info):

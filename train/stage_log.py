@@ -9,6 +9,8 @@ import numpy as np
 
 from dsa_jax import flops
 from train import config as config_lib
+from train import data as data_lib
+from train import goodput
 from train import guards
 from train import metrics as metrics_lib
 from train import optimizer as optimizer_lib
@@ -42,10 +44,14 @@ class StageLog:
     cfg: config_lib.TrainConfig,
     number: int,
     mesh: jax.sharding.Mesh,
+    corpus: data_lib.Corpus,
     metrics: metrics_lib.Writer,
+    clock: goodput.Clock,
     tokens: dict[str, int],
   ):
     """Of stage `number`; `tokens` by source are counted on."""
+    self._corpus, self._clock = corpus, clock
+    self._bad = sum(corpus.bad_records.values())
     self._cfg, self._stage = cfg, cfg.stages[number]
     self._end = cfg.stage_ends[number]
     self._begin = self._end - self._stage.steps
@@ -81,7 +87,10 @@ class StageLog:
     values["ms_per_step"] = 1000 * seconds
     if self._peak:
       values["mfu"] = self._flops * tokens / seconds / self._peak
+    values["tokens_by_source"] = dict(self._tokens)
     self._metrics.write(step, "train", values)
+    self._clock.note(step)
+    self._check_data(step)
     self.restart_clock()
     left = self._tokens_left(step) / values["tokens_per_second"]
     parts = [
@@ -101,6 +110,7 @@ class StageLog:
     """Says what is wrong with a step."""
     self.step, self.in_a_row = step, int(values["in_a_row"])
     if self.in_a_row:
+      self._clock.skipped(step)
       self.trouble = (
         f"loss {values.get('loss', 'not trained')}, gradient norm "
         f"{values['grad_norm']}"
@@ -116,6 +126,19 @@ class StageLog:
       self._metrics.write(step, "incident", {"what": "alarm", "why": alarm})
       processes.say(f"WARNING: step {step}: {alarm}")
 
+  def _check_data(self, step: int) -> None:
+    """Says what this process found to be bad since it last looked."""
+    counts = self._corpus.bad_records
+    if sum(counts.values()) > self._bad:
+      self._bad = sum(counts.values())
+      self._metrics.write(
+        step, "incident", {"what": "bad records", "count": counts}
+      )
+      processes.say(
+        f"WARNING: step {step}: bad records are left out, {counts}; see "
+        f"{self._cfg.run_dir}/quarantine"
+      )
+
   def _values(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """What is known of every step, and of the indexer where it was measured;
     None for what is not finite."""
@@ -124,6 +147,9 @@ class StageLog:
       for name in ("index_per_layer", "recall_per_layer")
       if name in metrics
     }
+    counts = metrics.pop("tokens").tolist()
+    for source, count in zip(self._corpus.source_names, counts):
+      self._tokens[source] = self._tokens.get(source, 0) + count
     values: dict[str, Any] = {"stage": self._stage.kind}
     values |= {name: float(x) for name, x in metrics.items()}
     num_bytes, targets = values.pop("bytes"), values.pop("targets")

@@ -107,6 +107,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   guard: guards.GuardConfig,
   measure_every: int = 1,
+  num_sources: int = 1,
 ) -> jax.stages.Wrapped:
   """`train_step(state, batch) -> (state, metrics)`, with `state` donated.
 
@@ -120,7 +121,8 @@ def make_train_step(
       share an indexer, their mean
     balance: over sequences, summed over layers
   The KL and recall of each layer ("index_per_layer", "recall_per_layer") are
-  measured in one step of `measure_every`; in the others they are 0.
+  measured in one step of `measure_every`; in the others they are 0. "tokens"
+  are counted by source, "skipped" since the stage began, "in_a_row" up to here.
   """
 
   def loss_fn(trained, frozen, router_bias, batch, counts, measure):
@@ -194,6 +196,7 @@ def make_train_step(
       **norms,
       "bytes": _next_bytes(batch),
       "targets": counts["lm"],
+      "tokens": _tokens_by_source(batch, num_sources),
       "skipped": guard_state.skipped,
       "in_a_row": guard_state.in_a_row,
       **load_metrics(aux["load"]),
@@ -272,6 +275,13 @@ def _counts(segment_ids: Int[Array, "A B T"]) -> dict[str, jax.Array]:
     name: jnp.maximum(marked.sum(dtype=jnp.float32), 1)
     for name, marked in counts.items()
   }
+
+
+def _tokens_by_source(batch: Batch, num_sources: int) -> Int[Array, " sources"]:
+  real, source = batch["segment_ids"] > 0, batch["sources"]
+  return jnp.stack(
+    [(real & (source == i)).sum(dtype=jnp.int32) for i in range(num_sources)]
+  )
 
 
 def _next_bytes(batch: Batch) -> Float[Array, ""]:

@@ -142,7 +142,7 @@ class TestRunFolder:
   def cfg(self, tmp_path):
     runs.write_text(tmp_path)
     cfg = runs.config(tmp_path)
-    checkpoint.Checkpoints(cfg).begin(cfg)
+    checkpoint.Checkpoints(cfg)
     return cfg
 
   def test_one_folder_holds_one_run(self, cfg):

@@ -88,7 +88,9 @@ def poison(monkeypatch):
   def poisoned(self, tokens, *args, **kwargs):
     found = losses(self, tokens, *args, **kwargs)
     bad = (tokens == POISON).all()
-    return dataclasses.replace(found, lm=jnp.where(bad, jnp.nan, found.lm))
+    assert found.lm is not None
+    lm = found.lm + jnp.where(bad, jnp.nan, 0.0)
+    return dataclasses.replace(found, lm=lm)
 
   monkeypatch.setattr(dsa_jax.Transformer, "losses", poisoned)
 
@@ -205,8 +207,8 @@ def test_a_skipped_step_is_told_and_training_goes_on(train, capsys):
   ]
   # The rate is that of the steps that were taken.
   assert lines[6]["lr"] == lines[5]["lr"]
-  (incident,) = runs.lines(run_dir, "incident")
-  assert incident["step"] == 6 and incident["what"] == "skipped"
+  incidents = runs.lines(run_dir, "incident")
+  assert [x["step"] for x in incidents if x["what"] == "skipped"] == [6]
   assert "step 6 is skipped" in capsys.readouterr().out
 
 
@@ -216,7 +218,7 @@ def test_skips_in_a_row_roll_back_and_leave_the_data_behind(train, capsys):
   lines = runs.lines(run_dir, "train")
   assert [line["step"] for line in lines] == list(range(1, 15))
   assert all(line["loss"] is not None for line in lines)
-  (incident,) = runs.lines(run_dir, "incident")
+  incident, *_ = runs.lines(run_dir, "incident")
   assert (incident["step"], incident["from"]) == (4, 8)
   assert incident["what"] == "rollback"
   assert "steps 6 to 8" in incident["why"]
@@ -224,7 +226,7 @@ def test_skips_in_a_row_roll_back_and_leave_the_data_behind(train, capsys):
   said = capsys.readouterr().out
   assert "ROLLBACK 1 of 3" in said
   steps = {int(p.name) for p in (run_dir / "checkpoints").iterdir()}
-  assert steps == {8, 12, 14}
+  assert steps == {12, 14}
   # The same as a run that never had those data.
   other = runs.lines(train((), left_out=range(5, 9)), "train")
   for name in ("loss", "grad_norm", "lr"):
@@ -261,8 +263,8 @@ def test_a_spike_is_skipped(folder, tmp_path, monkeypatch, compile_once):
     log=dataclasses.replace(cfg.log, every=50),
   )
   loop.Run(cfg).train()
-  (incident,) = runs.lines(cfg.run_dir, "incident")
-  assert (incident["step"], incident["what"]) == (150, "skipped")
+  incidents = runs.lines(cfg.run_dir, "incident")
+  assert [x["step"] for x in incidents if x["what"] == "skipped"] == [150]
   lines = runs.lines(cfg.run_dir, "train")
   assert lines[149]["loss"] > 2 * lines[148]["loss"]
   assert lines[150]["loss"] < 1.2 * lines[148]["loss"]

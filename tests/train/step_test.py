@@ -46,6 +46,7 @@ def batch(rows=8, length=32, seed=0):
     "segment_ids": segments,
     "positions": positions,
     "bytes": np.ones((rows, length), np.float32),
+    "sources": np.zeros((rows, length), np.int32),
   }
 
 
