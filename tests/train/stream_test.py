@@ -110,16 +110,16 @@ class ExactlyOnceTest(MixtureTestCase):
       for process in range(processes):
         own = corpus()
         for shard in range(process, 4, processes):
-          batches = own.batches(seq_len=16, batch_size=1, seed=0, shard=shard)
+          batches = own.batches(seq_len=32, batch_size=1, seed=0, shard=shard)
           if state:
             batches.set_state(json.loads(state)[str(shard)])
           read[shard] = take(batches, n)
           after[str(shard)] = batches.get_state()
       return read, json.dumps(after)
 
-    unbroken, _ = run(1, None, 45)
+    unbroken, _ = run(1, None, 23)
     parts, state = [], None
-    for processes, n in ((2, 10), (4, 16), (1, 19)):
+    for processes, n in ((2, 5), (4, 8), (1, 10)):
       part, state = run(processes, state, n)
       parts.append(part)
     for number, source in enumerate(corpus().sources):
