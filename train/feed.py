@@ -44,9 +44,17 @@ class Feed:
       )
       for shard in here
     }
+    self._remember()
 
   def __next__(self) -> step_lib.Batch:
+    """The next batch.
+
+    Raises:
+      DataError: The data of some shard cannot be read; `get_state` is still
+        that of the batch before, whichever shards have moved on.
+    """
     read = {shard: next(rows) for shard, rows in self._shards.items()}
+    self._remember()
     A, _, T = self._shape
     batch = {}
     for name in step_lib.BATCH_DTYPES:
@@ -56,8 +64,7 @@ class Feed:
 
   def get_state(self) -> dict[str, data_lib.State]:
     """Where every shard stands; all processes call, and all get the same."""
-    own = {shard: rows.get_state() for shard, rows in self._shards.items()}
-    everywhere = processes.gather_json(own)
+    everywhere = processes.gather_json(self._states)
     return {str(shard): state for shard, state in sorted(everywhere.items())}
 
   def set_state(self, state: dict[str, data_lib.State]) -> None:
@@ -73,6 +80,10 @@ class Feed:
           "one of them: give the same data.shards."
         )
       rows.set_state(state[str(shard)])
+    self._remember()
+
+  def _remember(self) -> None:
+    self._states = {s: rows.get_state() for s, rows in self._shards.items()}
 
   def close(self) -> None:
     for rows in self._shards.values():

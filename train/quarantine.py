@@ -46,7 +46,7 @@ class Quarantine:
     self._records: int | None = None  # not known before all files are open
     self._seen: set[tuple[str, int]] = set()
     self._first: list[str] = []
-    self._waiting: list[documents_lib.BadRecord] = []
+    self._waiting: list[tuple[tuple[str, int], str]] = []  # place and line
     self._written: set[tuple[str, int]] = set()
     self._begun = False
     self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class Quarantine:
         self.count += bad.records
         if len(self._first) < _SHOWN:
           self._first.append(str(bad))
-        self._waiting.append(bad)
+        self._waiting.append((place, self._line(bad)))
         if self._begun:
           self._write()
       self._check()
@@ -110,20 +110,20 @@ class Quarantine:
       " data.max_bad_share to go on without them."
     )
 
+  def _line(self, bad: documents_lib.BadRecord) -> str:
+    values = {
+      "source": self._source,
+      "file": bad.file,
+      "at": bad.at,
+      "why": str(bad),
+      "head": bad.head.decode(errors="backslashreplace"),
+    }
+    return json.dumps(values)
+
   def _write(self) -> None:
     """Appends those that wait, but for what was written by an earlier start."""
     lines = [
-      json.dumps(
-        {
-          "source": self._source,
-          "file": bad.file,
-          "at": bad.at,
-          "why": str(bad),
-          "head": bad.head.decode(errors="backslashreplace"),
-        }
-      )
-      for bad in self._waiting
-      if (bad.file, bad.at) not in self._written
+      line for place, line in self._waiting if place not in self._written
     ]
     self._waiting.clear()
     if self._folder is None or not lines:

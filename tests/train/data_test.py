@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.train import tokenizer_test
 from train import data
+from train import stream
 
 EOS = 256
 
@@ -27,11 +28,16 @@ class DataTestCase(parameterized.TestCase):
     self.addCleanup(folder.cleanup)
     self.folder = pathlib.Path(folder.name)
     self.set_block_tokens(256)
+    # Small blocks would read most documents in vain.
+    self.patch(stream, "_GROUP", 2)
 
-  def set_block_tokens(self, tokens):
-    patch = unittest.mock.patch.object(data, "_BLOCK_TOKENS", tokens)
+  def patch(self, module, name, value):
+    patch = unittest.mock.patch.object(module, name, value)
     patch.start()
     self.addCleanup(patch.stop)
+
+  def set_block_tokens(self, tokens):
+    self.patch(data, "_BLOCK_TOKENS", tokens)
 
   def write(self, name, content) -> str:
     path = self.folder / name
