@@ -11,6 +11,7 @@ import time
 from typing import Final
 
 ROOT: Final = pathlib.Path(__file__).parents[2]
+STAGES: Final = ("pretrain", "warmup", "sparse")
 
 # What is left of an attempt after one of its processes died gets so long to
 # end by itself, as a scheduler would give it.
@@ -25,7 +26,7 @@ def make_work(work: pathlib.Path) -> None:
   rng = random.Random(0)
   words = "the a of to sparse dense key query index token layer expert".split()
   for i in range(12):
-    text = " ".join(rng.choice(words) for _ in range(25))
+    text = " ".join(rng.choice(words) for _ in range(20))
     (work / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
 
 
@@ -44,6 +45,7 @@ class Attempt:
     run: str,
     number: int,
     processes: int = 1,
+    stages: tuple[str, ...] = STAGES,
     options: tuple[str, ...] = (),
   ):
     self.run_dir = work / run
@@ -63,7 +65,12 @@ class Attempt:
       subprocess.Popen(
         [
           *(sys.executable, "-m", "tests.faults.program"),
-          *(str(work), str(batches), f"--run-dir={self.run_dir}"),
+          *(
+            str(work),
+            str(batches),
+            ",".join(stages),
+            f"--run-dir={self.run_dir}",
+          ),
           *(*options, *own),
         ],
         cwd=ROOT,

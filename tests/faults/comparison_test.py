@@ -1,4 +1,4 @@
-"""The comparison of two runs, and of their batches, finds what differs."""
+"""What differs between two runs, and how attempts may not end, is found."""
 
 import json
 
@@ -68,3 +68,23 @@ def test_finds(tmp_path, unbroken, changes, says):
 def test_batches_follow_the_newest_checkpoint(batches, wrong):
   said = kills.check_batches([(x,) for x in batches], [*zip("abcde")], 2)
   assert bool(said) == wrong
+
+
+@pytest.mark.parametrize(
+  ("codes", "sent", "victims", "wrong"),
+  [
+    ([-9], "SIGKILL", [0], False),
+    ([-15], "SIGTERM", [0], False),  # it was still starting
+    ([0], "SIGTERM", [0], False),
+    ([0, 0], "SIGTERM", [1], False),
+    ([1, -9], "SIGKILL", [1], False),
+    ([0, 0], "", [], False),
+    ([1], "", [], True),
+    ([1], "SIGKILL", [0], True),
+    ([-9], "SIGTERM", [0], True),  # it did not stop in time
+    ([0, -9], "SIGTERM", [0], True),  # the other did not stop with it
+    ([0, 1], "SIGTERM", [0], True),
+  ],
+)
+def test_an_attempt_ends_by_its_kill_alone(codes, sent, victims, wrong):
+  assert bool(kills.check_end(codes, sent, victims)) == wrong

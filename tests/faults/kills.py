@@ -30,7 +30,7 @@ type Aim = Literal["life", "save", "commit", "open"]
 # What the kills aim at, by turns; signals alternate, and an odd number of aims
 # has every aim meet both.
 _AIMS: Final[tuple[Aim, ...]] = (
-  *("life", "save", "life", "commit", "life", "save", "open"),
+  *("life", "save", "commit", "life", "open", "save", "life"),
 )
 _SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM)
 # Steps between an attempt's checkpoints: saves apart, and saves that follow
@@ -48,6 +48,8 @@ class Kills:
   """Of the moments, and of the processes that are hit."""
   processes: Literal["1", "2", "both"] = "1"
   """How many a run has."""
+  stages: tuple[str, ...] = attempt_lib.STAGES
+  """Kinds of a run's stages, of these."""
   work: pathlib.Path | None = None
   """Where the runs go, and stay; by default a temporary folder, which stays
   where something failed."""
@@ -62,6 +64,7 @@ class Tally:
   """What happened to the runs with one number of processes."""
 
   processes: int
+  stages: tuple[str, ...]
   runs: int = 0
   attempts: int = 0
   sent: collections.Counter[str] = dataclasses.field(
@@ -152,21 +155,18 @@ def _changed(file: pathlib.Path) -> int:
     return 0
 
 
-def check_end(
-  attempt: attempt_lib.Attempt, codes: list[int], sent: str, victims: list[int]
-) -> str:
-  """Why an attempt should not have ended so; "" if it may."""
-  died = -signal.Signals[sent] if sent else 0
-  fell = any(codes[i] == died for i in victims) and died
+def check_end(codes: list[int], sent: str, victims: list[int]) -> str:
+  """Why an attempt should not have ended so; "" if it may.
+
+  Of those that were hit, by the signal or, asked to stop, with 0. Others may
+  end as they like once a process has died; if none has, they stop with it.
+  """
+  died = -signal.Signals[sent] if sent else None
+  fell = any(codes[i] == died for i in victims)
   for i, code in enumerate(codes):
-    if code == 0:
-      continue
-    if fell and (code == died or i not in victims or code == -signal.SIGKILL):
-      continue
-    return (
-      f"process {i} ended with {code} (signal {sent or 'none'} to {victims}; "
-      f"all: {codes}):\n{attempt.tail()}"
-    )
+    ends = {0, died} if i in victims else {0}
+    if code not in ends and not (fell and i not in victims):
+      return f"process {i} ended with {code}; {sent} to {victims}, all: {codes}"
   return ""
 
 
@@ -194,14 +194,16 @@ def run_once(
   reached, number = 0, 0
   while True:
     options = killer.options()
-    attempt = attempt_lib.Attempt(work, name, number, tally.processes, options)
+    attempt = attempt_lib.Attempt(
+      work, name, number, tally.processes, tally.stages, options
+    )
     number, tally.attempts = number + 1, tally.attempts + 1
     sent, during, victims = "", "", []
     if tally.kills < kills:
       sent, during, victims = killer.strike(attempt)
     codes = attempt.end() if sent else attempt.end_by_itself()
     batches = attempt.batches()
-    failure = check_end(attempt, codes, sent, victims)
+    failure = check_end(codes, sent, victims)
     if batches and not failure:
       failure = check_batches(batches, expected, attempt.newest)
     trained = attempt.newest + len(batches)
@@ -218,7 +220,7 @@ def run_once(
       flush=True,
     )
     if failure:
-      tally.failures.append(f"{name}.{number - 1}: {failure}")
+      tally.failures.append(f"{name}.{number - 1}: {failure}\n{attempt.tail()}")
       return
     if not sent:
       break
@@ -236,20 +238,30 @@ def _read(work: pathlib.Path, run: str) -> list[tuple[str, ...]]:
   return list(zip(*(file.read_text().splitlines() for file in files)))
 
 
-def prove(work: pathlib.Path, kills: int, seed: int, processes: int) -> Tally:
+def prove(
+  work: pathlib.Path,
+  kills: int,
+  seed: int,
+  processes: int,
+  stages: tuple[str, ...] = attempt_lib.STAGES,
+) -> Tally:
   """Makes the run that nobody kills, then kills others."""
   attempt_lib.make_work(work)
-  tally = Tally(processes)
+  tally = Tally(processes, stages)
   life = 0.0
   # The first one compiles; how long an attempt lives, the second one tells.
-  for name in (f"compiling_{processes}", f"unbroken_{processes}"):
-    attempt = attempt_lib.Attempt(work, name, 0, processes)
+  names = f"compiling_{processes}", f"unbroken_{processes}"
+  for name in names:
+    attempt = attempt_lib.Attempt(work, name, 0, processes, stages)
     codes = attempt.end_by_itself()
     life = attempt.seconds
     if any(codes):
       tally.failures.append(f"{name} failed:\n{attempt.tail()}")
       return tally
     print(f"{name}: {life:.0f} s, {len(attempt.batches())} batches", flush=True)
+  # If these two differ, nothing can be said of others.
+  found = comparison.differences(*(work / name for name in names))
+  tally.failures += [f"{names[0]}: {difference}" for difference in found]
   killer = Killer(seed, life)
   while tally.kills < kills:
     run_once(work, killer, tally, kills)
@@ -279,7 +291,7 @@ def main() -> None:
   jax.config.update("jax_platforms", "cpu")
   work = args.work or pathlib.Path(tempfile.mkdtemp(prefix="kills_"))
   counts = (1, 2) if args.processes == "both" else (int(args.processes),)
-  tallies = [prove(work, args.kills, args.seed, n) for n in counts]
+  tallies = [prove(work, args.kills, args.seed, n, args.stages) for n in counts]
   print(table(tallies))
   if any(tally.failures for tally in tallies):
     sys.exit(f"Something failed; all of it is in {work}.")

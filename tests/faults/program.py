@@ -1,10 +1,11 @@
 """train.main on a tiny run, as the fault harness launches it.
 
-python -m tests.faults.program WORK BATCHES [OPTION ...]
+python -m tests.faults.program WORK BATCHES STAGES [OPTION ...]
 
-WORK holds the run's text and what was compiled; `Attempt` makes it. A checksum
-of each batch, as this process has it, is appended to the file BATCHES. Nothing
-in train/ knows of this.
+STAGES are the kinds of its stages, with commas between. WORK holds the run's
+text and what was compiled; `Attempt` makes it. A checksum of each batch, as
+this process has it, is appended to the file BATCHES. Nothing in train/ knows of
+this.
 """
 
 import dataclasses
@@ -23,23 +24,22 @@ from train import feed
 from train import main
 
 
-def config(work: pathlib.Path) -> config_lib.TrainConfig:
-  """Three stages that a CPU traces, loads and trains in some twenty seconds.
+def config(work: pathlib.Path, kinds: list[str]) -> config_lib.TrainConfig:
+  """Stages that a CPU traces, loads and trains in some seconds each.
 
   A block of the data is used up within a stage, S = 5 K, and each shard of the
   data is a process's own where there are two.
   """
   cfg = runs.config(work)
-  pretrain, _, warmup, sparse = cfg.stages
   return dataclasses.replace(
     cfg,
     # One kind of layer, so that there is less to trace.
     model=dataclasses.replace(runs.MODEL, num_dense_layers=0, num_mtp_layers=0),
     data=dataclasses.replace(cfg.data, source=f"{work}/text/*.txt", shards=2),
-    stages=(
-      dataclasses.replace(pretrain, steps=24),
-      dataclasses.replace(warmup, steps=16),
-      dataclasses.replace(sparse, steps=24),
+    stages=tuple(
+      dataclasses.replace(stage, steps=20)
+      for stage in cfg.stages
+      if stage.kind in kinds
     ),
     checkpoint=config_lib.CheckpointConfig(every=4, keep=2),
     log=dataclasses.replace(cfg.log, eval_every=6),
@@ -92,13 +92,16 @@ def embed_poison() -> None:
 
 if __name__ == "__main__":
   work, batches = map(pathlib.Path, sys.argv[1:3])
+  kinds = sys.argv[3].split(",")
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 1)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # Compiling is most of the time here.
+  jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   note_batches(work, batches)
   embed_poison()
-  config_lib.load = lambda path: config(work)
-  sys.argv = ["train.main", "--config=tiny", *sys.argv[3:]]
+  config_lib.load = lambda path: config(work, kinds)
+  sys.argv = ["train.main", "--config=tiny", *sys.argv[4:]]
   main.main()
