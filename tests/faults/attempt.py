@@ -61,25 +61,22 @@ class Attempt:
     if (self.run_dir / "config.json").exists():
       options = (*options, "--resume")
     together = _together(processes)
-    self.processes = [
-      subprocess.Popen(
-        [
-          *(sys.executable, "-m", "tests.faults.program"),
-          *(
-            str(work),
-            str(batches),
-            ",".join(stages),
-            f"--run-dir={self.run_dir}",
-          ),
-          *(*options, *own),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=output.open("w"),
-        stderr=subprocess.STDOUT,
-      )
-      for output, batches, own in zip(self._outputs, self._batches, together)
-    ]
+    self.processes = []
+    for output, batches, own in zip(self._outputs, self._batches, together):
+      command = [
+        *(sys.executable, "-m", "tests.faults.program"),
+        *(str(work), str(batches), ",".join(stages)),
+        *(f"--run-dir={self.run_dir}", *options, *own),
+      ]
+      with output.open("w") as out:
+        process = subprocess.Popen(
+          command,
+          cwd=ROOT,
+          env={**os.environ, "PYTHONPATH": str(ROOT)},
+          stdout=out,
+          stderr=subprocess.STDOUT,
+        )
+      self.processes.append(process)
 
   @property
   def age(self) -> float:

@@ -31,16 +31,18 @@ type Name = Literal[
 ]
 
 # Short stages first, then one that outlasts any soak.
+_BEFORE: Final = 40  # steps of the short ones
 _OPTIONS: Final = (
-  "--stages.0.steps=20",
-  "--stages.1.steps=20",
+  f"--stages.0.steps={_BEFORE // 2}",
+  f"--stages.1.steps={_BEFORE // 2}",
   "--stages.2.steps=10000000",
   "--checkpoint.every=25",
   "--log.eval-every=500",
 )
 _QUIET: Final = 3  # faults that do not kill, between two that do
 _GROWTH: Final = 0.05  # of resident memory, after warm-up
-# Memory counts from so long after the first batch: caches are full by then.
+# Memory counts from so long after the last stage's first batch: all is compiled
+# and caches are full by then.
 _WARM_SECONDS: Final = 30
 # An attempt shows a leak, or none, if it was watched for so long.
 _WATCH_SECONDS: Final = 90
@@ -130,7 +132,8 @@ class Memory:
     self._warm = float("inf")
 
   def sample(self, attempt: attempt_lib.Attempt) -> None:
-    if self._warm == float("inf") and attempt.batches():
+    read = attempt.newest + len(attempt.batches())
+    if self._warm == float("inf") and read > _BEFORE:
       self._warm = attempt.age + _WARM_SECONDS
     if attempt.age < self._warm:
       return
