@@ -41,8 +41,8 @@ _OPTIONS: Final = (
 )
 _QUIET: Final = 3  # faults that do not kill, between two that do
 _GROWTH: Final = 0.05  # of resident memory, after warm-up
-# Memory counts from so long after the last stage's first batch: all is compiled
-# and caches are full by then.
+# Memory counts from so long after an attempt's 10th step in the last stage: all
+# is compiled and caches are full by then.
 _WARM_SECONDS: Final = 30
 # An attempt shows a leak, or none, if it was watched for so long.
 _WATCH_SECONDS: Final = 90
@@ -132,8 +132,8 @@ class Memory:
     self._warm = float("inf")
 
   def sample(self, attempt: attempt_lib.Attempt) -> None:
-    read = attempt.newest + len(attempt.batches())
-    if self._warm == float("inf") and read > _BEFORE:
+    done = attempt.newest + len(attempt.batches())
+    if self._warm == float("inf") and done > max(attempt.newest, _BEFORE) + 10:
       self._warm = attempt.age + _WARM_SECONDS
     if attempt.age < self._warm:
       return
