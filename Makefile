@@ -10,7 +10,7 @@ PYTHONS ?= python3.13 python3.12 python3
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train demo test test-slow test-tpus lint format clean
+.PHONY: help setup train demo test test-slow test-tpus faults soak lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' \
@@ -40,6 +40,12 @@ test-slow: $(READY)  ## run the slow tests
 	  test $$status -eq 5 || exit $$status; \
 	  echo 'No slow test was selected.'; \
 	}
+
+faults: $(READY)  ## kill runs at random moments; they must come out the same
+	$(PYTHON) -m tests.faults.kills $(ARGS)
+
+soak: $(READY)  ## keep a run alive for half an hour, a fault a minute
+	$(PYTHON) -m tests.faults.soak $(ARGS)
 
 lint: $(READY)  ## check format, lint and types
 	$(PYTHON) -m ruff format --check .
