@@ -30,6 +30,7 @@ _FREE = (
   "distributed",
   "kernels",
   "checkpoint",
+  "data.max_bad_share",
   "guard",
   "log",
   "resume",
@@ -282,7 +283,8 @@ def check(cfg: config_lib.TrainConfig) -> None:
   changed = [
     f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
     for name in sorted(saved | now)
-    if name.split(".")[0] not in _FREE and saved.get(name) != now.get(name)
+    if saved.get(name) != now.get(name)
+    and not f"{name}.".startswith(tuple(f"{free}." for free in _FREE))
   ]
   if changed:
     raise ValueError(

@@ -180,6 +180,8 @@ class LogConfig:
   """0 takes the likeliest token each time."""
   tensorboard: bool = False
   """Also write TensorBoard events, to RUN_DIR/tensorboard."""
+  wandb: str | None = None
+  """Also send them to this project at Weights & Biases."""
 
   def __post_init__(self):
     for name in (

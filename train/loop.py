@@ -63,6 +63,7 @@ class Run:
         f"model.vocab_size={cfg.model.vocab_size} is too small for the "
         f"tokenizer {cfg.data.tokenizer}; give at least {vocab}."
       )
+    metrics_lib.check_wandb(cfg.log.wandb)
     self.mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
     processes.check_mesh(self.mesh)
     self.origin = None
@@ -105,6 +106,7 @@ class Run:
         self.step + 1,
         again=self.progress.owes_evaluation,
         tensorboard=cfg.log.tensorboard,
+        wandb=cfg.log.wandb,
       )
       stack.enter_context(contextlib.closing(self.metrics))
       for i, end in enumerate(cfg.stage_ends):

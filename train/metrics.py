@@ -1,9 +1,12 @@
-"""Numbers of a run: to the terminal, to JSONL, and to TensorBoard."""
+"""Numbers of a run: to the terminal, to JSONL, TensorBoard and wandb."""
 
+import importlib
 import json
 import math
 import os
 import pathlib
+import secrets
+import sys
 from typing import Any, Final
 
 import jax
@@ -34,48 +37,74 @@ def peak_flops(device: jax.Device) -> float | None:
   return None
 
 
+def memory_peak() -> int | None:
+  """Bytes that the fullest device of this process has held at once.
+
+  None if not known (a CPU's is not). Waits for nothing.
+  """
+  peaks = []
+  for device in jax.local_devices():
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+      peaks.append(stats["peak_bytes_in_use"])
+  return max(peaks, default=None)
+
+
 def bits_per_byte(nats: float, num_bytes: float) -> float:
   """What the text costs, whatever the tokenizer."""
   return nats / math.log(2) / max(num_bytes, 1)
 
 
 class Writer:
-  """RUN_DIR/metrics.jsonl, one object a line, and TensorBoard if asked for."""
+  """RUN_DIR/metrics.jsonl, one object a line; TensorBoard, wandb if asked for.
+
+  Of several processes, only the first one writes.
+  """
 
   def __init__(
-    self, run_dir: str, first_step: int, *, again: bool, tensorboard: bool
+    self,
+    run_dir: str,
+    first_step: int,
+    *,
+    again: bool,
+    tensorboard: bool,
+    wandb: str | None,
   ):
     """Goes on from `first_step`, see `go_back`.
 
-    Of several processes, only the first one writes.
+    Args:
+      run_dir: The run's folder.
+      first_step: The next one.
+      again: Whether what comes after the step before, such as its evaluation,
+        has yet to come.
+      tensorboard: Whether to write events, to RUN_DIR/tensorboard.
+      wandb: The project at Weights & Biases, if numbers go there.
+
+    Raises:
+      ValueError: A line in the file is malformed, and not the last one.
     """
     self._out: Any = None
     self._board: Any = None
-    self._board_dir = None
+    self._wandb = None
     self.file = pathlib.Path(run_dir) / "metrics.jsonl"
+    self._board_dir = None
     if tensorboard:
       self._board_dir = str(pathlib.Path(run_dir) / "tensorboard")
-    self.go_back(first_step, again=again)
+    if processes.is_first():
+      self.go_back(first_step, again=again)
+      if wandb is not None:
+        self._wandb = _Wandb(pathlib.Path(run_dir), wandb)
 
   def go_back(self, first_step: int, *, again: bool = False) -> None:
     """Drops what was written of `first_step` and later: it will come again.
 
     With `again`, so will all of the step before but its training.
     """
-    self.close()
     if not processes.is_first():
       return
-    kept = []
+    self._close_files()
     if self.file.exists():
-      for line in self.file.read_text(encoding="utf-8").splitlines():
-        said = json.loads(line)
-        if said["step"] < first_step - again or (
-          said["step"] < first_step and said["kind"] == "train"
-        ):
-          kept.append(line + "\n")
-    partial = self.file.with_name(self.file.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, self.file)
+      _keep(self.file, first_step, again)
     self._out = self.file.open("a", encoding="utf-8", buffering=1)
     if self._board_dir is not None:
       self._board = tensorboardX.SummaryWriter(
@@ -88,7 +117,7 @@ class Writer:
     Args:
       step: Over all stages.
       kind: "train", "eval", "retrieval", "sample" or "incident".
-      values: Numbers or texts by name.
+      values: Numbers or texts by name; None where a number is not finite.
     """
     if self._out is None:
       return
@@ -98,14 +127,107 @@ class Writer:
       for name, value in values.items():
         if isinstance(value, (int, float)):
           self._board.add_scalar(f"{kind}/{name}", value, step)
-        else:
+        elif value is not None:
           self._board.add_text(f"{kind}/{name}", str(value), step)
+    if self._wandb is not None:
+      self._wandb.write(step, kind, values)
 
   def close(self) -> None:
+    self._close_files()
+    if self._wandb is not None:
+      self._wandb.close()
+
+  def _close_files(self) -> None:
     if self._out is not None:
       self._out.close()
     if self._board is not None:
       self._board.close()
+
+
+def _keep(file: pathlib.Path, first_step: int, again: bool) -> None:
+  """Leaves the lines of steps before `first_step` in the file, see `go_back`.
+
+  Half a line at its end, as a killed process leaves it, goes.
+  """
+  part = file.with_suffix(".part")
+  with file.open("rb") as old, part.open("wb") as new:  # may be large
+    for number, line in enumerate(old, start=1):
+      try:
+        said = json.loads(line)
+        step, trains = said["step"], said["kind"] == "train"
+      except (ValueError, KeyError, TypeError) as e:
+        if not line.endswith(b"\n"):  # hence the last one
+          break
+        raise ValueError(
+          f"{file}, line {number} is malformed: {e!r}. Delete it to go on."
+        ) from e
+      if step < first_step - (again and not trains):
+        new.write(line.removesuffix(b"\n") + b"\n")
+  os.replace(part, file)
+
+
+def check_wandb(project: str | None) -> None:
+  """Raises an ImportError if a project is given and wandb is not there."""
+  if project is None:
+    return
+  try:
+    importlib.import_module("wandb")
+  except ImportError as e:
+    raise ImportError(
+      f"--log.wandb={project} needs the package `wandb`: pip install wandb, or"
+      " leave it out."
+    ) from e
+
+
+class _Wandb:
+  """The run at Weights & Biases; the same one when the run is resumed.
+
+  metrics.jsonl has all that goes there. So what fails there is told, and ends
+  no run: from then on nothing goes there until the next attempt.
+  """
+
+  def __init__(self, folder: pathlib.Path, project: str):
+    wandb: Any = importlib.import_module("wandb")
+    file = folder / "wandb_id.txt"
+    known = file.read_text(encoding="utf-8") if file.exists() else ""
+    if not known:
+      known = secrets.token_hex(8)
+      file.write_text(known, encoding="utf-8")
+    self._run = None
+    try:
+      self._run = wandb.init(
+        project=project,
+        id=known,
+        name=folder.resolve().name,
+        dir=str(folder),
+        config=json.loads((folder / "config.json").read_bytes()),
+        resume="allow",
+      )
+      # Its own count must grow; after a resume some steps come again.
+      self._run.define_metric("*", step_metric="step")
+    except Exception as e:  # of many kinds: the network, the account
+      self._lose(e)
+
+  def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+    if self._run is None:
+      return
+    named = {f"{kind}/{name}": value for name, value in values.items()}
+    try:
+      self._run.log({"step": step, **named})
+    except Exception as e:
+      self._lose(e)
+
+  def close(self) -> None:
+    if self._run is None:
+      return
+    try:
+      self._run.finish()
+    except Exception as e:
+      self._lose(e)
+
+  def _lose(self, e: Exception) -> None:
+    self._run = None
+    print(f"wandb gets no more of this attempt: {e!r}", file=sys.stderr)
 
 
 def duration(seconds: int | float) -> str:

@@ -76,16 +76,18 @@ def read(run_dir: pathlib.Path) -> Record:
 
 
 def _read_lines(file: pathlib.Path) -> list[Line]:
+  """Half a line at the end, as a killed run leaves it, is left out."""
   lines = []
-  for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+  for number, text in enumerate(file.read_bytes().splitlines(True), start=1):
     try:
       line = json.loads(text)
       if not isinstance(line["step"], int) or not isinstance(line["kind"], str):
         raise TypeError("step must be a whole number and kind a text")
     except (ValueError, KeyError, TypeError) as e:
+      if not text.endswith(b"\n"):  # hence the last one
+        break
       raise ValueError(
-        f"{file}, line {number} is malformed: {e!r}. A run that was killed may "
-        "leave half a line: delete it."
+        f"{file}, line {number} is malformed: {e!r}. Delete it."
       ) from e
     lines.append(line)
   return lines

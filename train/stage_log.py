@@ -87,6 +87,8 @@ class StageLog:
     values["ms_per_step"] = 1000 * seconds
     if self._peak:
       values["mfu"] = self._flops * tokens / seconds / self._peak
+    if (peak := metrics_lib.memory_peak()) is not None:
+      values["memory_peak"] = peak
     values["tokens_by_source"] = dict(self._tokens)
     self._metrics.write(step, "train", values)
     self._clock.note(step)

@@ -51,7 +51,10 @@ def _checkpoint(path: pathlib.Path) -> dict[str, Any]:
     for name, x in leaves
   }
   metadata: Any = ocp.checkpointables_metadata(str(path))
-  return held | {"the data's place": metadata.custom_metadata["data"]}
+  progress = json.loads(metadata.custom_metadata["progress"])
+  # Who was stopped right after this step evaluates when it goes on.
+  del progress["owes_evaluation"]
+  return held | {"the progress": progress}
 
 
 def _metrics(run: pathlib.Path, unbroken: pathlib.Path) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 from dsa_jax import embed
 from tests.train import runs
 from train import config as config_lib
+from train import data as data_lib
 from train import feed
 from train import main
 
@@ -35,7 +36,11 @@ def config(work: pathlib.Path, kinds: list[str]) -> config_lib.TrainConfig:
     cfg,
     # One kind of layer, so that there is less to trace.
     model=dataclasses.replace(runs.MODEL, num_dense_layers=0, num_mtp_layers=0),
-    data=dataclasses.replace(cfg.data, source=f"{work}/text/*.txt", shards=2),
+    data=dataclasses.replace(
+      cfg.data,
+      sources=(data_lib.SourceConfig(path=f"{work}/text/*.txt"),),
+      shards=2,
+    ),
     stages=tuple(
       dataclasses.replace(stage, steps=20)
       for stage in cfg.stages

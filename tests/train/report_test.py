@@ -351,6 +351,14 @@ def test_refuses_a_malformed_line(monkeypatch, capsys, run_dir, bad):
   assert f"{file}, line 3 is malformed" in text
 
 
+def test_leaves_out_half_a_line_at_the_end(run_dir):
+  file = run_dir / "metrics.jsonl"
+  before = record_lib.read(run_dir).lines
+  with file.open("a") as out:
+    out.write('{"step": 3, "ki')
+  assert record_lib.read(run_dir).lines == before
+
+
 @pytest.mark.parametrize("bad", ["{", "{}", '{"stages": 3}'])
 def test_refuses_a_malformed_config(monkeypatch, capsys, run_dir, bad):
   (run_dir / "config.json").write_text(bad)
