@@ -26,7 +26,11 @@ def write_run(folder, lines=LINES, weight=1.0, place=4, step=2):
     ocp.save_checkpointables(
       str(folder / "checkpoints" / str(number)),
       {"state": {"params": {"a": np.array([0.0, last], np.float32)}}},
-      custom_metadata={"data": {"dealt": place}},
+      custom_metadata={
+        "progress": json.dumps(
+          {"data": {"dealt": place}, "owes_evaluation": False}
+        )
+      },
     )
   return folder
 
@@ -48,7 +52,7 @@ def test_equal_runs_have_no_differences(tmp_path, unbroken):
   [
     # The smallest change that float32 knows.
     (dict(weight=np.nextafter(np.float32(1), np.float32(2))), "'a'] differs"),
-    (dict(place=5), "the data's place differs"),
+    (dict(place=5), "the progress differs"),
     (dict(step=3), "checkpoint 2 is missing"),
     (dict(lines=LINES + LINES[:1]), "2 train lines of step 1, not 1"),
     (dict(lines=LINES[:2]), "0 eval lines of step 2, not 1"),
