@@ -225,13 +225,17 @@ class Run:
       cfg, stage, model, self.corpus, self.metrics
     )
 
+    def samples(step):
+      every = step % cfg.log.sample_every == 0 and step < end
+      return every or step == cfg.total_steps
+
     def measure(state, step):
       """Evaluates and samples, if it is time; held-out bits per byte, if so."""
       bits_per_byte = None
       if step == end or step % cfg.log.eval_every == 0:
         with self.clock.spend("evaluation"):
           bits_per_byte = evaluate(step, state, last=step == end)
-      if step < end and step % cfg.log.sample_every == 0:
+      if samples(step):
         with self.clock.spend("sample"):
           self._sample(step, state, stage)
       return bits_per_byte
@@ -242,6 +246,11 @@ class Run:
         model = cfg.stage_model(stage)
         self.checkpoints.save(state, step, self.progress, model, bits_per_byte)
       self.clock.saved(step)
+      if processes.is_first():
+        spent = goodput.account(cfg.run_dir)
+        self.metrics.write(
+          step, "goodput", {"share": spent.goodput, "seconds": spent.seconds}
+        )
 
     def read():
       with self.clock.spend("data"):
@@ -275,7 +284,7 @@ class Run:
       stops = processes.asked_to_stop(self._stop, step) or step == cfg.stop_at
       saves = stops or step == end or step % cfg.checkpoint.every == 0
       measures = step == end or (
-        step % cfg.log.eval_every == 0 or step % cfg.log.sample_every == 0
+        step % cfg.log.eval_every == 0 or samples(step)
       )
       if pending:
         log(*pending)
@@ -444,13 +453,14 @@ class Run:
         "the same command and --resume."
       )
       return
-    with self.clock.spend("sample"):
-      self._sample(step, state, cfg.stages[-1])
+    if processes.is_first():
+      self.clock.note(step)
+      processes.say(str(goodput.account(cfg.run_dir)))
     processes.say(
       f"done: {step} steps\n"
       f"  checkpoints  {cfg.run_dir}/checkpoints (newest: {step})\n"
       f"  metrics      {self.metrics.file}\n"
-      f"  config       {cfg.run_dir}/config.json\n"
+      f"  config       {cfg.run_dir}/config.json, versions/, log.txt\n"
       "next: `make test` proves the parts right; README.md shows how to import "
       "them; give --data.sources.0.path='my/*.txt' and another --run-dir to "
       "train on your own text."

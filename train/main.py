@@ -18,6 +18,7 @@ from train import config as config_lib  # noqa: E402
 from train import data as data_lib  # noqa: E402
 from train import loop  # noqa: E402
 from train import processes  # noqa: E402
+from train import report  # noqa: E402
 
 
 def parse(
@@ -59,6 +60,10 @@ def main() -> None:
     sys.exit(f"error: {e}")
   try:
     run.train()
+    if run.step == cfg.total_steps and processes.is_first():
+      report.report(pathlib.Path(cfg.run_dir))
+  except ImportError as e:  # all is there but the pictures
+    print(e)
   except (
     loop.Diverged,
     checkpoint_lib.Broken,

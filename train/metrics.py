@@ -116,7 +116,7 @@ class Writer:
 
     Args:
       step: Over all stages.
-      kind: "train", "eval", "retrieval", "sample" or "incident".
+      kind: "train", "eval", "retrieval", "sample", "goodput" or "incident".
       values: Numbers or texts by name; None where a number is not finite.
     """
     if self._out is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import resource
 import shutil
@@ -14,6 +15,8 @@ import pytest
 
 from tests.train import runs
 from train import checkpoint
+from train import data as data_lib
+from train import feed
 from train import loop
 from train import processes
 from train import step as step_lib
@@ -318,3 +321,92 @@ def test_the_loop_reads_nothing_but_metrics_a_step_late(
     *("step", "step", "fetch", "step", "fetch", "step", "fetch")
   ]
   assert "another" not in events[first:]
+
+
+def write_lines(file, count=60, broken=()):
+  """JSON lines of a few words each, some of them cut."""
+  with file.open("w") as out:
+    for i in range(count):
+      line = json.dumps({"text": f"the {i} of the key to the {i * 7} query"})
+      out.write((line[:9] if i in broken else line) + "\n")
+
+
+def with_lines(folder, run, file, **data):
+  cfg = config(folder, run)
+  source = data_lib.SourceConfig(path=str(file), name="lines")
+  return dataclasses.replace(
+    cfg, data=dataclasses.replace(cfg.data, sources=(source,), **data)
+  )
+
+
+def test_broken_lines_are_left_out_and_told(folder, tmp_path, capsys):
+  file = tmp_path / "web.jsonl"
+  write_lines(file, count=200, broken=(17, 150))  # one in a hundred
+  cfg = with_lines(folder, "broken", file, max_bad_share=0.02)
+  train(cfg)
+  told = (pathlib.Path(cfg.run_dir) / "quarantine" / "0.jsonl").read_text()
+  assert [json.loads(line)["at"] for line in told.splitlines()] == [18, 151]
+  assert "2 bad" in capsys.readouterr().out
+  (last,) = {x["step"] for x in runs.lines(cfg.run_dir, "sample")}
+  assert last == 6
+  strict = with_lines(folder, "strict", file, max_bad_share=0.005)
+  with pytest.raises(ValueError, match="max_bad_share"):
+    loop.Run(strict)
+
+
+def test_a_source_that_vanishes_ends_the_run_and_costs_nothing(
+  folder, tmp_path, monkeypatch
+):
+  file = tmp_path / "web.jsonl"
+  write_lines(file)
+  stages = (dataclasses.replace(config(folder, "").stages[0], steps=60),)
+  # Kept apart: what is compiled does not hang on the number of steps.
+  whole = dataclasses.replace(with_lines(folder, "whole", file), stages=stages)
+  train(whole)
+  cfg = dataclasses.replace(whole, run_dir=str(folder / "vanishing"))
+  read, batches = feed.Feed.__next__, iter(range(100))
+  with monkeypatch.context() as patch:
+
+    def vanish(self):
+      if next(batches) == 3:
+        file.rename(tmp_path / "elsewhere")
+      return read(self)
+
+    patch.setattr(feed.Feed, "__next__", vanish)
+    with pytest.raises(data_lib.DataError, match=r"lines.*web\.jsonl"):
+      train(cfg)
+  steps = [line["step"] for line in runs.lines(cfg.run_dir, "train")]
+  assert steps == list(range(1, len(steps) + 1)) and 3 < len(steps) < 60
+  newest = max(
+    int(x.name) for x in pathlib.Path(cfg.run_dir).glob("checkpoints/*")
+  )
+  assert newest == len(steps)  # all that was done is kept
+  (tmp_path / "elsewhere").rename(file)
+  train(cfg, resume=True)
+  assert lines(cfg) == lines(whole)
+
+
+def test_a_folder_says_what_ran(folder, unbroken):
+  run_dir = pathlib.Path(unbroken[0].run_dir)
+  ran = json.loads((run_dir / "versions" / "1.json").read_text())
+  assert ran["packages"]["jax"] == jax.__version__
+  log = (run_dir / "log.txt").read_text()
+  assert "done: 6 steps" in log and "goodput" in log
+  *_, last = runs.lines(str(run_dir), "goodput")
+  assert 0 < last["share"] < 1
+  assert last["seconds"]["compile"] > 0 and last["seconds"]["checkpoint"] > 0
+  *_, line = runs.lines(str(run_dir), "train")
+  # Rows are not padded but for the epoch's end.
+  (count,) = line["tokens_by_source"].values()
+  assert 0.9 < count / (6 * 4 * 32) <= 1
+
+
+def test_steps_are_traced(folder, unbroken):
+  cfg, _ = unbroken
+  cfg = dataclasses.replace(cfg, run_dir=str(folder / "traced"))
+  train(cfg, profile="3,4", stop_at=5)
+  profile = pathlib.Path(cfg.run_dir) / "profile"
+  assert any(x.stat().st_size for x in profile.rglob("*.xplane.pb"))
+  for wrong in ("4,3", "0,2", "4", "a,b"):
+    with pytest.raises(ValueError, match="profile="):
+      dataclasses.replace(cfg, profile=wrong)
