@@ -49,7 +49,7 @@ class Broken(Exception):
 
 
 class NotSaved(OSError):
-  """The last checkpoint could not be written; those before it stay."""
+  """A run's folder cannot be written to; what is there stays."""
 
 
 @dataclasses.dataclass
@@ -79,8 +79,8 @@ class Checkpoints:
     """Opens the folder, and writes down which run it holds.
 
     Raises:
-      ValueError: The folder holds a run and `resume` is off, or what is no run,
-        or a run with another config; or nothing can be written there.
+      ValueError: The folder is not this run's, see `check`.
+      NotSaved: Nothing can be written there.
     """
     self._dir = pathlib.Path(cfg.run_dir).resolve()
     check(cfg)
@@ -112,6 +112,7 @@ class Checkpoints:
       cleanup_tmp_directories=True,  # of processes that were killed
     )
     self._saving: int | None = None
+    self._unsaved: int | None = None  # the last one, if it failed
 
   @property
   def steps(self) -> list[int]:
@@ -141,6 +142,7 @@ class Checkpoints:
     self.settle()
     if step in self.steps:
       return
+    self._clean()
     marks = _fingerprint(state).tolist()
     said = json.dumps(dataclasses.asdict(progress))
     metrics: Any = None
@@ -209,9 +211,11 @@ class Checkpoints:
 
   def settle(self) -> None:
     """Waits until what is being saved is written, and tells if it is not."""
+    if self._saving is None:
+      return
     try:
       self._checkpointer.wait()
-      self._saving = None
+      self._saving = self._unsaved = None
     except Exception as e:
       self._failed(e)
 
@@ -222,31 +226,34 @@ class Checkpoints:
       NotSaved: The last checkpoint is not.
     """
     self.settle()
-    if self._saving is not None:
+    if self._unsaved is not None:
       raise NotSaved(
-        f"The checkpoint of step {self._saving} could not be written (see "
+        f"The checkpoint of step {self._unsaved} could not be written (see "
         f"above); the newest is {max(self.steps, default='none')}. Make room, "
         "and go on from it with the same command and --resume."
       )
 
   def close(self) -> None:
-    try:
-      self._checkpointer.close()  # waits, too
-    except Exception as e:
-      self._failed(e)
+    self.settle()
+    self._checkpointer.close()
+
+  def _clean(self) -> None:
+    """Removes what failed saves left behind: it would fill the disk."""
+    if processes.is_first():
+      for left in (self._dir / "checkpoints").glob(f"*{_TEMPORARY}"):
+        shutil.rmtree(left, ignore_errors=True)
 
   def _failed(self, why: Exception) -> None:
+    self._unsaved, self._saving = self._saving, None
     reason = str(why).splitlines()[0] if str(why) else type(why).__name__
     free = metrics_lib.size(shutil.disk_usage(self._dir).free)
     processes.say(
-      f"ERROR: the checkpoint of step {self._saving} was NOT written: {reason} "
+      f"ERROR: the checkpoint of step {self._unsaved} was NOT written: {reason} "
       f"({free} are free in {self._dir}). The newest is "
       f"{max(self.steps, default='none')}; training goes on, and the next save "
       "is tried as planned."
     )
-    if processes.is_first():  # half of one would fill the disk
-      for left in (self._dir / "checkpoints").glob(f"*{_TEMPORARY}"):
-        shutil.rmtree(left, ignore_errors=True)
+    self._clean()
 
 
 def check(cfg: config_lib.TrainConfig) -> None:
@@ -312,7 +319,7 @@ def _make_writable(folder: pathlib.Path) -> None:
     probe.write_bytes(b"")
     probe.unlink()
   except OSError as e:
-    raise ValueError(
+    raise NotSaved(
       f"run_dir={folder} cannot be written to ({e.strerror}): a run keeps its "
       "checkpoints and metrics there. Give another --run-dir."
     ) from e

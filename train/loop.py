@@ -45,16 +45,18 @@ class Run:
   """
 
   def __init__(self, cfg: config_lib.TrainConfig):
-    """Checks everything that can be wrong, before anything compiles.
+    """Checks everything that can be wrong, before anything compiles; changes
+    nothing in the run's folder.
 
     Raises:
       ValueError: The data, the devices or the folder do not fit the config;
-        see `Corpus`, `make_mesh`, `Checkpoints`.
+        see `Corpus`, `make_mesh`, `checkpoint.check`.
     """
     self.cfg = cfg
-    self.corpus = data_lib.Corpus(
-      cfg.data, pathlib.Path(cfg.run_dir) / "quarantine"
-    )
+    self._began = time.time()
+    checkpoint_lib.check(cfg)
+    quarantine = pathlib.Path(cfg.run_dir) / "quarantine"
+    self.corpus = data_lib.Corpus(cfg.data, None if cfg.check else quarantine)
     for stage in cfg.stages:
       self.corpus.check_sizes(stage.seq_len, stage.batch_size)
     vocab = self.corpus.tokenizer.vocab_size
@@ -69,9 +71,10 @@ class Run:
     self.origin = None
     if cfg.init_from not in (None, "random"):
       self.origin = checkpoint_lib.Origin(cfg)
-    self.checkpoints = checkpoint_lib.Checkpoints(cfg)
+    with jax.set_mesh(self.mesh):
+      _, self._init = step_lib.init(cfg.model, cfg.seed)
     self.step, self.progress = 0, checkpoint_lib.Progress()
-    self._began, self._stop, self._tracing = time.time(), False, False
+    self._stop, self._tracing = False, False
 
   def train(self) -> None:
     """Trains to the end, or until stopped; both save.
@@ -79,10 +82,11 @@ class Run:
     Raises:
       Diverged: Too many steps had to be skipped.
       Broken: There are checkpoints to go on from, and none is whole.
-      NotSaved: The last checkpoint could not be written.
+      NotSaved: The folder cannot be written to, or the last checkpoint was not.
       DataError: The data end, or cannot be read any more.
     """
     cfg = self.cfg
+    self.checkpoints = checkpoint_lib.Checkpoints(cfg)
     with contextlib.ExitStack() as stack:
       run_dir = pathlib.Path(cfg.run_dir)
       stack.enter_context(processes.log_to(run_dir / "log.txt"))
@@ -95,7 +99,6 @@ class Run:
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(dispatch.kernels(cfg.kernels))
       stack.enter_context(_signals(self._ask_to_stop))
-      _, self._init = step_lib.init(cfg.model, cfg.seed)
       processes.say(self.summary())
       state = self._start()
       self.clock = goodput.Clock(cfg.run_dir, self.step, began=self._began)
@@ -233,10 +236,10 @@ class Run:
       """Evaluates and samples, if it is time; held-out bits per byte, if so."""
       bits_per_byte = None
       if step == end or step % cfg.log.eval_every == 0:
-        with self.clock.spend("evaluation"):
+        with self.clock.spend("evaluation"), self.watchdog.paused():
           bits_per_byte = evaluate(step, state, last=step == end)
       if samples(step):
-        with self.clock.spend("sample"):
+        with self.clock.spend("sample"), self.watchdog.paused():
           self._sample(step, state, stage)
       return bits_per_byte
 

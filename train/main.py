@@ -12,6 +12,7 @@ if __package__ in (None, ""):  # run as `python train/main.py`
 
 import tyro  # noqa: E402
 
+from train import check  # noqa: E402
 from train import checkpoint as checkpoint_lib  # noqa: E402
 from train import compile as compile_lib  # noqa: E402
 from train import config as config_lib  # noqa: E402
@@ -55,6 +56,9 @@ def main() -> None:
     if cfg.compile_only:
       sys.exit(compile_lib.report(cfg))
     processes.start(cfg.distributed)
+    if cfg.check:
+      check.report(cfg)
+      return
     run = loop.Run(cfg)
   except (ValueError, OSError, ImportError) as e:
     sys.exit(f"error: {e}")

@@ -212,6 +212,7 @@ def test_a_skipped_step_is_told_and_training_goes_on(train, capsys):
   assert "step 6 is skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_skips_in_a_row_roll_back_and_leave_the_data_behind(train, capsys):
   # Steps 6, 7 and 8 are skipped; 9 has begun when that is known.
   run_dir = train(poisoned={6, 7, 8})
@@ -233,16 +234,19 @@ def test_skips_in_a_row_roll_back_and_leave_the_data_behind(train, capsys):
     assert [x[name] for x in lines] == [x[name] for x in other]
 
 
+@pytest.mark.slow
 def test_the_run_ends_where_going_back_does_not_help(train):
   with pytest.raises(loop.Diverged, match="after 1 rollbacks.*peak-lr"):
     train(poisoned=range(6, 100), rollbacks=1)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train):
   with pytest.raises(loop.Diverged, match="no checkpoint of this stage"):
     train(poisoned={2, 3, 4})
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped(folder, tmp_path, monkeypatch, compile_once):
   """Text of another kind, once the run knows its own."""
   read, batches = feed.Feed.__next__, iter(range(1, 1000))

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsa_jax import sharding
 from tests.train import runs
 from train import checkpoint
 from train import data as data_lib
+from train import evaluation
 from train import feed
 from train import loop
 from train import processes
@@ -58,19 +60,11 @@ def lines(cfg):
   ]
 
 
-def arrays(cfg, step):
-  run = loop.Run(dataclasses.replace(cfg, resume=True))
-  with jax.set_mesh(run.mesh), contextlib.closing(run.checkpoints):
-    state, _ = run.checkpoints.load(step, like(run), run.mesh)
-  return jax.device_get(jax.tree.leaves(state))
-
-
-def like(run):
-  _, init = step_lib.init(run.cfg.model, run.cfg.seed)
+def like(cfg):
+  _, init = step_lib.init(cfg.model, cfg.seed)
 
   def make(key):
-    stage = run.cfg.stages[0]
-    return step_lib.begin_stage(run.cfg.optimizer, stage, *init(key))
+    return step_lib.begin_stage(cfg.optimizer, cfg.stages[0], *init(key))
 
   return jax.eval_shape(make, jax.random.key(0))
 
@@ -100,16 +94,26 @@ def damage(file, rng):
   file.write_bytes(content)
 
 
+# Orbax leaves the tasks behind that failed.
+orphans = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning",
+  "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+)
+
+
+@pytest.mark.slow
+@orphans
 def test_no_damaged_file_goes_unnoticed(folder, unbroken):
   """Whichever it is: the checkpoint is refused, or holds what was saved."""
   cfg, _ = unbroken
-  run = loop.Run(dataclasses.replace(cfg, resume=True))
+  mesh = sharding.make_mesh()
+  checkpoints = checkpoint.Checkpoints(dataclasses.replace(cfg, resume=True))
   source = pathlib.Path(cfg.run_dir) / "checkpoints" / "6"
   rng = np.random.default_rng(0)
   refused, whole = set(), set()
-  with jax.set_mesh(run.mesh), contextlib.closing(run.checkpoints):
-    shapes = like(run)
-    expected, progress = run.checkpoints.load(6, shapes, run.mesh)
+  with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+    shapes = like(cfg)
+    expected, progress = checkpoints.load(6, shapes, mesh)
     safe = source.with_name("6-safe")
     shutil.copytree(source, safe)
     for _ in range(4):
@@ -119,7 +123,7 @@ def test_no_damaged_file_goes_unnoticed(folder, unbroken):
         name = file.relative_to(safe)
         damage(source / name, rng)
         try:
-          found, said = run.checkpoints.load(6, shapes, run.mesh)
+          found, said = checkpoints.load(6, shapes, mesh)
         except checkpoint.Broken:
           refused.add(name.name)
         else:
@@ -135,6 +139,7 @@ def test_no_damaged_file_goes_unnoticed(folder, unbroken):
   assert data <= refused
 
 
+@orphans
 def test_the_checkpoint_before_a_damaged_one_is_used(folder, unbroken, capsys):
   cfg, expected = unbroken
   cfg = copy(cfg, folder, "damaged")
@@ -154,6 +159,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(folder, unbroken, capsys):
   assert steps == {"2", "4", "6"}
 
 
+@orphans
 def test_without_a_whole_checkpoint_nothing_is_done(folder, unbroken):
   cfg, _ = unbroken
   cfg = copy(cfg, folder, "lost")
@@ -177,6 +183,8 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
+@orphans
 @pytest.mark.parametrize("failing", [{2, 4}, {4, 6}])
 def test_a_full_disk_costs_no_training(
   folder, unbroken, monkeypatch, capsys, failing
@@ -212,10 +220,11 @@ def test_a_full_disk_costs_no_training(
 @pytest.mark.parametrize("run_dir", ["/proc/run", "/dev/null/run"])
 def test_a_folder_that_cannot_be_written_is_refused(folder, run_dir):
   cfg = dataclasses.replace(config(folder, "run"), run_dir=run_dir)
-  with pytest.raises(ValueError, match="cannot be written to|is a file"):
-    loop.Run(cfg)
+  with pytest.raises(checkpoint.NotSaved, match="cannot be written to"):
+    loop.Run(cfg).train()
 
 
+@pytest.mark.slow
 def test_one_command_starts_a_run_and_starts_it_again(folder, unbroken):
   cfg, expected = unbroken
   cfg = dataclasses.replace(cfg, run_dir=str(folder / "again"), resume=True)
@@ -236,6 +245,7 @@ def test_killed_before_its_config_was_whole(folder):
     checkpoint.check(cfg)
 
 
+@pytest.mark.slow
 def test_who_is_stopped_evaluates_later(folder, unbroken):
   """An evaluation is due after step 4, where the run must stop at once."""
   cfg, expected = unbroken
@@ -248,7 +258,8 @@ def test_who_is_stopped_evaluates_later(folder, unbroken):
   assert lines(cfg) == expected
 
 
-def test_the_best_and_every_so_many_stay(folder):
+@pytest.mark.slow
+def test_the_best_and_every_so_many_stay(folder, monkeypatch):
   cfg = config(folder, "kept")
   cfg = dataclasses.replace(
     cfg,
@@ -257,17 +268,15 @@ def test_the_best_and_every_so_many_stay(folder):
       cfg.checkpoint, every=1, keep=1, keep_every=3, keep_best=1
     ),
     log=dataclasses.replace(cfg.log, eval_every=1),
-    # The longer it trains, the worse it gets.
-    optimizer=dataclasses.replace(
-      cfg.optimizer, peak_lr=0.3, warmup=0.0, decay=0.0
-    ),
+  )
+  monkeypatch.setattr(
+    evaluation.Evaluation,
+    "__call__",
+    lambda _, step, *args, last: (step - 5) ** 2,
   )
   train(cfg)
-  evals = runs.lines(cfg.run_dir, "eval")
-  best = min(evals, key=lambda line: line["dense"])["step"]
   found = {x.name for x in pathlib.Path(cfg.run_dir).glob("checkpoints/*")}
-  assert found == {str(x) for x in {3, 6, 9, 10, best}}
-  assert best not in (3, 6, 9, 10)  # or the test shows nothing
+  assert found == {"3", "5", "6", "9", "10"}
 
 
 def test_the_loop_reads_nothing_but_metrics_a_step_late(
@@ -339,6 +348,7 @@ def with_lines(folder, run, file, **data):
   )
 
 
+@pytest.mark.slow
 def test_broken_lines_are_left_out_and_told(folder, tmp_path, capsys):
   file = tmp_path / "web.jsonl"
   write_lines(file, count=200, broken=(17, 150))  # one in a hundred
@@ -354,6 +364,7 @@ def test_broken_lines_are_left_out_and_told(folder, tmp_path, capsys):
     loop.Run(strict)
 
 
+@pytest.mark.slow
 def test_a_source_that_vanishes_ends_the_run_and_costs_nothing(
   folder, tmp_path, monkeypatch
 ):
@@ -401,6 +412,7 @@ def test_a_folder_says_what_ran(folder, unbroken):
   assert 0.9 < count / (6 * 4 * 32) <= 1
 
 
+@pytest.mark.slow
 def test_steps_are_traced(folder, unbroken):
   cfg, _ = unbroken
   cfg = dataclasses.replace(cfg, run_dir=str(folder / "traced"))
