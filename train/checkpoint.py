@@ -248,8 +248,8 @@ class Checkpoints:
     reason = str(why).splitlines()[0] if str(why) else type(why).__name__
     free = metrics_lib.size(shutil.disk_usage(self._dir).free)
     processes.say(
-      f"ERROR: the checkpoint of step {self._unsaved} was NOT written: {reason} "
-      f"({free} are free in {self._dir}). The newest is "
+      f"ERROR: the checkpoint of step {self._unsaved} was NOT written: {reason}"
+      f" ({free} are free in {self._dir}). The newest is "
       f"{max(self.steps, default='none')}; training goes on, and the next save "
       "is tried as planned."
     )
