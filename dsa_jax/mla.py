@@ -167,19 +167,20 @@ class MLA(nnx.Module):
     c_BSC, kr_BSR = kv_BSX[..., :C], kv_BSX[..., C:]
     queries = rules("batch", "seq", "heads", None)
     keys = rules("keys", None, "heads", None)
-    k_nope_BSNH = jnp.einsum(
-      "BSC,CNH->BSNH", c_BSC, self.k_b_CNH[...].astype(dtype), out_sharding=keys
+    # One product writes the whole key, zeros where the rotated key is added: to
+    # join two arrays would take as much memory as the keys once more.
+    k_b_CNX = jnp.pad(
+      self.k_b_CNH[...].astype(dtype), [(0, 0), (0, 0), (0, cfg.rope_head_dim)]
     )
+    k_BSNX = jnp.einsum("BSC,CNX->BSNX", c_BSC, k_b_CNX, out_sharding=keys)
     v_BSNU = jnp.einsum(
       "BSC,CNU->BSNU", c_BSC, self.v_b_CNU[...].astype(dtype), out_sharding=keys
     )
-    kr_BSNR = jnp.broadcast_to(
-      kr_BSR[:, :, None],
-      (*kr_BSR.shape[:2], cfg.num_heads, cfg.rope_head_dim),
-      out_sharding=keys,
+    kr_BSX = jnp.pad(kr_BSR, [(0, 0), (0, 0), (cfg.nope_head_dim, 0)])
+    k_BSNX += jnp.broadcast_to(
+      kr_BSX[:, :, None], k_BSNX.shape, out_sharding=keys
     )
     q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], -1)
-    k_BSNX = jnp.concatenate([k_nope_BSNH, kr_BSNR], -1)
     ranges = frame.start, frame.end
     selected = [] if frame.attention == "dense" else [selected_BTK]
     per_query = rules("batch", "seq")
