@@ -255,10 +255,24 @@ class Run:
           step, "goodput", {"share": spent.goodput, "seconds": spent.seconds}
         )
 
+    @contextlib.contextmanager
+    def keeping(state, step, owes_evaluation=False):
+      """Where the data fail, what was trained is saved."""
+      try:
+        yield
+      except data_lib.DataError:
+        if pending:
+          log(*pending)
+        if jax.process_count() == 1:  # the others have gone on
+          self.progress.owes_evaluation = owes_evaluation
+          save(state, step)
+        raise
+
     def read():
       with self.clock.spend("data"):
         return next(batches)
 
+    pending = None  # the metrics of a step that are not read
     if self.progress.owes_evaluation:
       measure(state, self.step)
       self.progress.owes_evaluation = False
@@ -276,7 +290,6 @@ class Run:
     batch = read()
     train_step = self._compile(train_step, state, batch, stage)
     log.restart_clock()
-    pending = None
     while self.step < end:
       self._trace_from(self.step + 1)
       state, metrics = train_step(state, batch)
@@ -304,7 +317,8 @@ class Run:
         continue
       bits_per_byte = None
       if measures and not stops:  # who asks to stop may not wait
-        bits_per_byte = measure(state, step)
+        with keeping(state, step, owes_evaluation=True):
+          bits_per_byte = measure(state, step)
       if saves:
         self.progress.owes_evaluation = measures and stops
         save(state, step, bits_per_byte)
@@ -314,14 +328,8 @@ class Run:
         self._stop = True
         break
       if step < end:
-        try:
+        with keeping(state, step):
           batch = read()
-        except data_lib.DataError:
-          if pending:
-            log(*pending)
-          if jax.process_count() == 1:  # the others have gone on
-            save(state, step)
-          raise
     batches.close()
     return state
 

@@ -84,7 +84,6 @@ TINY = "--config=configs/tiny.py"
     ([TINY, "--stages.0.steps=0"], ["steps=0"]),
     ([TINY, "--data.sources.0.path=/nowhere/*.txt"], ["/nowhere/*.txt"]),
     ([TINY, "--data.tokenizer=none.json"], ["none.json"]),
-    ([TINY, "--resume", "--run-dir=/nowhere"], ["/nowhere", "no run"]),
     ([TINY, "--stages.0.kind=warmup"], ["stages.0 is warmup", "--init-from"]),
     ([TINY, "--stages.0.kind=sparse"], ["stages.0 is sparse", "--init-from"]),
     ([TINY, "--init-from=/nowhere"], ["/nowhere", "no run with a checkpoint"]),

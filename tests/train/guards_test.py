@@ -89,7 +89,7 @@ def poison(monkeypatch):
     found = losses(self, tokens, *args, **kwargs)
     bad = (tokens == POISON).all()
     assert found.lm is not None
-    lm = found.lm + jnp.where(bad, jnp.nan, 0.0)
+    lm = found.lm * jnp.where(bad, jnp.nan, 1.0)
     return dataclasses.replace(found, lm=lm)
 
   monkeypatch.setattr(dsa_jax.Transformer, "losses", poisoned)
