@@ -103,7 +103,7 @@ class Alarms:
     self._raised: set[str] = set()
 
   def __call__(self, values: dict[str, Any]) -> list[str]:
-    """The alarms that a step's metrics raise."""
+    """The alarms that a step's metrics raise; None is what is not finite."""
     found = {}
     if collapsed := values.get("collapsed_layers"):
       found["router"] = (
@@ -111,10 +111,9 @@ class Alarms:
         "their routers collapse. Raise --stages.N.router-bias-rate or "
         "balance-weight, or lower the learning rate"
       )
-    if "index" in values:
-      kl = values["index"]
+    if (kl := values.get("index")) is not None:
       self._lowest_kl = min(self._lowest_kl, kl)
-      if not kl <= self._cfg.kl_factor * self._lowest_kl:
+      if kl > self._cfg.kl_factor * self._lowest_kl:
         found["index"] = (
           f"the indexer's KL is {kl:.3g}, and was {self._lowest_kl:.3g}: it "
           "loses the attention that it predicts. Lower --optimizer.indexer-lr"

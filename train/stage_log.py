@@ -113,16 +113,19 @@ class StageLog:
     self.step, self.in_a_row = step, int(values["in_a_row"])
     if self.in_a_row:
       self._clock.skipped(step)
-      self.trouble = (
-        f"loss {values.get('loss', 'not trained')}, gradient norm "
-        f"{values['grad_norm']}"
+      watched = {"gradient norm": values["grad_norm"]}
+      if "loss" in values:
+        watched["loss"] = values["loss"]
+      self.trouble = ", ".join(
+        f"{name} " + ("not finite" if x is None else f"{x:.4g}")
+        for name, x in watched.items()
       )
       self._metrics.write(
         step, "incident", {"what": "skipped", "why": self.trouble}
       )
       processes.say(
         f"WARNING: step {step} is skipped, the parameters stay as they were: "
-        f"{self.trouble}; not finite, or far above the steps before"
+        f"{self.trouble}; that is far above the steps before, or no number"
       )
     for alarm in self._alarms(values):
       self._metrics.write(step, "incident", {"what": "alarm", "why": alarm})
@@ -166,7 +169,8 @@ class StageLog:
     values["lr"] = np.asarray(self._rate(taken)).item()
     if layers and step % self._cfg.log.every == 0:
       values["index"] = sum(layers["index_per_layer"])
-      values["index_per_layer"] = layers["index_per_layer"]
+      if math.isfinite(values["index"]):
+        values["index_per_layer"] = layers["index_per_layer"]
       # NaN where no query of the batch had more than K keys to choose from.
       recall = layers["recall_per_layer"]
       if np.isfinite(recall).all():

@@ -88,9 +88,11 @@ def poison(monkeypatch):
   def poisoned(self, tokens, *args, **kwargs):
     found = losses(self, tokens, *args, **kwargs)
     bad = (tokens == POISON).all()
-    assert found.lm is not None
-    lm = found.lm * jnp.where(bad, jnp.nan, 1.0)
-    return dataclasses.replace(found, lm=lm)
+    harm = jnp.where(bad, jnp.nan, 1.0)
+    if found.lm is None:  # the indexer alone is trained
+      assert found.index is not None
+      return dataclasses.replace(found, index=found.index * harm)
+    return dataclasses.replace(found, lm=found.lm * harm)
 
   monkeypatch.setattr(dsa_jax.Transformer, "losses", poisoned)
 
@@ -150,6 +152,7 @@ def test_alarms_are_raised_once():
   alarms = guards.Alarms(guards.GuardConfig(kl_factor=2.0))
   assert not alarms({"index": 1.0, "collapsed_layers": 0.0})
   assert not alarms({"index": 1.9})
+  assert not alarms({"index": None})
   (kl,) = alarms({"index": 2.1})
   assert "KL is 2.1" in kl
   both = alarms({"index": 2.2, "collapsed_layers": 3.0})
@@ -171,7 +174,7 @@ def train(folder, monkeypatch, tmp_path_factory, compile_once):
   poison(monkeypatch)
   read = feed.Feed.__next__
 
-  def run(poisoned, left_out=(), steps=14, **guard):
+  def run(poisoned, left_out=(), steps=14, stage=0, **guard):
     batches = iter(range(1, 1000))
 
     def poisoned_read(self):
@@ -188,7 +191,8 @@ def train(folder, monkeypatch, tmp_path_factory, compile_once):
     cfg = dataclasses.replace(
       cfg,
       run_dir=str(root / "run"),
-      stages=(dataclasses.replace(cfg.stages[0], steps=steps),),
+      stages=(dataclasses.replace(cfg.stages[stage], steps=steps),),
+      init_from="random" if stage else None,
       checkpoint=dataclasses.replace(cfg.checkpoint, every=4),
       guard=guards.GuardConfig(patience=3, **guard),
     )
@@ -210,6 +214,19 @@ def test_a_skipped_step_is_told_and_training_goes_on(train, capsys):
   incidents = runs.lines(run_dir, "incident")
   assert [x["step"] for x in incidents if x["what"] == "skipped"] == [6]
   assert "step 6 is skipped" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_step_of_the_indexer_alone_may_be_skipped(train):
+  """Also where its KL is measured, at every second step."""
+  run_dir = train(poisoned={3, 6}, stage=2, steps=8)
+  incidents = runs.lines(run_dir, "incident")
+  assert [x["step"] for x in incidents if x["what"] == "skipped"] == [3, 6]
+  lines = runs.lines(run_dir, "train")
+  assert [line["step"] for line in lines] == list(range(1, 9))
+  assert [line.get("index") is None for line in lines[1::2]] == [
+    *(False, False, True, False)
+  ]
 
 
 @pytest.mark.slow
