@@ -116,21 +116,38 @@ def test_a_run_goes_on_in_another_shape(tmp_path):
   )
 
 
-@pytest.mark.slow
-def test_when_one_dies_all_end(tmp_path):
-  runs.write_text(tmp_path)
+def launch_long(folder):
+  """Two processes of a run without an end, that have trained some steps."""
+  runs.write_text(folder)
   started = launch_two(
-    tmp_path,
-    f"--run-dir={tmp_path}/run",
+    folder,
+    f"--run-dir={folder}/run",
     "--mesh.data=4",
     "--stages.0.steps=100000",
   )
-  metrics = tmp_path / "run" / "metrics.jsonl"
+  metrics = folder / "run" / "metrics.jsonl"
   begun = time.monotonic()
   while not (metrics.exists() and metrics.read_text()):
     assert time.monotonic() - begun < 200
     assert all(process.poll() is None for process in started)
     time.sleep(0.5)
+  return started
+
+
+@pytest.mark.slow
+def test_when_one_is_asked_to_stop_all_save_one_step(tmp_path):
+  started = launch_long(tmp_path)
+  started[1].send_signal(signal.SIGTERM)
+  first, _ = finish(*started)
+  (step,) = re.findall(r"stopped after step (\d+)", first)
+  saved = [x.name for x in (tmp_path / "run" / "checkpoints").iterdir()]
+  assert step in saved
+  assert losses(tmp_path, "run")[-1][0] == int(step)
+
+
+@pytest.mark.slow
+def test_when_one_dies_all_end(tmp_path):
+  started = launch_long(tmp_path)
   started[1].send_signal(signal.SIGKILL)
   started[1].communicate()
   output, _ = started[0].communicate(timeout=60)
