@@ -310,7 +310,7 @@ class Run:
         log(*pending)
         pending = None
       self._trace_until(step)
-      if log.in_a_row >= cfg.guard.patience:
+      if log.in_a_row >= cfg.guard.patience and not stops:
         with self.clock.spend("restore"):
           state, pending = self._roll_back(stage, begin, log), None
         batch = read()
