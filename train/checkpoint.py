@@ -84,6 +84,7 @@ class Checkpoints:
     """
     self._dir = pathlib.Path(cfg.run_dir).resolve()
     check(cfg)
+    processes.meet("checked")  # before anyone writes what another would find
     _make_writable(self._dir)
     if processes.is_first():
       text = json.dumps(dataclasses.asdict(cfg), indent=2)

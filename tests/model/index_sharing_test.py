@@ -138,6 +138,7 @@ def by_definition(attention):
 class IndexLossTest(chex.TestCase):
   ATTENTION = "sparse"
 
+  @pytest.mark.slow
   def test_is_each_layers_kl_over_the_layers_that_its_indexer_serves(self):
     (_, parts), _, _ = gradients(self.ATTENTION)
     kl, _ = by_definition(self.ATTENTION)

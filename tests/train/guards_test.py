@@ -99,7 +99,7 @@ def poison(monkeypatch):
 
 def test_a_step_that_is_not_believed_changes_nothing(monkeypatch):
   poison(monkeypatch)
-  train_step, state = step_test.start(step_test.stage("sparse"))
+  train_step, state = step_test.start(step_test.stage("pretrain"))
   good = step_test.cut(step_test.batch(), 2)
   bad = dict(good, tokens=np.full_like(good["tokens"], POISON))
   state, metrics = train_step(state, good)
@@ -122,6 +122,7 @@ def test_a_step_that_is_not_believed_changes_nothing(monkeypatch):
   assert any(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_the_norms_of_the_parts_make_the_whole():
   train_step, state = step_test.start(step_test.stage("sparse"))
   _, metrics = train_step(state, step_test.cut(step_test.batch(), 2))
@@ -202,6 +203,7 @@ def train(folder, monkeypatch, tmp_path_factory, compile_once):
   return run
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_told_and_training_goes_on(train, capsys):
   run_dir = train(poisoned={6})
   lines = runs.lines(run_dir, "train")

@@ -23,7 +23,7 @@ from train import loop
 from train import processes
 from train import step as step_lib
 
-pytestmark = pytest.mark.usefixtures("compile_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_once")]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,6 @@ orphans = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.slow
 @orphans
 def test_no_damaged_file_goes_unnoticed(folder, unbroken):
   """Whichever it is: the checkpoint is refused, or holds what was saved."""
@@ -183,7 +182,6 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.slow
 @orphans
 @pytest.mark.parametrize("failing", [{2, 4}, {4, 6}])
 def test_a_full_disk_costs_no_training(
@@ -224,7 +222,6 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, run_dir):
     loop.Run(cfg).train()
 
 
-@pytest.mark.slow
 def test_one_command_starts_a_run_and_starts_it_again(folder, unbroken):
   cfg, expected = unbroken
   cfg = dataclasses.replace(cfg, run_dir=str(folder / "again"), resume=True)
@@ -245,7 +242,6 @@ def test_killed_before_its_config_was_whole(folder):
     checkpoint.check(cfg)
 
 
-@pytest.mark.slow
 def test_who_is_stopped_evaluates_later(folder, unbroken):
   """An evaluation is due after step 4, where the run must stop at once."""
   cfg, expected = unbroken
@@ -258,7 +254,6 @@ def test_who_is_stopped_evaluates_later(folder, unbroken):
   assert lines(cfg) == expected
 
 
-@pytest.mark.slow
 def test_the_best_and_every_so_many_stay(folder, monkeypatch):
   cfg = config(folder, "kept")
   cfg = dataclasses.replace(
@@ -348,7 +343,6 @@ def with_lines(folder, run, file, **data):
   )
 
 
-@pytest.mark.slow
 def test_broken_lines_are_left_out_and_told(folder, tmp_path, capsys):
   file = tmp_path / "web.jsonl"
   write_lines(file, count=200, broken=(17, 150))  # one in a hundred
@@ -366,7 +360,6 @@ def test_broken_lines_are_left_out_and_told(folder, tmp_path, capsys):
     loop.Run(strict)
 
 
-@pytest.mark.slow
 def test_a_source_that_vanishes_ends_the_run_and_costs_nothing(
   folder, tmp_path, monkeypatch
 ):
@@ -414,7 +407,6 @@ def test_a_folder_says_what_ran(folder, unbroken):
   assert 0.9 < count / (6 * 4 * 32) <= 1
 
 
-@pytest.mark.slow
 def test_steps_are_traced(folder, unbroken):
   cfg, _ = unbroken
   cfg = dataclasses.replace(cfg, run_dir=str(folder / "traced"))
