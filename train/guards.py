@@ -46,9 +46,9 @@ class GuardConfig:
       if not getattr(self, name) > 0:
         raise ValueError(f"guard.{name}={getattr(self, name)} must be above 0.")
     if self.rollbacks < 0:
-      raise ValueError(f"guard.{self.rollbacks=} must be at least 0.")
+      raise ValueError(f"guard.rollbacks={self.rollbacks} must be at least 0.")
     if not self.kl_factor > 1:
-      raise ValueError(f"guard.{self.kl_factor=} must be above 1.")
+      raise ValueError(f"guard.kl_factor={self.kl_factor} must be above 1.")
 
 
 @jax.tree_util.register_dataclass

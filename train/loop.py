@@ -1,11 +1,9 @@
 """The loop: data, step, log, evaluate, sample, save; stage after stage."""
 
-from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
 import pathlib
-import signal
 import sys
 import time
 from typing import Any
@@ -98,7 +96,7 @@ class Run:
       stack.enter_context(contextlib.closing(self.checkpoints))
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(dispatch.kernels(cfg.kernels))
-      stack.enter_context(_signals(self._ask_to_stop))
+      stack.enter_context(processes.signals(self._ask_to_stop))
       processes.say(self.summary())
       state = self._start()
       self.clock = goodput.Clock(cfg.run_dir, self.step, began=self._began)
@@ -483,27 +481,6 @@ class Run:
       sys.exit(128 + signum)
     print("stopping after this step (again: at once)", file=sys.stderr)
     self._stop = True
-
-
-class _signals:
-  """SIGINT and SIGTERM call `handler` inside the context.
-
-  Not so in one of several processes: there, JAX hears SIGTERM, and makes them
-  all agree on a step (`processes.asked_to_stop`), which a handler would undo.
-  """
-
-  def __init__(self, handler: Callable[[int, Any], None]):
-    self._handler = handler
-
-  def __enter__(self):
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    if jax.process_count() > 1:
-      kinds = ()
-    self._before = {kind: signal.signal(kind, self._handler) for kind in kinds}
-
-  def __exit__(self, *exc_info):
-    for kind, handler in self._before.items():
-      signal.signal(kind, handler)
 
 
 def _local_bytes(x: jax.ShapeDtypeStruct) -> int:

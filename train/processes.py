@@ -4,12 +4,14 @@ The first of them alone writes the log, the metrics and what else a person
 reads; checkpoints are written by all, together.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
 import sys
 import time
 import traceback
@@ -152,6 +154,23 @@ def _write(text: str) -> None:
       out.write("".join(lines))
   except OSError as e:  # no reason to end a run, and it is printed
     print(f"{_log} could not be written: {e}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+  """Inside, SIGINT and SIGTERM call `handler`.
+
+  Not so in one of several processes: there, JAX hears SIGTERM, and makes them
+  all agree on a step (`asked_to_stop`), which a handler would undo.
+  """
+  alone = jax.process_count() == 1
+  kinds = (signal.SIGINT, signal.SIGTERM) if alone else ()
+  before = {kind: signal.signal(kind, handler) for kind in kinds}
+  try:
+    yield
+  finally:
+    for kind, former in before.items():
+      signal.signal(kind, former)
 
 
 def fetch(tree: Any) -> Any:

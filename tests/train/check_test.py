@@ -21,13 +21,6 @@ from train import step as step_lib
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("text")
-  runs.write_text(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
 def trained(folder):
   """A run that goes on after step 1 of its only stage."""
   cfg = runs.config(folder, "trained")

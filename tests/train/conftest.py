@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from tests.train import runs
+
 
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory):
@@ -14,3 +16,11 @@ def compile_once(tmp_path_factory):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   yield
   jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder of documents."""
+  folder = tmp_path_factory.mktemp("text")
+  runs.write_text(folder)
+  return folder

@@ -162,13 +162,6 @@ def test_alarms_are_raised_once():
   assert len(alarms({"index": 1.1})) == 1  # twice the new lowest
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("text")
-  runs.write_text(folder)
-  return folder
-
-
 @pytest.fixture
 def train(folder, monkeypatch, tmp_path_factory, compile_once):
   """Trains with poisoned batches, by number; the run's folder and its lines."""

@@ -20,13 +20,6 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses.json"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("text")
-  runs.write_text(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
 def unbroken(folder, compile_once):
   """The config and the train lines of a run from beginning to end."""
   cfg = runs.config(folder, "unbroken")

@@ -26,13 +26,6 @@ from train import step as step_lib
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_once")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("text")
-  runs.write_text(folder)
-  return folder
-
-
 def config(folder, run, **kwargs):
   """Six steps of dense training, saved after each second one."""
   cfg = runs.config(folder, run)
