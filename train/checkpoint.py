@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from typing import Any, Final
 import zlib
 
@@ -114,6 +115,10 @@ class Checkpoints:
     )
     self._saving: int | None = None
     self._unsaved: int | None = None  # the last one, if it failed
+
+  def prepare(self, state: step_lib.TrainState) -> None:
+    """Compiles what a save runs on the devices, ahead of the first."""
+    _fingerprint(state)
 
   @property
   def steps(self) -> list[int]:
@@ -240,9 +245,15 @@ class Checkpoints:
 
   def _clean(self) -> None:
     """Removes what failed saves left behind: it would fill the disk."""
-    if processes.is_first():
-      for left in (self._dir / "checkpoints").glob(f"*{_TEMPORARY}"):
+    if not processes.is_first():
+      return
+    for left in (self._dir / "checkpoints").glob(f"*{_TEMPORARY}"):
+      for _ in range(20):
         shutil.rmtree(left, ignore_errors=True)
+        if not left.exists():
+          break
+        # A thread of the save that failed has put one more file there.
+        time.sleep(0.1)
 
   def _failed(self, why: Exception) -> None:
     self._unsaved, self._saving = self._saving, None

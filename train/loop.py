@@ -399,6 +399,7 @@ class Run:
       with dispatch.record() as ops:
         lowered = train_step.lower(state, batch)
       compiled = lowered.compile()
+      self.checkpoints.prepare(state)
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory else 0
     chosen = ", ".join(f"{op} by {name}" for op, name in sorted(ops.items()))
