@@ -22,18 +22,27 @@ from pallas_kernels.indexer_topk import fp8
 # What results in bf16 of sums in fp32 may differ by. Of a number: either the
 # difference or that over the number; of a row: 1 - cosine.
 OUT_ABSOLUTE: Final = 8e-4
+# That limit is for averages of many keys. Of few, numbers are larger, and so is
+# what bf16 probabilities do to one that is small among them: where the root
+# mean square of a row is above this, the limit grows with it.
+OUT_SIZE: Final = 0.1
 OUT_RELATIVE: Final = 3.01 / 128
 OUT_COSINE: Final = 7e-6
-LSE_ABSOLUTE: Final = 1e-6
+# Near zero, which takes few keys, it is a difference of numbers of the logits'
+# size: this is an eighth of a last bit in fp32 of 16.
+LSE_ABSOLUTE: Final = 2e-6
 LSE_RELATIVE: Final = 2.01 / 65536
 LOSS_ABSOLUTE: Final = 1e-5
 LOSS_RELATIVE: Final = 1e-3
 # 1 - 2 <x, y> / (|x|^2 + |y|^2), which is |x - y|^2 / (|x|^2 + |y|^2), of all.
 GRADIENT: Final = 1e-4
 # The same of one row. A row far below the others is what rounding leaves where
-# large terms cancel: it is held to this share of their mean square.
+# large terms cancel: it is held to a share of their mean square, of all rows
+# and of the heads of its own query. (A query of two keys may weigh one of them
+# by nearly 1: then the exact gradient is far below the rounding of `out`.)
 GRADIENT_ROW: Final = 1e-3
 ROW_FLOOR: Final = 1e-2
+HEAD_FLOOR: Final = 0.3
 # Of sum_j |w_j| relu(q_j . k), the largest of a query's: what summing in
 # another order may change.
 SCORE: Final = 1e-5
@@ -188,7 +197,11 @@ def _excess(
 ) -> Float[Array, ""]:
   """The largest error over its limit; NaN where a number is none."""
   x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-  error = jnp.abs(x - y) / jnp.maximum(absolute, relative * jnp.abs(y))
+  limit = jnp.maximum(absolute, relative * jnp.abs(y))
+  if x.ndim == 4:  # B T N C: results; the others have one number for a head
+    rms = jnp.sqrt(jnp.mean(jnp.square(y), -1, keepdims=True))
+    limit = jnp.maximum(limit, absolute * rms / OUT_SIZE)
+  error = jnp.abs(x - y) / limit
   # -inf is right where it is expected, and only there.
   error = jnp.where(x == y, 0.0, error)
   return jnp.max(jnp.where(jnp.isnan(error), jnp.inf, error))
@@ -212,6 +225,9 @@ def _distances(x: Array, y: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
   apart = jnp.sum(jnp.square(x - y), -1)
   size = jnp.sum(jnp.square(x) + jnp.square(y), -1)
   floor = ROW_FLOOR * jnp.mean(size)
+  if x.ndim == 4:  # has heads
+    heads = jnp.mean(size, -1, keepdims=True)
+    floor = jnp.maximum(floor, HEAD_FLOOR * heads)
   row = apart / jnp.maximum(size, floor)
   return jnp.max(row), jnp.sum(apart) / jnp.sum(size)
 
