@@ -29,5 +29,13 @@ def test_short_sequences_are_done_densely(T, S, K, dense):
 
 
 def test_a_device_without_a_figure_is_always_sparse(monkeypatch):
-  monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
+  monkeypatch.setattr(dispatch, "device_kind", lambda: "TPU v8")
   assert not crossover.dense_is_faster(2048, 2048, 2048)
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_hopper_gathers_from_16k(monkeypatch, kind):
+  monkeypatch.undo()
+  monkeypatch.setattr(dispatch, "device_kind", lambda: kind)
+  assert crossover.dense_is_faster(8192, 8192, 2048)
+  assert not crossover.dense_is_faster(16_384, 16_384, 2048)
