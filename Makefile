@@ -10,7 +10,7 @@ PYTHONS ?= python3.13 python3.12 python3
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train demo test test-slow test-tpus faults soak lint format clean
+.PHONY: help setup train demo test test-slow test-long test-tpus faults soak lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' \
@@ -26,7 +26,7 @@ demo: $(READY)  ## turn a tiny dense model sparse, and print what it is worth
 	$(PYTHON) -m train.lifecycle --config=configs/tiny_lifecycle.py $(ARGS)
 
 test: $(READY)  ## run the tests, but for the slow ones
-	$(PYTHON) -m pytest -n 2 --dist=loadfile -m "not slow and not tpus" $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist=loadfile -m "not (slow or long or tpus)" $(ARGS)
 
 test-tpus: $(READY)  ## compile every kernel for every TPU, at the real shapes
 	$(PYTHON) -m pytest -n 2 --dist=loadfile -m tpus $(ARGS)
@@ -40,6 +40,9 @@ test-slow: $(READY)  ## run the slow tests
 	  test $$status -eq 5 || exit $$status; \
 	  echo 'No slow test was selected.'; \
 	}
+
+test-long: $(READY)  ## run the tests that do not fit into CI's hour
+	$(PYTHON) -m pytest -n 2 --dist=loadfile -m long $(ARGS)
 
 faults: $(READY)  ## kill runs at random moments; they must come out the same
 	$(PYTHON) -m tests.faults.kills $(ARGS)

@@ -5,7 +5,7 @@ import pytest
 from tests.faults import kills
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_comes_to_the_same(tmp_path):
   tally = kills.prove(
     tmp_path, kills=2, seed=0, processes=1, stages=("pretrain",)

@@ -33,12 +33,18 @@ PAIRS = [
 ]
 ALONE = [dict(data=4), dict(fsdp=4), dict(expert=4), dict(context=4)]
 ALL = dict(data=2, fsdp=2, expert=2, context=2, tensor=2)
-# All axes in both ways. Of the others every second one in each, so that an axis
-# comes in both: it would be minutes more for them all.
-MESHES = [(ALL, "dense"), (ALL, "sparse")]
-MESHES += zip(
-  [*PAIRS, *ALONE, dict(tensor=2)], itertools.cycle(["sparse", "dense"])
-)
+# All axes, in both ways; then every axis once more. Of the others every second
+# one in each way, so that an axis comes in both: it would be minutes more for
+# them all.
+MESHES = [
+  (ALL, "dense"),
+  (ALL, "sparse"),
+  (dict(fsdp=4, context=2), "dense"),
+  (dict(data=2, expert=2, tensor=2), "sparse"),
+]
+MORE = [
+  *zip([*PAIRS, *ALONE, dict(tensor=2)], itertools.cycle(["sparse", "dense"]))
+]
 
 
 @functools.cache
@@ -98,11 +104,6 @@ def check(attention, axes, cfg=MODEL, other=None):
 
 
 @pytest.mark.slow
-def test_on_one_mesh():
-  check("sparse", dict(expert=2, context=2))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("axes", [dict(), dict(context=2, tensor=2)], ids=str)
 def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
   done = []
@@ -122,5 +123,11 @@ def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("axes", "attention"), MESHES, ids=str)
+def test_on_many_axes(axes, attention):
+  check(attention, axes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("axes", "attention"), MORE, ids=str)
 def test_every_mesh(axes, attention):
   check(attention, axes)
