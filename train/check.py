@@ -35,7 +35,7 @@ def report(cfg: config_lib.TrainConfig) -> None:
       for i in range(len(cfg.stages)):
         for line in _sample(cfg, run.corpus, i):
           processes.say(line)
-    states = [_state(cfg, stage) for stage in cfg.stages]
+    states = [run.shapes(stage) for stage in cfg.stages]
   processes.say(_memory(states, run.mesh))
   processes.say(_disk(cfg, [_size(state) for state in states]))
   processes.say(_origin(cfg, run))
@@ -80,18 +80,6 @@ def _sample(
       text = corpus.tokenizer.decode(piece)
       more = "..." if len(text) > _CHARACTERS else ""
       yield f"    {len(piece):>6} | {text[:_CHARACTERS]!r}{more}"
-
-
-def _state(
-  cfg: config_lib.TrainConfig, stage: config_lib.StageConfig
-) -> step_lib.TrainState:
-  """The shapes of all that a stage changes and saves; needs a mesh."""
-  _, init = step_lib.init(cfg.model, cfg.seed)
-
-  def make(key):
-    return step_lib.begin_stage(cfg.optimizer, stage, *init(key))
-
-  return jax.eval_shape(make, jax.random.key(0))
 
 
 def _size(state: step_lib.TrainState) -> int:

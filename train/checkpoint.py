@@ -22,6 +22,7 @@ from train import config as config_lib
 from train import metrics as metrics_lib
 from train import processes
 from train import step as step_lib
+from train import whole_files
 
 # What may differ between a run and its continuation: where things lie, what is
 # logged, saved and guarded, and which devices compute, by what.
@@ -89,7 +90,7 @@ class Checkpoints:
     _make_writable(self._dir)
     if processes.is_first():
       text = json.dumps(dataclasses.asdict(cfg), indent=2)
-      write_whole(self._dir / "config.json", text + "\n")
+      whole_files.write(self._dir / "config.json", text + "\n")
     processes.meet("run_dir")  # before anyone writes anything else there
     policies: Any = ocp.training.preservation_policies
     keep = [
@@ -282,7 +283,7 @@ def check(cfg: config_lib.TrainConfig) -> None:
       f"run_dir={cfg.run_dir} is a file; give another --run-dir."
     )
   # A run that was killed as it began may have left half of its config.
-  unfinished = (_partial(file).name, _PROBE)
+  unfinished = (whole_files.partial(file).name, _PROBE)
   if not folder.exists() or all(
     path.name.startswith(unfinished) for path in folder.iterdir()
   ):
@@ -311,17 +312,6 @@ def check(cfg: config_lib.TrainConfig) -> None:
       f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
       "begin a new run."
     )
-
-
-def write_whole(file: pathlib.Path, text: str) -> None:
-  """Writes a file so that whoever reads finds all of it, or what was before."""
-  partial = _partial(file)
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, file)
-
-
-def _partial(file: pathlib.Path) -> pathlib.Path:
-  return file.with_name(file.name + ".partial")
 
 
 def _make_writable(folder: pathlib.Path) -> None:

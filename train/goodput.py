@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -21,6 +20,7 @@ import numpy as np
 
 from train import metrics as metrics_lib
 from train import processes
+from train import whole_files
 
 type Cause = Literal[
   "start", "restore", "compile", "data", "checkpoint", "evaluation", "sample"
@@ -195,11 +195,9 @@ class Clock:
   def _write(self) -> None:
     if self._file is None:
       return
-    part = self._file.with_suffix(".part")
+    text = json.dumps(dataclasses.asdict(self._attempt()))
     try:
-      text = json.dumps(dataclasses.asdict(self._attempt()))
-      part.write_text(text, encoding="utf-8")
-      os.replace(part, self._file)
+      whole_files.write(self._file, text)
     except OSError as e:  # no reason to end a run: the next note may succeed
       print(f"{self._file} could not be written: {e}", file=sys.stderr)
 

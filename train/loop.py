@@ -135,10 +135,7 @@ class Run:
     ]
     for i, stage in enumerate(cfg.stages):
       cost = stage_log.flops_per_token(model, stage)
-      state = jax.eval_shape(
-        functools.partial(self._fresh, stage), *self._like()
-      )
-      held = sum(_local_bytes(x) for x in jax.tree.leaves(state))
+      held = sum(_local_bytes(x) for x in jax.tree.leaves(self.shapes(stage)))
       tokens = stage.steps * stage.batch_size * stage.seq_len
       keys = f", K {model.top_k}" if stage.attention == "sparse" else ""
       lines.append(
@@ -149,6 +146,10 @@ class Run:
         f" {metrics_lib.size(held)} a device"
       )
     return "\n".join(lines)
+
+  def shapes(self, stage: config_lib.StageConfig) -> step_lib.TrainState:
+    """Of all that a stage changes and saves; needs the mesh."""
+    return jax.eval_shape(functools.partial(self._fresh, stage), *self._like())
 
   def _like(self) -> Any:
     return jax.eval_shape(self._init, jax.random.key(0))
@@ -188,10 +189,10 @@ class Run:
       saved = next(
         s for s, end in zip(cfg.stages, cfg.stage_ends) if step <= end
       )
-      make = functools.partial(self._fresh, saved)
-      like = jax.eval_shape(make, *self._like())
       try:
-        state, self.progress = self.checkpoints.load(step, like, self.mesh)
+        state, self.progress = self.checkpoints.load(
+          step, self.shapes(saved), self.mesh
+        )
       except checkpoint_lib.Broken as e:
         processes.say(f"ERROR: the checkpoint of step {step} is broken: {e}")
       else:

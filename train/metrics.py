@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import pathlib
 import secrets
 import sys
@@ -14,6 +13,7 @@ import tensorboardX
 
 from pallas_kernels import tpu
 from train import processes
+from train import whole_files
 
 # Peak dense bf16 FLOP/s of a device, by the start of its kind; data sheets.
 _PEAK: Final = {
@@ -149,8 +149,8 @@ def _keep(file: pathlib.Path, first_step: int, again: bool) -> None:
 
   Half a line at its end, as a killed process leaves it, goes.
   """
-  part = file.with_suffix(".part")
-  with file.open("rb") as old, part.open("wb") as new:  # may be large
+  partial = whole_files.partial(file)
+  with file.open("rb") as old, partial.open("wb") as new:  # may be large
     for number, line in enumerate(old, start=1):
       try:
         said = json.loads(line)
@@ -163,7 +163,7 @@ def _keep(file: pathlib.Path, first_step: int, again: bool) -> None:
         ) from e
       if step < first_step - (again and not trains):
         new.write(line.removesuffix(b"\n") + b"\n")
-  os.replace(part, file)
+  whole_files.replace(file)
 
 
 def check_wandb(project: str | None) -> None:
