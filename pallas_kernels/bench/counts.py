@@ -24,6 +24,8 @@ _SMALL: Final = 20
 # Searches of indexer_topk for the threshold of 32 rows of normally distributed
 # scores: turns in the sample, twice, and in all keys.
 _TURNS: Final = 13, 13, 14
+# Of sparse_indexer_loss: what its arrays have room for, over K.
+_LONGEST_UNION: Final = 3
 
 
 class Unknown(ValueError):
@@ -58,6 +60,8 @@ class Call:
   union: float | None
   """Keys that a block of neighbouring queries reads, over K; None: they have
   none in common."""
+  cores: int = 1
+  """Of the device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +264,86 @@ def _sparse_backward(call: Call, bQ: int, bK: int) -> Counts:
   )
 
 
+def _dense_loss_scores(call: Call, bT: int, bS: int) -> Counts:
+  shape, M, I = call.shape, call.shape.M, call.shape.I
+  tiles, chunks = _chunks(call, bT, bS)
+  return Counts(
+    steps=tiles,
+    ends=chunks,
+    blocks=(),
+    bytes=tiles * bS * (2 * I + 4 * bT)
+    + 2 * chunks * bT * M * I
+    + 4 * shape.T * M,
+  )
+
+
+def _dense_loss_target(call: Call, bT: int, bS: int, bN: int) -> Counts:
+  shape = call.shape
+  tiles, _ = _chunks(call, bT, bS)
+  steps = tiles * (shape.N // bN)
+  heads = 2 * bN * (bT + bS) * (shape.H + shape.R)
+  return Counts(
+    steps=steps,
+    ends=tiles,
+    blocks=(steps * bN,),
+    bytes=steps * heads + 4 * tiles * bS * bT,
+  )
+
+
+def _dense_loss_gradients(call: Call, bT: int, bS: int) -> Counts:
+  M, I = call.shape.M, call.shape.I
+  tiles, chunks = _chunks(call, bT, bS)
+  return Counts(
+    steps=tiles,
+    ends=chunks,
+    blocks=(),
+    # Of a tile: keys both ways, their sums in and out, scores and target.
+    bytes=tiles * bS * (2 * 2 * I + 2 * 4 * I + 2 * 4 * bT)
+    + chunks * bT * M * I * (2 + 2 + 4),
+  )
+
+
+def _chunks(call: Call, bT: int, bS: int) -> tuple[int, int]:
+  """Of all cores: tiles of keys that a chunk of queries sees, and chunks."""
+  rows = call.cores * bT
+  seen, _ = _spans(call, rows, bS)
+  return call.cores * seen, call.cores * -(-call.shape.T // rows)
+
+
+def _sparse_loss_distributions(call: Call, bQ: int, bK: int) -> Counts:
+  shape = call.shape
+  index = 2 * bQ * shape.M * shape.I
+  keys = _row_bytes(128 * -(-(shape.C + shape.R) // 128) + shape.I)
+  return _sparse_loss(
+    *(call, bQ, bK, keys),
+    index + 2 * bQ * shape.N * (shape.C + shape.R),
+    2,
+  )
+
+
+def _sparse_loss_gradients(call: Call, bQ: int, bK: int) -> Counts:
+  shape = call.shape
+  sums = 2 * 4 * 128 * -(-shape.I // 128)  # a row is read and written
+  index = (2 + 2 + 4) * bQ * shape.M * shape.I
+  return _sparse_loss(call, bQ, bK, _row_bytes(shape.I) + sums, index, 1)
+
+
+def _sparse_loss(
+  call: Call, bQ: int, bK: int, row: int, block: int, arrays: int
+) -> Counts:
+  """Bytes: of a row of keys, of a block; and `arrays` [places, bQ, bK]."""
+  nQ, starts = -(-call.shape.T // bQ), _starts(bK)
+  tiles, union, apart = _reads(call, bQ, bK)
+  longest = min(_LONGEST_UNION, bQ)
+  places = -(-longest * call.shape.K // bK)
+  return Counts(
+    steps=nQ,
+    ends=nQ,
+    blocks=(nQ * starts, tiles, (tiles - nQ) * starts, union, apart),
+    bytes=tiles * bK * row + nQ * (block + 4 * arrays * places * bQ * bK),
+  )
+
+
 def _starts(bK: int) -> int:
   """Turns of the loop that starts a tile's copies, 32 in each."""
   return -(-bK // 32)
@@ -281,4 +365,9 @@ _KERNELS: Final[dict[str, Callable[..., Counts]]] = {
   "indexer_topk": _indexer_topk,
   "sparse_mla_forward": _sparse_forward,
   "sparse_mla_backward": _sparse_backward,
+  "dense_indexer_loss_scores": _dense_loss_scores,
+  "dense_indexer_loss_target": _dense_loss_target,
+  "dense_indexer_loss_gradients": _dense_loss_gradients,
+  "sparse_indexer_loss_distributions": _sparse_loss_distributions,
+  "sparse_indexer_loss_gradients": _sparse_loss_gradients,
 }

@@ -177,10 +177,11 @@ class Estimates:
   def __init__(
     self, folder: pathlib.Path, topology: str, call: counts_lib.Call, **about
   ):
-    self._folder, self._call = folder, call
+    self._folder = folder
     self._mesh = device(topology)
     with jax.set_mesh(self._mesh):
       self._chip = tpu.chip()
+    self._call = dataclasses.replace(call, cores=self._chip.cores)
     self._values = {
       "topology": topology,
       "device": self._mesh.devices.flat[0].device_kind,
@@ -259,7 +260,8 @@ class Estimates:
 
   def _kernel(self, name: str, block: bundles.Block, vmem: int) -> Kernel:
     # Without what makes it another one's, or says where it stands.
-    name = re.sub(r"^(transpose_|jvp_)+|_*(\.\d+)*$", "", name)
+    name = re.sub(r"^(transpose_|jvp_)+", "", name.partition(".")[0])
+    name = name.rstrip("_")
     counts = counts_lib.counts(name, self._call)
     size = block.last + 1
     if counts is None:

@@ -121,7 +121,7 @@ def scores(
   return _kernel(
     body,
     "scores",
-    tiles,
+    f"q{bT}_k{bS}",
     (tiles.cores, seen),
     in_specs=[
       _queries((M, bT, I), tiles),
@@ -180,7 +180,7 @@ def target(
   return _kernel(
     body,
     "target",
-    tiles,
+    f"q{bT}_k{bS}_n{bN}",
     (tiles.cores, seen, N // bN),
     in_specs=[
       pl.BlockSpec(
@@ -247,7 +247,7 @@ def gradients(
   return _kernel(
     body,
     "gradients",
-    tiles,
+    f"q{bT}_k{bS}",
     (tiles.cores, seen),
     in_specs=[
       *[_queries((M, bT, I), tiles, pl.Buffered(1))] * 2,
@@ -283,13 +283,13 @@ def _walk(chunk, bS):
 
 
 def _kernel(
-  body, name, tiles, grid, *, in_specs, out_specs, scratch_shapes=(), **kwargs
+  body, name, cut, grid, *, in_specs, out_specs, scratch_shapes=(), **kwargs
 ):
-  """The kernel as a function of a chunk's place and of arrays."""
+  """A kernel whose name says how it is cut; of a chunk's place and arrays."""
   order = pltpu.PARALLEL, *[pltpu.ARBITRARY] * (len(grid) - 1)
   return pl.pallas_call(
     body,
-    name=f"dense_indexer_loss_{name}_q{tiles.bT}_k{tiles.bS}",
+    name=f"dense_indexer_loss_{name}_{cut}",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=grid,

@@ -222,3 +222,39 @@ def test_attention_has_an_estimate(topology, tmp_path: pathlib.Path):
       assert 0 < x["matmul_share"] < 1
       assert 0 < x["vmem"] <= values["chip"]["vmem"]
   assert values["ratios"][0]["value"] > 0
+
+
+@pytest.mark.tpus
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+  "op", ["sparse_mla", "sparse_indexer_loss", "dense_indexer_loss"]
+)
+def test_gradients_have_an_estimate(op, topology, tmp_path: pathlib.Path):
+  file = tmp_path / "out.json"
+  sizes = "--shape=8k", "--heads=16", "--grad", "--no-measure", "--union=2"
+  done = run(
+    *("-m", "pallas_kernels.bench", op, *sizes),
+    *(f"--topology={topology}", f"--json={file}"),
+  )
+  assert done.returncode == 0, done.stderr
+  (program,) = json.loads(file.read_text(encoding="utf-8"))["programs"]
+  assert program["seconds"] > program["floor_matmul_seconds"]
+  assert {x["name"].partition("_q")[0] for x in program["kernels"]} == {
+    "sparse_mla": {"sparse_mla_forward", "sparse_mla_backward"},
+    "sparse_indexer_loss": {
+      "sparse_indexer_loss_distributions",
+      "sparse_indexer_loss_gradients",
+    },
+    "dense_indexer_loss": {
+      "dense_indexer_loss_scores",
+      "dense_indexer_loss_target",
+      "dense_indexer_loss_gradients",
+    },
+  }[op]
+
+
+def test_chunks_of_queries_are_those_of_all_cores():
+  shape = shapes.Shape(T=64, S=256, K=16, N=4)
+  call = counts.Call(shape=shape, visible="all", union=None, cores=2)
+  # Two chunks of 2 x 16 queries, each of which sees 4 tiles of keys.
+  assert counts._chunks(call, 16, 64) == (2 * 2 * 4, 2 * 2)
