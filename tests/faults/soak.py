@@ -25,6 +25,7 @@ from typing import Final, Literal
 import tyro
 
 from tests.faults import attempt as attempt_lib
+from train import goodput
 
 type Name = Literal[
   "nothing", "poison", "SIGTERM", "SIGKILL", "truncated", "flipped"
@@ -234,7 +235,8 @@ def soak(args: Soak, work: pathlib.Path) -> list[str]:
       fault.harm(attempt.run_dir / "checkpoints" / str(newest))
     number += 1
   print(
-    f"{number} attempts, {steps} batches read, step {results.newest} reached"
+    f"{number} attempts, {steps} batches read, step {results.newest} reached\n"
+    f"{goodput.account(work / 'soak')}"
   )
   if hopeless:
     failures.append(f"given up: {hopeless} attempts ended by themselves")
