@@ -29,7 +29,7 @@ OUT_SIZE: Final = 0.1
 OUT_RELATIVE: Final = 3.01 / 128
 OUT_COSINE: Final = 7e-6
 # Near zero, which takes few keys, it is a difference of numbers of the logits'
-# size: this is an eighth of a last bit in fp32 of 16.
+# size: this is about a last bit in fp32 of 16.
 LSE_ABSOLUTE: Final = 2e-6
 LSE_RELATIVE: Final = 2.01 / 65536
 LOSS_ABSOLUTE: Final = 1e-5
