@@ -1,5 +1,7 @@
 """Settings that every test runs under."""
 
+import pathlib
+
 import jax
 import pytest
 
@@ -9,6 +11,7 @@ jax.config.update("jax_num_cpu_devices", 32)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time here; what is compiled is small.
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +20,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     action="store_true",
     help="rewrite the files in tests/golden/ instead of comparing with them",
   )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(
+  tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> pathlib.Path:
+  """A folder of compiled programs: each is compiled once for all workers."""
+  base = tmp_path_factory.getbasetemp()
+  folder = (base if worker_id == "master" else base.parent) / "compiled"
+  folder.mkdir(exist_ok=True)
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  return folder
 
 
 @pytest.fixture

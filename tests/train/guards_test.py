@@ -163,7 +163,7 @@ def test_alarms_are_raised_once():
 
 
 @pytest.fixture
-def train(folder, monkeypatch, tmp_path_factory, compile_once):
+def train(folder, monkeypatch, tmp_path_factory):
   """Trains with poisoned batches, by number; the run's folder and its lines."""
   poison(monkeypatch)
   read = feed.Feed.__next__
@@ -259,7 +259,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train):
 
 
 @pytest.mark.slow
-def test_a_spike_is_skipped(folder, tmp_path, monkeypatch, compile_once):
+def test_a_spike_is_skipped(folder, tmp_path, monkeypatch):
   """Text of another kind, once the run knows its own."""
   read, batches = feed.Feed.__next__, iter(range(1, 1000))
 

@@ -14,13 +14,11 @@ from train import feed
 from train import lifecycle
 from train import loop
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses.json"
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder, compile_once):
+def unbroken(folder):
   """The config and the train lines of a run from beginning to end."""
   cfg = runs.config(folder, "unbroken")
   loop.Run(cfg).train()

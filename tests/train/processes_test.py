@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,7 +48,11 @@ def launch(folder, devices, *options):
   return subprocess.Popen(
     [sys.executable, "-c", PROGRAM, str(folder), str(devices), *options],
     cwd=ROOT,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    env={
+      **os.environ,
+      "PYTHONPATH": str(ROOT),
+      "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    },
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

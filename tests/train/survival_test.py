@@ -23,7 +23,7 @@ from train import loop
 from train import processes
 from train import step as step_lib
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_once")]
+pytestmark = pytest.mark.slow
 
 
 def config(folder, run, **kwargs):
@@ -63,7 +63,7 @@ def like(cfg):
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder, compile_once):
+def unbroken(folder):
   cfg = config(folder, "unbroken")
   train(cfg)
   return cfg, lines(cfg)
