@@ -227,17 +227,12 @@ def _sparse_forward(call: Call, bQ: int, bK: int) -> Counts:
   shape = call.shape
   nQ, D, C = -(-shape.T // bQ), shape.C + shape.R, shape.C
   tiles, union, apart = _reads(call, bQ, bK)
-  starts, groups = _starts(bK), _groups(shape.N, bQ)
   return Counts(
     steps=nQ,
     ends=nQ,
     blocks=(
-      *(1, starts),  # of the very first tile
-      tiles,
-      (tiles - nQ) * starts,
-      nQ * starts,  # of the next block's first
-      *(union * groups, apart),
-      0,  # there is no block without keys
+      call.cores,  # before each one's first block
+      *(tiles, union * _groups(shape.N, bQ), apart),
     ),
     bytes=tiles * bK * _row_bytes(D) + 2 * nQ * bQ * shape.N * (D + C),
   )
@@ -247,16 +242,13 @@ def _sparse_backward(call: Call, bQ: int, bK: int) -> Counts:
   shape = call.shape
   nQ, D, C = -(-shape.T // bQ), shape.C + shape.R, shape.C
   tiles, union, apart = _reads(call, bQ, bK)
-  starts, groups = _starts(bK), _groups(shape.N, bQ)
   sums = 2 * 4 * 128 * -(-D // 128)  # a row is read and written
   return Counts(
     steps=nQ,
     ends=nQ,
     blocks=(
-      nQ * starts,
-      tiles,
-      (tiles - nQ) * starts,
-      *(union * groups, apart),
+      call.cores,  # before each one's first block
+      *(tiles, union, apart),
       0,  # no key stands twice in a tile
     ),
     bytes=tiles * bK * (_row_bytes(D) + sums)
@@ -332,21 +324,16 @@ def _sparse_loss(
   call: Call, bQ: int, bK: int, row: int, block: int, arrays: int
 ) -> Counts:
   """Bytes: of a row of keys, of a block; and `arrays` [places, bQ, bK]."""
-  nQ, starts = -(-call.shape.T // bQ), _starts(bK)
+  nQ = -(-call.shape.T // bQ)
   tiles, union, apart = _reads(call, bQ, bK)
   longest = min(_LONGEST_UNION, bQ)
   places = -(-longest * call.shape.K // bK)
   return Counts(
     steps=nQ,
     ends=nQ,
-    blocks=(nQ * starts, tiles, (tiles - nQ) * starts, union, apart),
+    blocks=(call.cores, tiles, union, apart),
     bytes=tiles * bK * row + nQ * (block + 4 * arrays * places * bQ * bK),
   )
-
-
-def _starts(bK: int) -> int:
-  """Turns of the loop that starts a tile's copies, 32 in each."""
-  return -(-bK // 32)
 
 
 def _groups(N: int, bQ: int) -> int:

@@ -72,11 +72,11 @@ def distributions(
     def compute(tile, place, first, n):
       some = pl.ds(first, n)
       chosen = tiles.chosen(tile, first, n)
-      logits = _dot(q[some].reshape(n * N, D), tiles.keys[:, :D], _NT)
+      logits = _dot(q[some].reshape(n * N, D), tiles.stream.keys[:, :D], _NT)
       logits = scale * logits.reshape(n, N, bK) + bias_column[some]
       weights = jnp.exp2(logits).sum(1)
       target[place, some] = jnp.where(chosen, weights, 0.0)
-      index_keys = tiles.keys[:, first_I : first_I + I]
+      index_keys = tiles.stream.keys[:, first_I : first_I + I]
       similarity = _dot(q_index[some].reshape(n * M, I), index_keys, _NT)
       active = jnp.maximum(similarity, 0.0).reshape(n, M, bK)
       sums = (active * w_column[some]).sum(1)
@@ -108,35 +108,38 @@ def gradients(
     the sum over keys of d scores k_index
     the sum over queries and heads of d scores weighted_q
   """
-  (B, _, M, I), bQ, bK = q_index.shape, walk.tiles.bQ, walk.tiles.bK
-  S, dtype, W = k_index.shape[1], q_index.dtype, -(-I // _LANES)
+  (_, _, M, I), bK = q_index.shape, walk.tiles.bK
+  bQ, dtype, W = walk.tiles.bQ, q_index.dtype, -(-I // _LANES)
 
   def body(
     tiles, q, weighted_q, d_scores, sums, d_k, d_rows, before, semaphores
   ):
-    core, batch = pl.program_id(0), pl.program_id(1)
+    core = pl.program_id(0)
     sums[...] = jnp.zeros_like(sums)
 
-    def copy_rows(tile, write):
-      def copy(key, place):
-        row, part = d_k.at[core, batch, key], before.at[:, place]
+    def copy_rows(write):
+      def copy(piece, place):
+        row, part = d_k.at[core, pl.ds(piece, W)], before.at[:, place]
         source, to = (part, row) if write else (row, part)
         return pltpu.make_async_copy(source, to, semaphores.at[int(write)])
 
-      rows_lib.start(copy, tiles.listed.at[tile], 4)
+      return copy
 
     def wait_rows(write):
       rows_lib.wait(before, semaphores.at[int(write)])
 
-    def begin(tile):
+    def read(tile):
       # A row may be one that the tile before has changed.
       pl.when(tile > 0)(lambda: wait_rows(write=True))
-      copy_rows(tile, write=False)
       d_rows[...] = jnp.zeros_like(d_rows)
+
+    def start(tile, part, n_parts):
+      pieces = tiles.stream.pieces.at[tile]
+      rows_lib.start(copy_rows(write=False), pieces, 4, part, n_parts)
 
     def compute(tile, place, first, n):
       some = pl.ds(first, n)
-      keys = tiles.keys[:, :I]
+      keys = tiles.stream.keys[:, :I]
       similarity = _dot(q[some].reshape(n * M, I), keys, _NT)
       d = d_scores[place, some].reshape(n, 1, bK)
       g = jnp.where(similarity.reshape(n, M, bK) > 0, d, 0.0)
@@ -146,16 +149,16 @@ def gradients(
 
     def end(tile):
       wait_rows(write=False)
-      parts = rows_lib.planes(before, tiles.interpret)
+      parts = rows_lib.planes(before, tiles.stream.interpret)
       for i in range(W):
         parts[i] += d_rows[:, i * _LANES : (i + 1) * _LANES]
-      copy_rows(tile, write=True)
+      pieces = tiles.stream.pieces.at[tile]
+      rows_lib.start_all(copy_rows(write=True), pieces, 4)
 
-    tiles.visit(M, bQ, compute, begin, end)
-    pl.when(tiles.block[0, 0] > 0)(lambda: wait_rows(write=True))
+    tiles.visit(M, bQ, compute, read, start, end)
+    wait_rows(write=True)
 
   blocks = walk.split(q_index), walk.split(weighted_q), d_scores
-  d_k = jnp.zeros((walk.cores, B, S + bK, W, 1, _LANES), _f32)
   sums, d_k = walk.run(
     *("gradients", body, k_index, blocks),
     [jax.ShapeDtypeStruct(blocks[0].shape, _f32)],
@@ -164,10 +167,9 @@ def gradients(
       pltpu.VMEM((W, bK, 1, _LANES), _f32),
       pltpu.SemaphoreType.DMA((2,)),
     ],
-    [d_k],
+    sums=True,
   )
-  d_k = d_k.sum(0).reshape(B, S + bK, W * _LANES)
-  return sums.reshape(q_index.shape), d_k[:, :S, :I]
+  return sums.reshape(q_index.shape), d_k
 
 
 def _dot(x, y, dimensions):

@@ -2,7 +2,7 @@
 
 They read rows of keys as `sparse_mla` does: a block of bQ queries has a list,
 whose tiles are a union of what they chose, or one query's own keys. A tile is
-copied while the one before is computed with.
+copied while those before are computed with.
 
 Between the kernels, a block has `places` tiles [bQ, bK], one for each tile of a
 union. Where the keys are apart, a query's tiles are its rows of the first ones.
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import tpu
@@ -54,27 +55,32 @@ class Walk:
     blocks: Sequence[Shaped[Array, "B nQ ..."]],
     outs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any] = (),
-    sums: Sequence[Float[Array, "cores B ..."]] = (),
+    sums: bool = False,
   ) -> Sequence[jax.Array]:
     """`body(tiles, *refs)` for each block.
 
     Args:
       name: The kernel's name.
       body: Gets a `Tiles` and then references, to the block's part of `blocks`
-        and `outs`, to `sums` in HBM, and to `scratch`.
+        and `outs`, to each core's sums [cores, pieces, 1, 128], and to
+        `scratch`.
       keys: Whose rows are read.
       blocks: What is given by block.
       outs: What is returned by block, [B, nQ, ...].
       scratch: Memory of the body.
-      sums: What one core changes, block after block.
+      sums: Whether the body adds something to rows, float32, that begin as 0.
+        They are in HBM, at the same pieces as the keys' rows.
 
     Returns:
-      `outs` and `sums`.
+      `outs`, and the sums [B, S, D].
     """
     bQ, bK = self.tiles.bQ, self.tiles.bK
-    B, nQ, nK, _ = self.plan.codes.shape
-    steps, D = nQ // self.cores, keys.shape[2]
-    rows = rows_lib.pack(keys, bK)
+    (B, nQ, _, _), (_, S, D) = self.plan.codes.shape, keys.shape
+    steps, n_chunks = nQ // self.cores, -(-D // rows_lib.LANES)
+    pitch = n_chunks if sums else rows_lib.parts(D, keys.dtype.itemsize)
+    pieces = rows_lib.listed(self.plan, S, self.tiles, self.cores, pitch)
+    rows = rows_lib.pack(keys, bK, pitch)
+    all_sums = [jnp.zeros((self.cores, *rows.shape), jnp.float32)] * sums
     interpret = tpu.interpret()
 
     def spec(x, space=None):
@@ -84,36 +90,35 @@ class Walk:
       return pl.BlockSpec(shape, index_map, memory_space=space)
 
     def kernel(*refs):
-      tile_refs, refs = refs[:4], refs[4:]
-      given, refs = refs[: len(blocks)], refs[len(blocks) + len(sums) :]
-      refs, buffers = refs[:-3], refs[-3:]
-      body(Tiles(*tile_refs, *buffers, interpret), *given, *refs)
+      (block, pieces, codes, rows), refs = refs[:4], refs[4:]
+      given, refs = refs[: len(blocks)], refs[len(blocks) + len(all_sums) :]
+      refs, buffers = refs[:-4], refs[-4:]
+      stream = rows_lib.Stream(block, pieces, rows, *buffers, interpret)
+      body(Tiles(stream, codes), *given, *refs)
 
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     first_sums = 4 + len(blocks)
-    return pl.pallas_call(
+    results = pl.pallas_call(
       kernel,
       name=f"sparse_indexer_loss_{name}_q{bQ}_k{bK}",
       grid=(self.cores, B, steps),
       in_specs=[
         spec(self.plan.blocks, pltpu.SMEM),
-        spec(self.plan.codes, pltpu.SMEM),
+        spec(pieces, pltpu.SMEM),
         spec(self.plan.codes),
-        *(hbm, *map(spec, blocks), *[hbm] * len(sums)),
+        *(hbm, *map(spec, blocks), *[hbm] * len(all_sums)),
       ],
-      out_specs=[*map(spec, outs), *[hbm] * len(sums)],
+      out_specs=[*map(spec, outs), *[hbm] * len(all_sums)],
       out_shape=[
         *outs,
-        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in all_sums),
       ],
       input_output_aliases={
-        first_sums + i: len(outs) + i for i in range(len(sums))
+        first_sums + i: len(outs) + i for i in range(len(all_sums))
       },
       scratch_shapes=[
         *scratch,
-        pltpu.VMEM((2, rows.shape[2], bK, 1, rows_lib.LANES), rows.dtype),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.VMEM((bK, -(-D // rows_lib.LANES) * rows_lib.LANES), keys.dtype),
+        *rows_lib.scratch(D, keys.dtype, bK),
       ],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -123,14 +128,19 @@ class Walk:
       ),
       interpret=interpret,
     )(
-      *(self.plan.blocks, self.plan.codes >> bQ, self.plan.codes),
-      *(rows, *blocks, *sums),
+      *(self.plan.blocks, pieces, self.plan.codes),
+      *(rows, *blocks, *all_sums),
     )
+    if not sums:
+      return results
+    total = results[-1].sum(0).reshape(B, S + bK, n_chunks * rows_lib.LANES)
+    return *results[:-1], total[:, :S, :D]
 
 
 def places(K: int, tiles: plan_lib.Tiles) -> int:
   """`Walk.places`."""
-  return -(-min(tiles.longest_union, tiles.bQ) * K // tiles.bK)
+  longest = min(tiles.longest_union, tiles.bQ)
+  return max(-(-longest * K // tiles.bK), rows_lib.AHEAD)
 
 
 def walk(indices: Int[Array, "B T K"], S: int, tiles: plan_lib.Tiles) -> Walk:
@@ -144,31 +154,20 @@ class Tiles:
   """A block's tiles of keys, inside a kernel.
 
   Attributes:
-    block: How many there are, and whether they are a union.
-    listed: The keys, as scalars.
+    stream: The rows of keys, and which they are.
     codes: Keys and who chose them, as a vector.
-    rows: All keys, in HBM.
-    buffers: Two tiles of rows, as they are copied.
-    semaphores: Of the copies.
-    keys: The tile that is computed with: [bK, D], D filled up.
-    interpret: Whether the kernel is interpreted.
   """
 
-  block: Any
-  listed: Any
+  stream: rows_lib.Stream
   codes: Any
-  rows: Any
-  buffers: Any
-  semaphores: Any
-  keys: Any
-  interpret: Any
 
   def visit(
     self,
     heads: int,
     bQ: int,
     compute: Callable[[Any, Any, Any, int], None],
-    begin: Callable[[Any], None] = lambda tile: None,
+    read: Callable[[Any], None] = lambda tile: None,
+    start: Callable[[Any, int, int], None] = lambda tile, part, n_parts: None,
     end: Callable[[Any], None] = lambda tile: None,
   ) -> None:
     """Calls `compute(tile, place, first, n)` with each tile of keys.
@@ -178,53 +177,41 @@ class Tiles:
       bQ: Queries of the block.
       compute: Does what `n` queries, from `first` on, do with the tile `tile`;
         of the tiles between the kernels, theirs is `place`.
-      begin: Called before a tile.
-      end: Called after it.
+      read: Called before a tile.
+      start: Called before each `compute`, to start a part of what is copied
+        meanwhile.
+      end: Called after a tile.
     """
-    n_tiles, is_union = self.block[0, 0], self.block[0, 1]
-    tiles_apart = self.listed.shape[0] // bQ
+    stream = self.stream
+    is_union, tiles_apart = stream.block[0, 1], self.codes.shape[0] // bQ
     group = min(bQ, 1 << max(_AT_ONCE // heads, 1).bit_length() - 1)
+    n_parts = bQ // group
+    stream.open()
 
-    @pl.when(n_tiles > 0)
-    def _():
-      self._start(0)
-
-    @pl.loop(0, n_tiles)
+    @pl.loop(0, stream.n_tiles)
     def _(tile):
-      @pl.when(tile + 1 < n_tiles)
-      def _():
-        self._start(tile + 1)
-
-      begin(tile)
-      slot = tile % 2
-      rows_lib.wait(self.buffers.at[slot], self.semaphores.at[slot])
-      planes = rows_lib.planes(self.buffers.at[slot], self.interpret)
-      rows_lib.unpack(planes, self.keys)
+      stream.read(tile)
+      read(tile)
 
       @pl.when(is_union == 1)
       def _():
-        for first in range(0, bQ, group):
-          compute(tile, tile, first, group)
+        for part in range(n_parts):
+          start(tile, part, n_parts)
+          stream.start(tile, part, n_parts)
+          compute(tile, tile, part * group, group)
 
       @pl.when(is_union == 0)
       def _():
+        start(tile, 0, 1)
+        stream.start(tile)
         compute(tile, tile % tiles_apart, tile // tiles_apart, 1)
 
       end(tile)
+
+    stream.close()
 
   def chosen(self, tile: Any, first: Any, n: int) -> Any:
     """Whether each of the `n` queries chose each key of the tile: [n, bK]."""
     shape = n, self.codes.shape[1]
     query = first + jax.lax.broadcasted_iota(self.codes.dtype, shape, 0)
     return (self.codes[pl.ds(tile, 1)] >> query & 1) == 1
-
-  def _start(self, tile):
-    slot, batch = tile % 2, pl.program_id(1)
-    rows_lib.start(
-      lambda key, place: pltpu.make_async_copy(
-        self.rows.at[batch, key],
-        self.buffers.at[slot, :, place],
-        self.semaphores.at[slot],
-      ),
-      *(self.listed.at[tile], self.keys.dtype.itemsize),
-    )

@@ -30,11 +30,12 @@ def vmem_bytes(
   bQ, bK, lanes = tiles.bQ, tiles.bK, rows_lib.LANES
   wide = pl.cdiv(D, lanes) * lanes
   rows = bQ * N
-  blocks = itemsize * rows * (2 * wide + C) + 4 * bK * n_tiles
-  blocks += 2 * 4 * 8 * bQ * pl.cdiv(N, lanes) * lanes
+  given = itemsize * rows * (wide + C)
+  given += 2 * 4 * 8 * bQ * pl.cdiv(N, lanes) * lanes
+  blocks = given + itemsize * rows * wide + 4 * bK * n_tiles
   row = rows_lib.parts(D, itemsize) * lanes * 4
   scratch = bK * (2 * row + wide * itemsize + 2 * 4 * wide + 4 * lanes)
-  scratch += 4 * rows * wide
+  scratch += given + 4 * rows * wide
   at_once = forward_lib.queries_at_once(bQ, N) * N
   products = 4 * (6 * bK * at_once + bK * wide + at_once * wide)
   return 2 * blocks + scratch + products
@@ -56,11 +57,12 @@ def backward(
   """
   (B, T, N, D), C, (bQ, bK) = q.shape, d_out.shape[3], (tiles.bQ, tiles.bK)
   S, nK, cores = kv.shape[1], plan.codes.shape[2], tpu.chip().cores
-  rows = rows_lib.pack(kv, bK)
-  W, n_chunks, lanes = rows.shape[2], pl.cdiv(D, rows_lib.LANES), rows_lib.LANES
+  n_chunks, lanes = pl.cdiv(D, rows_lib.LANES), rows_lib.LANES
+  # A key's row and its sum stand at the same place, so one list serves both.
+  rows = rows_lib.pack(kv, bK, n_chunks)
   steps = T // bQ // cores
-  codes = lambda space: pl.BlockSpec(
-    (None, None, nK, bK),
+  listed = lambda rows, columns, space: pl.BlockSpec(
+    (None, None, rows, columns),
     lambda c, b, i: (b, c * steps + i, 0, 0),
     memory_space=space,
   )
@@ -69,7 +71,7 @@ def backward(
   )
   hbm = pl.BlockSpec(memory_space=pl.ANY)
   interpret = tpu.interpret()
-  zeros = jnp.zeros((cores, B, S + bK, n_chunks, 1, lanes), jnp.float32)
+  zeros = jnp.zeros((cores, *rows.shape), jnp.float32)
   d_q, d_rows = pl.pallas_call(
     functools.partial(
       _kernel,
@@ -79,13 +81,9 @@ def backward(
     ),
     grid=(cores, B, steps),
     in_specs=[
-      pl.BlockSpec(
-        (None, None, 1, 3),
-        lambda c, b, i: (b, c * steps + i, 0, 0),
-        memory_space=pltpu.SMEM,
-      ),
-      codes(pltpu.SMEM),
-      codes(pltpu.VMEM),
+      listed(1, 3, pltpu.SMEM),
+      listed(nK + rows_lib.AHEAD, bK, pltpu.SMEM),
+      listed(nK, bK, pltpu.VMEM),
       block(N, D),
       block(N, C),
       block(1, N),
@@ -100,9 +98,11 @@ def backward(
     ],
     input_output_aliases={8: 1},
     scratch_shapes=[
-      pltpu.VMEM((2, W, bK, 1, lanes), rows.dtype),
-      pltpu.SemaphoreType.DMA((2,)),
-      pltpu.VMEM((bK, n_chunks * lanes), kv.dtype),
+      *rows_lib.scratch(D, kv.dtype, bK),
+      pltpu.VMEM((bQ, N, D), q.dtype),
+      pltpu.VMEM((bQ, N, C), q.dtype),
+      pltpu.VMEM((bQ, 1, N), jnp.float32),
+      pltpu.VMEM((bQ, 1, N), jnp.float32),
       pltpu.VMEM((bK, lanes), jnp.int32),
       pltpu.VMEM((bQ, N, D), jnp.float32),
       pltpu.VMEM((bK, n_chunks * lanes), jnp.float32),
@@ -118,7 +118,9 @@ def backward(
     interpret=interpret,
     name=f"sparse_mla_backward_q{bQ}_k{bK}",
   )(
-    *(plan.blocks, plan.codes >> bQ, plan.codes, q, d_out),
+    plan.blocks,
+    rows_lib.listed(plan, S, tiles, cores, n_chunks),
+    *(plan.codes, q, d_out),
     *(lse[:, :, None], delta[:, :, None], rows, zeros),
   )
   d_kv = d_rows.sum(0).reshape(B, S + bK, n_chunks * lanes)
@@ -127,19 +129,24 @@ def backward(
 
 def _kernel(
   block_ref,
-  keys_ref,
+  pieces_ref,
   codes_ref,
-  q_ref,
-  d_out_ref,
-  lse_ref,
-  delta_ref,
-  kv_ref,
+  q_window,
+  d_out_window,
+  lse_window,
+  delta_window,
+  rows_ref,
   _,
   d_q_ref,
   d_kv_ref,
   buffers,
   semaphores,
+  turn,
   keys,
+  q_ref,
+  d_out_ref,
+  lse_ref,
+  delta_ref,
   queries,
   d_q,
   d_rows,
@@ -152,10 +159,13 @@ def _kernel(
 ):
   bQ, N, D = q_ref.shape
   C, bK, lanes = d_out_ref.shape[2], keys.shape[0], rows_lib.LANES
-  itemsize = q_ref.dtype.itemsize
-  n_tiles, is_union, twice = (block_ref[0, i] for i in range(3))
-  tiles_apart = keys_ref.shape[0] // bQ
-  core, batch = pl.program_id(0), pl.program_id(1)
+  is_union, twice = block_ref[0, 1], block_ref[0, 2]
+  tiles_apart = codes_ref.shape[0] // bQ
+  core = pl.program_id(0)
+  stream = rows_lib.Stream(
+    *(block_ref, pieces_ref, rows_ref, buffers, semaphores, turn, keys),
+    interpret,
+  )
   precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
 
   def dot(x, y, contract):
@@ -167,26 +177,21 @@ def _kernel(
       preferred_element_type=jnp.float32,
     )
 
-  def start(tile):
-    slot = tile % 2
-    rows_lib.start(
-      lambda key, place: pltpu.make_async_copy(
-        kv_ref.at[batch, key],
-        buffers.at[slot, :, place],
-        semaphores.at[slot],
-      ),
-      *(keys_ref.at[tile], itemsize),
-    )
-
-  def start_sums(tile, write):
-    def copy(key, place):
-      row, part = d_kv_ref.at[core, batch, key], sums.at[:, place]
+  def copy_sums(write):
+    def copy(piece, place):
+      row = d_kv_ref.at[core, pl.ds(piece, sums.shape[0])]
+      part = sums.at[:, place]
       source, target = (part, row) if write else (row, part)
       return pltpu.make_async_copy(
         source, target, sums_semaphores.at[int(write)]
       )
 
-    rows_lib.start(copy, keys_ref.at[tile], 4)
+    return copy
+
+  def start(tile, part=0, n_parts=1):
+    pieces = pieces_ref.at[tile]
+    rows_lib.start(copy_sums(write=False), pieces, 4, part, n_parts)
+    stream.start(tile, part, n_parts)
 
   def wait_sums(write):
     rows_lib.wait(sums, sums_semaphores.at[int(write)])
@@ -212,38 +217,35 @@ def _kernel(
     d_rows[:, :D] += dot(d_logits, q, ((1,), (0,)))
     d_rows[:, :C] += dot(weights.astype(q.dtype), d_out, ((1,), (0,)))
 
+  # Where a window is, the scalar unit computes, and products would wait for it
+  # while it starts copies. Scratch does not move.
+  q_ref[...] = q_window[...]
+  d_out_ref[...] = d_out_window[...]
+  lse_ref[...] = lse_window[...]
+  delta_ref[...] = delta_window[...]
   d_q[...] = jnp.zeros_like(d_q)
 
-  @pl.when(n_tiles > 0)
-  def _():
-    start(0)
+  stream.open()
 
-  @pl.loop(0, n_tiles)
+  @pl.loop(0, stream.n_tiles)
   def _(tile):
-    @pl.when(tile + 1 < n_tiles)
-    def _():
-      start(tile + 1)
-
-    @pl.when(tile > 0)
-    def _():
-      wait_sums(write=True)
-
-    start_sums(tile, write=False)
-    slot = tile % 2
-    rows_lib.wait(buffers.at[slot], semaphores.at[slot])
-    rows_lib.unpack(rows_lib.planes(buffers.at[slot], interpret), keys)
+    stream.read(tile)
     codes = codes_ref[pl.ds(tile, 1)]
     queries[...] = jnp.broadcast_to(codes, (lanes, bK)).T
     d_rows[...] = jnp.zeros_like(d_rows)
 
+    # A row may be one that the tile before has changed.
+    pl.when(tile > 0)(lambda: wait_sums(write=True))
+
     @pl.when(is_union == 1)
     def _():
-      @pl.loop(0, bQ // group)
-      def _(i):
+      for i in range(bQ // group):
+        start(tile, i, bQ // group)
         attend(i * group, group)
 
     @pl.when(is_union == 0)
     def _():
+      start(tile)
       attend(tile // tiles_apart, 1)
 
     @pl.when(twice == 1)
@@ -263,10 +265,8 @@ def _kernel(
     parts = rows_lib.planes(sums, interpret)
     for i in range(parts.shape[0]):
       parts[i] += d_rows[:, i * lanes : (i + 1) * lanes]
-    start_sums(tile, write=True)
+    rows_lib.start_all(copy_sums(write=True), pieces_ref.at[tile], 4)
 
-  @pl.when(n_tiles > 0)
-  def _():
-    wait_sums(write=True)
-
+  wait_sums(write=True)
+  stream.close()
   d_q_ref[...] = d_q[...].astype(d_q_ref.dtype)

@@ -1,9 +1,9 @@
 """Sparse attention on a TPU: out and lse, a block of queries at a time.
 
-While a tile of rows is attended to, the next one is copied, be it the first of
-the next block. All queries of the block, with all their heads, are multiplied
-with a tile of the union; the bits of its codes say which of them chose the key.
-A tile that is one query's own is multiplied with its heads alone.
+While tiles of rows are attended to, the next ones are copied, be they the next
+block's. All queries of the block, with all their heads, are multiplied with a
+tile of the union; the bits of its codes say which of them chose the key. A tile
+that is one query's own is multiplied with its heads alone.
 """
 
 import functools
@@ -55,23 +55,14 @@ def forward(
   (B, T, N, D), C, (bQ, bK) = q.shape, latent_rank, (tiles.bQ, tiles.bK)
   nK, cores = plan.codes.shape[2], tpu.chip().cores
   steps = T // bQ // cores
-  rows = rows_lib.pack(kv, bK)
-  W, wide = rows.shape[2], pl.cdiv(D, rows_lib.LANES) * rows_lib.LANES
+  W = rows_lib.parts(D, kv.dtype.itemsize)
   here = lambda c, b, i: (b, c * steps + i, 0, 0)
-
-  def following(c, b, i):
-    b += i + 1 == steps
-    return jnp.minimum(b, B - 1), c * steps + (i + 1) % steps, 0, 0
-
-  def listed(index_map, rows, columns, space=pltpu.SMEM):
-    shape = (None, None, rows, columns)
-    return pl.BlockSpec(shape, index_map, memory_space=space)
-
+  listed = lambda rows, columns, space: pl.BlockSpec(
+    (None, None, rows, columns), here, memory_space=space
+  )
   block = lambda *shape: pl.BlockSpec(
     (None, bQ, *shape), lambda *step: here(*step)[: len(shape) + 2]
   )
-  # The scalar unit, which starts the copies, has no time to spare for shifts.
-  keys = plan.codes >> bQ
   interpret = tpu.interpret()
   return pl.pallas_call(
     functools.partial(
@@ -79,11 +70,9 @@ def forward(
     ),
     grid=(cores, B, steps),
     in_specs=[
-      listed(here, 1, 3),
-      listed(here, nK, bK),
-      listed(following, 1, 3),
-      listed(following, 1, bK),
-      listed(here, nK, bK, space=pltpu.VMEM),
+      listed(1, 3, pltpu.SMEM),
+      listed(nK + rows_lib.AHEAD, bK, pltpu.SMEM),
+      listed(nK, bK, pltpu.VMEM),
       block(N, D),
       pl.BlockSpec(memory_space=pl.ANY),
     ],
@@ -93,10 +82,7 @@ def forward(
       jax.ShapeDtypeStruct((B, T, N), jnp.float32),
     ],
     scratch_shapes=[
-      pltpu.VMEM((2, W, bK, 1, rows_lib.LANES), rows.dtype),
-      pltpu.SemaphoreType.DMA((2,)),
-      pltpu.SMEM((1,), jnp.int32),
-      pltpu.VMEM((bK, wide), kv.dtype),
+      *rows_lib.scratch(D, kv.dtype, bK),
       pltpu.VMEM((bQ, N, C), jnp.float32),
       pltpu.VMEM((bQ, N, 1), jnp.float32),
       pltpu.VMEM((bQ, N, 1), jnp.float32),
@@ -110,19 +96,18 @@ def forward(
     interpret=interpret,
     name=f"sparse_mla_forward_q{bQ}_k{bK}",
   )(
-    *(plan.blocks, keys, plan.blocks, keys[:, :, :1]),
-    *(plan.codes, q, rows),
+    plan.blocks,
+    rows_lib.listed(plan, kv.shape[1], tiles, cores, W),
+    *(plan.codes, q, rows_lib.pack(kv, bK, W)),
   )
 
 
 def _kernel(
   block_ref,
-  keys_ref,
-  next_block_ref,
-  next_keys_ref,
+  pieces_ref,
   codes_ref,
   q_ref,
-  kv_ref,
+  rows_ref,
   out_ref,
   lse_ref,
   buffers,
@@ -139,12 +124,12 @@ def _kernel(
 ):
   bQ, N, D = q_ref.shape
   C, bK = out_ref.shape[2], keys.shape[0]
-  n_tiles, is_union = block_ref[0, 0], block_ref[0, 1]
-  tiles_apart = keys_ref.shape[0] // bQ
-  batch, i = pl.program_id(1), pl.program_id(2)
-  ends_row = i == pl.num_programs(2) - 1
-  ends = ends_row & (batch == pl.num_programs(1) - 1)
-  has_next = ~ends & (next_block_ref[0, 0] > 0)
+  is_union = block_ref[0, 1]
+  tiles_apart = codes_ref.shape[0] // bQ
+  stream = rows_lib.Stream(
+    *(block_ref, pieces_ref, rows_ref, buffers, semaphores, turn, keys),
+    interpret,
+  )
   precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
   dot = functools.partial(
     jax.lax.dot_general,
@@ -154,19 +139,6 @@ def _kernel(
   sums[...] = jnp.zeros_like(sums)
   top[...] = jnp.full_like(top, _LOWEST)
   total[...] = jnp.zeros_like(total)
-
-  def start(keys, batch, slot):
-    rows_lib.start(
-      lambda key, place: pltpu.make_async_copy(
-        kv_ref.at[batch, key],
-        buffers.at[slot, :, place],
-        semaphores.at[slot],
-      ),
-      *(keys, q_ref.dtype.itemsize),
-    )
-
-  def start_next(slot):
-    start(next_keys_ref.at[0], batch + ends_row.astype(jnp.int32), slot)
 
   def attend(tile, first, n):
     """The `n` queries from `first` on attend to the tile's keys."""
@@ -188,46 +160,25 @@ def _kernel(
     mixed = dot(weights, keys[:, :C], (((1,), (0,)), ((), ())))
     sums[some] = decay * sums[some] + mixed.reshape(n, N, C)
 
-  @pl.when((batch == 0) & (i == 0))
-  def _():
-    turn[0] = 0
+  stream.open()
 
-    @pl.when(n_tiles > 0)
-    def _():
-      start(keys_ref.at[0], batch, 0)
-
-  first_slot = turn[0]
-
-  @pl.loop(0, n_tiles)
+  @pl.loop(0, stream.n_tiles)
   def _(tile):
-    slot = (first_slot + tile) % 2
-
-    @pl.when(tile + 1 < n_tiles)
-    def _():
-      start(keys_ref.at[tile + 1], batch, 1 - slot)
-
-    @pl.when((tile + 1 == n_tiles) & has_next)
-    def _():
-      start_next(1 - slot)
-
-    rows_lib.wait(buffers.at[slot], semaphores.at[slot])
-    rows_lib.unpack(rows_lib.planes(buffers.at[slot], interpret), keys)
+    stream.read(tile)
 
     @pl.when(is_union == 1)
     def _():
       @pl.loop(0, bQ // group)
       def _(i):
+        stream.start(tile, i, bQ // group)
         attend(tile, i * group, group)
 
     @pl.when(is_union == 0)
     def _():
+      stream.start(tile)
       attend(tile, tile // tiles_apart, 1)
 
-  @pl.when((n_tiles == 0) & has_next)
-  def _():
-    start_next(first_slot)
-
-  turn[0] = (first_slot + n_tiles) % 2
+  stream.close()
 
   alive = total[...] > 0
   whole = jnp.where(alive, total[...], 1.0)

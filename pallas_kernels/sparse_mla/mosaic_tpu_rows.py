@@ -8,16 +8,20 @@ bfloat16 numbers travel as one of 32 bits.
 """
 
 from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, Final
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-LANES = 128
-_UNROLLED = 32  # copies in the body of the loop that starts them
+from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
+
+LANES: Final = 128
+_UNROLLED: Final = 32  # copies in the body of the loop that starts them
+AHEAD: Final = 2  # tiles
 
 
 def parts(width: int, itemsize: int) -> int:
@@ -25,38 +29,87 @@ def parts(width: int, itemsize: int) -> int:
   return pl.cdiv(pl.cdiv(width, LANES), 4 // itemsize)
 
 
-def pack(kv: Float[Array, "B S D"], bK: int) -> Shaped[Array, "B rows W 1 128"]:
-  """Rows as they are copied from, and `bK` rows of zeros after them.
+def pack(
+  kv: Float[Array, "B S D"], bK: int, pitch: int
+) -> Shaped[Array, "pieces 1 128"]:
+  """Rows as they are copied from, one each `pitch` pieces of 128 numbers.
 
-  Part w of a bfloat16 row holds the numbers from 128 w on in its lower bits,
-  those from 128 (w + W) on in its upper ones.
+  After the rows of each batch row come `bK` of zeros. Part w of a bfloat16 row
+  holds the numbers from 128 w on in its lower bits, those from 128 (w + W) on
+  in its upper ones.
   """
   B, S, D = kv.shape
   W, ratio = parts(D, kv.dtype.itemsize), 4 // kv.dtype.itemsize
   kv = jnp.pad(kv, [(0, 0), (0, bK), (0, W * ratio * LANES - D)])
-  kv = kv.reshape(B, S + bK, ratio, W, 1, LANES)
+  kv = kv.reshape(B, S + bK, ratio, W, LANES)
   if ratio == 1:
-    return kv[:, :, 0]
-  halves = jax.lax.bitcast_convert_type(kv, jnp.uint16).astype(jnp.int32)
-  return halves[:, :, 0] | halves[:, :, 1] << 16
+    kv = kv[:, :, 0]
+  else:
+    halves = jax.lax.bitcast_convert_type(kv, jnp.uint16).astype(jnp.int32)
+    kv = halves[:, :, 0] | halves[:, :, 1] << 16
+  kv = jnp.pad(kv, [(0, 0), (0, 0), (0, pitch - W), (0, 0)])
+  return kv.reshape(-1, 1, LANES)
 
 
-def start(copy: Callable[[Any, Any], Any], keys: Any, itemsize: int) -> None:
-  """Starts `copy(key, place)` for each entry of a tile's list, keys[bK].
+def listed(
+  plan: plan_lib.Plan, S: int, tiles: plan_lib.Tiles, cores: int, pitch: int
+) -> Int[Array, "B nQ nL bK"]:
+  """The first piece of each row that a block reads, with `pack`'s rows.
+
+  The last two tiles are the first ones of the block that comes next on the same
+  core; after the last of all, rows of zeros. The scalar unit, which starts the
+  copies, has no time to spare for computing any of this.
+  """
+  bK = tiles.bK
+  B, nQ, nK, _ = plan.codes.shape
+  batch = jnp.arange(B, dtype=jnp.int32)[:, None, None, None]
+  pieces = ((plan.codes >> tiles.bQ) + (S + bK) * batch) * pitch
+  # A core has blocks that follow each other, of each batch row.
+  begin = pieces[:, :, :AHEAD].reshape(B, cores, -1, AHEAD, bK)
+  begin = begin.swapaxes(0, 1).reshape(cores, -1, AHEAD, bK)
+  zeros = (S + jnp.arange(bK, dtype=jnp.int32)) * pitch
+  zeros = jnp.broadcast_to(zeros, (cores, 1, AHEAD, bK))
+  following = jnp.concatenate([begin[:, 1:], zeros], 1)
+  following = following.reshape(cores, B, -1, AHEAD, bK).swapaxes(0, 1)
+  return jnp.concatenate([pieces, following.reshape(B, nQ, AHEAD, bK)], 2)
+
+
+def start(
+  copy: Callable[[Any, Any], Any],
+  pieces: Any,
+  itemsize: int,
+  part: Any = 0,
+  n_parts: int = 1,
+) -> None:
+  """Starts `copy(piece, place)` for a part of a tile's list, pieces[bK].
 
   bfloat16 rows come to lie in pairs, the second in the upper bits: the first of
   each pair is copied to the first half of a plane, the second to the other.
-  """
-  bK, pair = keys.shape[0], 4 // itemsize
-  unrolled = min(_UNROLLED, bK)
 
-  @pl.loop(0, bK // unrolled)
-  def _(i):
-    # Offsets from here on are constants of the instructions.
-    some = keys.at[pl.ds(pl.multiple_of(i * unrolled, unrolled), unrolled)]
-    place = i * (unrolled // pair)
-    for j in range(unrolled):
-      copy(some[j], place + (j % pair * (bK // pair) + j // pair)).start()
+  There is no loop: as instructions of the same block, starting copies and
+  computing are scheduled together.
+  """
+  bK, pair = pieces.shape[0], 4 // itemsize
+  size = bK // n_parts
+  first = (
+    part * size if isinstance(part, int) else pl.multiple_of(part * size, size)
+  )
+  # Offsets from here on are constants of the instructions.
+  some = pieces.at[pl.ds(first, size)]
+  place = part * (size // pair)
+  for j in range(size):
+    copy(some[j], place + (j % pair * (bK // pair) + j // pair)).start()
+
+
+def start_all(
+  copy: Callable[[Any, Any], Any], pieces: Any, itemsize: int
+) -> None:
+  """`start` where there is nothing else to do."""
+  n_parts = max(pieces.shape[0] // _UNROLLED, 1)
+
+  @pl.loop(0, n_parts)
+  def _(part):
+    start(copy, pieces, itemsize, part, n_parts)
 
 
 def wait(buffer: Any, semaphore: Any) -> None:
@@ -89,3 +142,93 @@ def unpack(planes: Any, keys: Any) -> None:
     upper = jax.lax.shift_right_logical(even, 16) | odd & ~0xFFFF
     put(w, pltpu.bitcast(lower, keys.dtype))
     put(w + W, pltpu.bitcast(upper, keys.dtype))
+
+
+def scratch(D: int, dtype: Any, bK: int) -> list[Any]:
+  """What a kernel holds for a `Stream` of rows of D numbers."""
+  W = parts(D, dtype.itemsize)
+  return [
+    pltpu.VMEM(
+      (AHEAD, W, bK, 1, LANES), jnp.int32 if dtype.itemsize == 2 else dtype
+    ),
+    pltpu.SemaphoreType.DMA((AHEAD,)),
+    pltpu.SMEM((1,), jnp.int32),
+    pltpu.VMEM((bK, pl.cdiv(D, LANES) * LANES), dtype),
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A block's tiles of rows, which are copied while those before are used.
+
+  The copies of the second next tile start when a tile has left its buffer, so
+  that none is waited for right after it was started; the second next may be one
+  of the next block.
+  """
+
+  block: Any
+  """`Plan.blocks` of the block."""
+  pieces: Any
+  """`listed` of the block, as scalars: [nK + 2, bK]."""
+  rows: Any
+  """`pack`, in HBM."""
+  buffers: Any
+  """Two tiles as they are copied."""
+  semaphores: Any
+  """Of the copies."""
+  turn: Any
+  """The buffer of the block's first tile."""
+  keys: Any
+  """The tile that is computed with: [bK, D], D filled up."""
+  interpret: Any
+
+  @property
+  def n_tiles(self) -> Any:
+    """At least as many as are started ahead; those have no keys then."""
+    return jnp.maximum(self.block[0, 0], AHEAD)
+
+  def open(self) -> None:
+    """Called first, by each block."""
+
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _():
+      self.turn[0] = 0
+      for tile in range(AHEAD):
+        copy = self._copy(tile)
+        start_all(copy, self.pieces.at[tile], self.keys.dtype.itemsize)
+
+  def read(self, tile: Any) -> None:
+    """Writes a tile's rows to `keys`. Then `start` must be called."""
+    slot = self._slot(tile)
+    wait(self.buffers.at[slot], self.semaphores.at[slot])
+    unpack(planes(self.buffers.at[slot], self.interpret), self.keys)
+
+  def start(self, tile: Any, part: Any = 0, n_parts: int = 1) -> None:
+    """Starts a part of the copies of what comes two after `tile`."""
+    ahead, n_tiles = tile + AHEAD, self.n_tiles
+    nK = self.pieces.shape[0] - AHEAD
+    ahead = jnp.where(ahead < n_tiles, ahead, nK + ahead - n_tiles)
+    itemsize = self.keys.dtype.itemsize
+    copy = self._copy(self._slot(tile))
+    start(copy, self.pieces.at[ahead], itemsize, part, n_parts)
+
+  def close(self) -> None:
+    """Called last, by each block."""
+    self.turn[0] = self._slot(self.n_tiles)
+    ends = [pl.program_id(i) == pl.num_programs(i) - 1 for i in (1, 2)]
+
+    @pl.when(ends[0] & ends[1])
+    def _():
+      for slot in range(AHEAD):
+        wait(self.buffers.at[slot], self.semaphores.at[slot])
+
+  def _slot(self, tile):
+    return (self.turn[0] + tile) % AHEAD
+
+  def _copy(self, slot):
+    W = self.buffers.shape[1]
+    return lambda piece, place: pltpu.make_async_copy(
+      self.rows.at[pl.ds(piece, W)],
+      self.buffers.at[slot, :, place],
+      self.semaphores.at[slot],
+    )
