@@ -100,7 +100,7 @@ def work(kernel: bundles.Block, counts: Counts) -> Work:
     return left.pop(0)
 
   guarded = {
-    id(inner): _is_guard(block)
+    id(inner): _is_guard(block) and block is not step
     for _, block in kernel.walk()
     for inner in block.inside
   }
@@ -175,6 +175,14 @@ def _dense_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   )
 
 
+def _chosen_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
+  """With a mask, of a word of 32 keys and query."""
+  plain = _dense_forward(call, bT, bS, chunk)
+  seen, _, _ = plain.blocks
+  words = 4 * call.shape.N * _spans(call, bT, 32 * 128)[0] * bT * 128
+  return dataclasses.replace(plain, blocks=(seen,), bytes=plain.bytes + words)
+
+
 def _dense_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   shape = call.shape
   N, width = shape.N, 2 * (shape.H + shape.R + shape.U)
@@ -187,6 +195,26 @@ def _dense_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
     blocks=(N * tiles * (bS // chunk), N * whole, N * (seen - whole)),
     bytes=N * width * (tiles * bT + 2 * nS * bS)
     + 2 * N * nT * bT * (shape.H + shape.R),
+  )
+
+
+def _chosen_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
+  plain = _dense_backward(call, bT, bS, chunk)
+  chunks, whole, part = plain.blocks
+  words = 4 * call.shape.N * _spans(call, bT, bS)[0] * bT * 128
+  return dataclasses.replace(
+    plain, blocks=(chunks, whole + part), bytes=plain.bytes + words
+  )
+
+
+def _words(call: Call, bQ: int) -> Counts:
+  shape = call.shape
+  words = 128 * -(-shape.S // (32 * 128))  # of a query
+  return Counts(
+    steps=-(-shape.T // bQ),
+    ends=0,
+    blocks=(),
+    bytes=4 * shape.T * (shape.K + words),
   )
 
 
@@ -349,6 +377,9 @@ def _row_bytes(D: int) -> int:
 _KERNELS: Final[dict[str, Callable[..., Counts]]] = {
   "dense_mla_forward": _dense_forward,
   "dense_mla_backward": _dense_backward,
+  "dense_mla_chosen_forward": _chosen_forward,
+  "dense_mla_chosen_backward": _chosen_backward,
+  "dense_mla_words": _words,
   "indexer_topk": _indexer_topk,
   "sparse_mla_forward": _sparse_forward,
   "sparse_mla_backward": _sparse_backward,

@@ -128,6 +128,12 @@ class Cases:
   def dense_mla(self) -> cases.Case:
     return cases.dense_mla(jax.random.key(0), self.shape, self.visible)
 
+  def chosen_dense_mla(self) -> cases.Case:
+    """With a mask."""
+    shape = self.shape
+    indices = jnp.zeros((1, shape.T, shape.K), jnp.int32)
+    return cases.dense_mla(jax.random.key(0), shape, self.visible, indices)
+
   def sparse_indexer_loss(self) -> cases.Case:
     return cases.sparse_indexer_loss(
       *(self._index(), self.sparse_mla(), self._lse(), self.shape),
@@ -166,7 +172,15 @@ def run(op: str, of: Cases, estimates: "Estimates", grad: bool) -> None:
     both = _sum(parts)
     estimates.ratio("warm-up over dense_mla forward", both, parts[0])
   elif op == "crossover":
-    raise ValueError("crossover is measured; there is no estimate of it.")
+    gathered, masked = one("sparse_mla", grad), one("chosen_dense_mla", grad)
+    start, end = (np.asarray(x) for x in cases.ranges(of.shape, of.visible))
+    visible = np.maximum(end - start, 0)
+    per_pair = visible.sum() / np.minimum(visible, of.shape.K).sum()
+    estimates.ratio(
+      "visible pairs of dense_mla in the time of a chosen one of sparse_mla",
+      None if gathered is None else gathered * float(per_pair),
+      masked,
+    )
   else:
     one(op, grad)
 

@@ -149,7 +149,8 @@ def backward(
       vmem_limit_bytes=tpu.chip().vmem,
     ),
     interpret=tpu.interpret(),
-    name=f"dense_mla_backward_q{bT}_k{bS}_c{chunk}",
+    name=f"dense_mla_{'chosen_' * (words is not None)}backward"
+    f"_q{bT}_k{bS}_c{chunk}",
   )(bounds, walks, *operands)
 
 

@@ -122,7 +122,8 @@ def forward(
       vmem_limit_bytes=tpu.chip().vmem,
     ),
     interpret=tpu.interpret(),
-    name=f"dense_mla_forward_q{bT}_k{bS}_c{chunk}",
+    name=f"dense_mla_{'chosen_' * (words is not None)}forward"
+    f"_q{bT}_k{bS}_c{chunk}",
   )(bounds, *operands)
 
 

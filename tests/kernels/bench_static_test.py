@@ -253,6 +253,28 @@ def test_gradients_have_an_estimate(op, topology, tmp_path: pathlib.Path):
   }[op]
 
 
+@pytest.mark.tpus
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_crossover_has_an_estimate(topology, tmp_path: pathlib.Path):
+  file = tmp_path / "out.json"
+  sizes = "--shape=8k", "--heads=16", "--grad", "--union=2"
+  done = run(
+    *("-m", "pallas_kernels.bench", "crossover", *sizes),
+    *(f"--topology={topology}", f"--json={file}"),
+  )
+  assert done.returncode == 0, done.stderr
+  values = json.loads(file.read_text(encoding="utf-8"))
+  sparse, dense = values["programs"]
+  assert {x["name"].partition("_q")[0] for x in dense["kernels"]} == {
+    "dense_mla_words",
+    "dense_mla_chosen_forward",
+    "dense_mla_chosen_backward",
+  }
+  # The last 4096 of 8192 tokens see 6144.5 keys, on an average.
+  expected = 6144.5 / 2048 * sparse["seconds"] / dense["seconds"]
+  np.testing.assert_allclose(values["ratios"][0]["value"], expected)
+
+
 def test_chunks_of_queries_are_those_of_all_cores():
   shape = shapes.Shape(T=64, S=256, K=16, N=4)
   call = counts.Call(shape=shape, visible="all", union=None, cores=2)

@@ -39,3 +39,17 @@ def test_hopper_gathers_from_16k(monkeypatch, kind):
   monkeypatch.setattr(dispatch, "device_kind", lambda: kind)
   assert crossover.dense_is_faster(8192, 8192, 2048)
   assert not crossover.dense_is_faster(16_384, 16_384, 2048)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite", "TPU7x"])
+def test_tpus_gather_from_22k(monkeypatch, kind):
+  monkeypatch.undo()
+  monkeypatch.setattr(dispatch, "device_kind", lambda: kind)
+  assert crossover.dense_is_faster(16_384, 16_384, 2048)
+  assert not crossover.dense_is_faster(22_528, 22_528, 2048)
+
+
+def test_without_kernels_nothing_is_masked(monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setattr(dispatch, "device_kind", lambda: "TPU v5 lite")
+  assert not crossover.dense_is_faster(4096, 4096, 2048)
