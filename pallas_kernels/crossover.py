@@ -15,7 +15,7 @@ from pallas_kernels import dispatch
 # always sparse. N = 128, K = 2048, by the benchmark `crossover`:
 #   H200  measured: 3.2, 3.6 and 4.1 at S = 4K, 8K and 24K; matters at 15K
 #   H100  measured: 3.9 at 16K
-#   TPUs  estimated, none was run: 5.7 at 8K and 6.1 to 6.3 at 32K, if 8
+#   TPUs  estimated, none was run: 5.5 to 5.7 at 8K, 6.1 to 6.3 at 32K, if 8
 #         neighbouring queries choose 2 K keys; matters at 22K
 DENSE_PAIRS: Final[dict[str, float]] = {
   "NVIDIA H100": 3.8,

@@ -281,13 +281,8 @@ def test_refuses(types, message):
     dataclasses.replace(FULL, indexer_types=types)
 
 
-@pytest.mark.parametrize(
-  "attention",
-  [
-    pytest.param("sparse", marks=pytest.mark.long),
-    pytest.param("dense", marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_on_a_mesh(attention):
   axes = dict(fsdp=2, context=2, tensor=2)
   cfg = dataclasses.replace(
