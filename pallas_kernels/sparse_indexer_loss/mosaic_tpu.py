@@ -20,6 +20,7 @@ from pallas_kernels import tpu
 from pallas_kernels.sparse_indexer_loss import mosaic_tpu_kernels as kernels
 from pallas_kernels.sparse_indexer_loss import mosaic_tpu_walk as walk_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
+from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 
 # How many times one query's keys a union may have.
 _LONGEST_UNION: Final = 3
@@ -80,7 +81,8 @@ def _check(q_index, k_index, indices, q, kv, tiles):
   S = kv.shape[1]
   if (S + tiles.bK) << tiles.bQ > jnp.iinfo(jnp.int32).max:
     raise NotImplementedError(f"{S=} keys: a plan has no bits for so many.")
-  if (scalars := 2 * 4 * tiles.bQ * -(-K // tiles.bK) * tiles.bK) > _SMEM:
+  listed = tiles.bQ * -(-K // tiles.bK) + rows_lib.AHEAD
+  if (scalars := 2 * 4 * listed * tiles.bK) > _SMEM:
     raise NotImplementedError(
       f"{K=} keys of a query take {scalars} bytes of SMEM; {_SMEM} at most."
     )

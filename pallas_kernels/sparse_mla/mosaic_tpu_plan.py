@@ -25,7 +25,7 @@ class Tiles:
   """Sizes of the tiles."""
 
   bQ: int
-  """Queries of a block: a power of two."""
+  """Queries of a block: a power of two, but not 1."""
   bK: int
   """Rows that are read, and multiplied, at once."""
   longest_union: int
