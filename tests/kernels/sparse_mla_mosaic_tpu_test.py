@@ -5,6 +5,7 @@ is NaN.
 """
 
 import functools
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.sparse_mla import mosaic_tpu
+from pallas_kernels.sparse_mla import mosaic_tpu_forward
 from pallas_kernels.sparse_mla import mosaic_tpu_plan
 from pallas_kernels.sparse_mla import reference
 
@@ -102,6 +104,15 @@ class SparseMlaMosaicTpuTest(chex.TestCase):
   def test_blocks_with_a_union_and_without(self):
     self.assertTrue(unions("near").all())
     self.assertFalse(unions("plain").all())
+
+  @mock.patch.object(mosaic_tpu_forward, "_LOGIT_ROWS", 2 * N)
+  def test_a_union_in_several_products(self):
+    """As blocks of many heads need; each starts a part of the copies."""
+    op = jax.jit(lambda *args: value_and_vjp(OPS["kernel"], *args))
+    self.assert_close(op(*make_inputs("near")), run("reference", "near"))
+    args = make_inputs("near", bf16)
+    out, lse, *_ = op(*args)
+    chex.assert_trees_all_equal((out, lse), compiled("kernel")(*args)[:2])
 
   def test_bfloat16(self):
     """bfloat16 rounds by 2^-9: the results, and factors of each product."""
