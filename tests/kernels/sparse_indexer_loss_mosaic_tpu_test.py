@@ -134,7 +134,7 @@ class SparseIndexerLossMosaicTpuTest(chex.TestCase):
     self.assertEqual(next(iter(api.IMPLEMENTATIONS)), "mosaic_tpu")
 
   def test_compiles(self):
-    tpu_topologies.compile_step("v6e", step, shapes(64, 4096, 16))
+    tpu_topologies.compile_step("v6e", step, shapes(64, 4096, 16, K=256))
 
 
 @pytest.mark.slow
