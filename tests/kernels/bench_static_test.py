@@ -270,9 +270,9 @@ def test_crossover_has_an_estimate(topology, tmp_path: pathlib.Path):
     "dense_mla_chosen_forward",
     "dense_mla_chosen_backward",
   }
-  # The last 4096 of 8192 tokens see 6144.5 keys, on an average.
+  # The last 4096 of 8192 tokens see 6144.5 keys, on an average, but for a few.
   expected = 6144.5 / 2048 * sparse["seconds"] / dense["seconds"]
-  np.testing.assert_allclose(values["ratios"][0]["value"], expected)
+  np.testing.assert_allclose(values["ratios"][0]["value"], expected, 1e-3)
 
 
 def test_chunks_of_queries_are_those_of_all_cores():
