@@ -1,7 +1,5 @@
 """Settings that every test runs under."""
 
-import pathlib
-
 import jax
 import pytest
 
@@ -23,15 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(
+def compile_once(
   tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> pathlib.Path:
-  """A folder of compiled programs: each is compiled once for all workers."""
+) -> None:
+  """What one worker has compiled, none compiles again."""
   base = tmp_path_factory.getbasetemp()
   folder = (base if worker_id == "master" else base.parent) / "compiled"
   folder.mkdir(exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  return folder
 
 
 @pytest.fixture
