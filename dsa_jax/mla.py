@@ -164,21 +164,14 @@ class MLA(nnx.Module):
     """
     cfg, rules = self.cfg, self.cfg.rules
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
-    c_BSC, kr_BSR = kv_BSX[..., :C], kv_BSX[..., C:]
     queries = rules("batch", "seq", "heads", None)
     keys = rules("keys", None, "heads", None)
-    # One product writes the whole key, zeros where the rotated key is added: to
-    # join two arrays would take as much memory as the keys once more.
-    k_b_CNX = jnp.pad(
-      self.k_b_CNH[...].astype(dtype), [(0, 0), (0, 0), (0, cfg.rope_head_dim)]
-    )
-    k_BSNX = jnp.einsum("BSC,CNX->BSNX", c_BSC, k_b_CNX, out_sharding=keys)
+    k_BSNX = self._keys(kv_BSX)
     v_BSNU = jnp.einsum(
-      "BSC,CNU->BSNU", c_BSC, self.v_b_CNU[...].astype(dtype), out_sharding=keys
-    )
-    kr_BSX = jnp.pad(kr_BSR, [(0, 0), (0, 0), (cfg.nope_head_dim, 0)])
-    k_BSNX += jnp.broadcast_to(
-      kr_BSX[:, :, None], k_BSNX.shape, out_sharding=keys
+      "BSC,CNU->BSNU",
+      kv_BSX[..., :C],
+      self.v_b_CNU[...].astype(dtype),
+      out_sharding=keys,
     )
     q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], -1)
     ranges = frame.start, frame.end
@@ -221,6 +214,32 @@ class MLA(nnx.Module):
     attention = jax.lax.stop_gradient((q_BTNX, k_BSNX, lse_BTN))
     index_loss_BT = compare(frame.measure, *index, *read, *attention)
     return out_BTNU, index_loss_BT
+
+  def _keys(self, kv_BSX: Float[Array, "B S CR"]) -> Float[Array, "B S N HR"]:
+    """Keys `[c Wuk; kr]` of each head: `[c; kr] [[Wuk, 0], [0, 1]]`.
+
+    One product, since to join rotated keys to the others would take as much
+    memory as the keys once more. Heads are side by side in it: by head, a TPU
+    would fill up their width with padding.
+    """
+    cfg, rules = self.cfg, self.cfg.rules
+    (B, S, CR), H, R = kv_BSX.shape, cfg.nope_head_dim, cfg.rope_head_dim
+    N, X = cfg.num_heads, H + R
+    whole = rules(None, "heads", None)
+    k_b_CNH = sharding.put(self.k_b_CNH[...].astype(cfg.dtype), whole)
+    through_R1X = jnp.eye(R, X, H, dtype=cfg.dtype)[:, None]
+    weights = [
+      jnp.pad(k_b_CNH, [(0, 0), (0, 0), (0, R)]),
+      jnp.broadcast_to(through_R1X, (R, N, X), out_sharding=whole),
+    ]
+    weights = jnp.reshape(
+      jnp.concatenate(weights), (CR, N * X), out_sharding=rules(None, "heads")
+    )
+    side_by_side = jnp.einsum(
+      "BSX,XZ->BSZ", kv_BSX, weights, out_sharding=rules("keys", None, "heads")
+    )
+    keys = rules("keys", None, "heads", None)
+    return jnp.reshape(side_by_side, (B, S, N, X), out_sharding=keys)
 
   def _absorbed(
     self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame

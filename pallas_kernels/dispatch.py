@@ -24,15 +24,18 @@ _allowed: contextvars.ContextVar[bool] = contextvars.ContextVar(
   "allowed", default=True
 )
 # Where `record` collects; None: nowhere.
-_record: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
-  "record", default=None
+_record: contextvars.ContextVar[dict[str, list[str]] | None] = (
+  contextvars.ContextVar("record", default=None)
 )
 
 
 @contextlib.contextmanager
-def record() -> Iterator[dict[str, str]]:
-  """Collects which implementation each op that is traced inside comes to."""
-  chosen: dict[str, str] = {}
+def record() -> Iterator[dict[str, list[str]]]:
+  """Collects which implementations each op that is traced inside comes to.
+
+  In the order of their first use.
+  """
+  chosen: dict[str, list[str]] = {}
   token = _record.set(chosen)
   try:
     yield chosen
@@ -127,7 +130,9 @@ def _check_hopper() -> None:
 def _run(op, implementations, name, /, *args, **kwargs):
   result = implementations[name](*args, **kwargs)
   if (chosen := _record.get()) is not None:
-    chosen[op] = name
+    names = chosen.setdefault(op, [])
+    if name not in names:
+      names.append(name)
   return result
 
 

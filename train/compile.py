@@ -63,7 +63,7 @@ class Compiled:
   peak: float
   moved: dict[str, collectives.Moved]
   network: float
-  implementations: dict[str, str]
+  implementations: dict[str, list[str]]
   seconds: float
   host_bytes: int
   hlo: str
@@ -101,9 +101,13 @@ class Compiled:
       f"  bound     {bound:.2f} s a step at least, MFU"
       f" {self.flops / self.peak / bound:.0%} at most",
     ]
-    for op, name in sorted(self.implementations.items()):
-      kernel = "kernel" if name in dispatch.KERNEL_BACKEND else "plain XLA"
-      lines.append(f"  {op:<20}  {name} ({kernel})")
+    for op, names in sorted(self.implementations.items()):
+      kinds = (
+        "kernel" if name in dispatch.KERNEL_BACKEND else "plain XLA"
+        for name in names
+      )
+      told = ", ".join(f"{x} ({kind})" for x, kind in zip(names, kinds))
+      lines.append(f"  {op:<20}  {told}")
     lines.append(
       f"  compiled  in {self.seconds:.0f} s, {size(self.host_bytes)} of host"
       " memory at the peak"

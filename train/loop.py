@@ -400,10 +400,13 @@ class Run:
       with dispatch.record() as ops:
         lowered = train_step.lower(state, batch)
       compiled = lowered.compile()
+      processes.meet("compiled")
       self.checkpoints.prepare(state)
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory else 0
-    chosen = ", ".join(f"{op} by {name}" for op, name in sorted(ops.items()))
+    chosen = ", ".join(
+      f"{op} by {' and '.join(names)}" for op, names in sorted(ops.items())
+    )
     processes.say(
       f"{stage.kind}: compiled in {time.perf_counter() - start:.0f} s,"
       f" {metrics_lib.size(temporary)} of temporaries a device; {chosen}"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import signal
@@ -20,9 +21,14 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import orbax.checkpoint as ocp
 
 # A process that says nothing for so long is dead; the others end as well.
 _SILENCE_SECONDS = 30
+# The others are waited for as long as they are alive: they may be compiling.
+_MEETING_SECONDS = 3600
+# How often all have met. No meeting has the name of another.
+_meetings = itertools.count()
 
 # Where what is said goes too, see `log_to`.
 _log: pathlib.Path | None = None
@@ -87,9 +93,15 @@ def start(cfg: DistributedConfig) -> None:
 
 
 def meet(place: str) -> None:
-  """Waits for all processes to come to `place`."""
+  """Waits for all processes to come to `place`.
+
+  By way of the coordinator: a collective of the devices may be waited for much
+  shorter than a compilation of one process can take (on CPUs for 30 seconds).
+  """
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(place)
+    ocp.multihost.get_barrier_sync_fn()(
+      key=f"{place} {next(_meetings)}", timeout_ms=1000 * _MEETING_SECONDS
+    )
 
 
 def check_mesh(mesh: jax.sharding.Mesh) -> None:

@@ -236,7 +236,7 @@ class Programs:
     with dispatch.record() as chosen:
       jax.eval_shape(self._forward(case), *case.inputs.values())
     self._time(case, grad=self.grad)
-    if self.baseline not in (None, chosen[case.op]):
+    if self.baseline not in (None, *chosen[case.op]):
       beside = dataclasses.replace(self, implementation=self.baseline)
       beside._time(case, grad=self.grad)
 

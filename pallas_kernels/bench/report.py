@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import datetime
+import itertools
 import json
 import pathlib
 import platform
@@ -86,7 +87,7 @@ class Report:
     flops: int,
     *,
     flops_8_bits: int = 0,
-    chosen: dict[str, str] | None = None,
+    chosen: dict[str, list[str]] | None = None,
   ) -> float:
     """Times a program of one op or several; returns seconds.
 
@@ -108,7 +109,7 @@ class Report:
     if not self._times:
       print("\n" + " ".join(_head(name, form) for name, form in _COLUMNS))
     seconds, peak = timing.seconds, self._peak
-    by = "+".join(sorted(set(chosen.values())))
+    by = "+".join(sorted({*itertools.chain(*chosen.values())}))
     computing = (flops - flops_8_bits / 2) / peak.flops
     floor = max(computing, moved / peak.bytes)
     rates = flops / seconds, moved / seconds

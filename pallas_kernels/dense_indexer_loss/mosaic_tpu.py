@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import tpu
 from pallas_kernels import tuned
 from pallas_kernels.dense_indexer_loss import mosaic_tpu_kernels as kernels
+from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
 
 _CHUNK_BYTES: Final = 256 << 20
 _LANES: Final = 128
@@ -54,7 +55,8 @@ def dense_indexer_loss(
     _pad(k_index, -S % tiles.bS),
     queries(w.astype(jnp.float32)),
     *(queries(start), queries(end)),
-    *(queries(q), k, queries(lse), jnp.asarray(measure)),
+    *(queries(q), heads.side_by_side(_pad(k, -S % tiles.target_bS))),
+    *(queries(lse), jnp.asarray(measure)),
     _Op(scale, heads_axis, tiles),
   )
   return loss_BT[:, :T]
@@ -78,9 +80,10 @@ def vmem_bytes(tiles: kernels.Tiles, N: int, HR: int, M: int, I: int) -> int:
   """What the larger of the kernels `target` and `gradients` takes, in bf16."""
   bT, bS = tiles.bT, tiles.bS
   pairs, target_pairs = 4 * bS * bT, 4 * tiles.target_bS * bT
-  width = -(-HR // _LANES) * _LANES
-  heads = 2 * 2 * tiles.bN * (bT + tiles.target_bS) * width + 2 * 4 * N * bT
-  target = heads + 2 * target_pairs + 2 * pairs
+  of_queries = tiles.bN * bT * heads.width(HR)
+  of_keys = tiles.target_bS * heads.width(HR, tiles.bN)
+  target = 2 * 2 * (of_queries + of_keys) + 2 * 4 * N * bT
+  target += 2 * target_pairs + 2 * pairs
   index = M * bT * I * (2 * 2 + 4) + 2 * bS * I * (2 * 2 + 2 * 4)
   gradients = index + (4 + 3) * pairs
   return max(target, gradients)
@@ -91,6 +94,8 @@ def _check(q_index, k_index, q, k, tiles):
   for name, x in dict(q_index=q_index, k_index=k_index, q=q, k=k).items():
     if x.dtype not in (jnp.bfloat16, jnp.float32):
       raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
+  if HR % 64:
+    raise NotImplementedError(f"{HR=} is not a multiple of 64.")
   if 4 * tiles.chunk * S > _CHUNK_BYTES:
     raise NotImplementedError(
       f"{S=}: {tiles.chunk} queries x S in float32 are more than "
@@ -132,7 +137,7 @@ class _Op:
     index = q_index.swapaxes(1, 2), k_index, w.swapaxes(1, 2)
     # A dead row weighs nothing.
     bias_BTN = jnp.where(jnp.isneginf(lse), -jnp.inf, -lse * math.log2(math.e))
-    attention = q.swapaxes(1, 2), k.swapaxes(1, 2), bias_BTN.swapaxes(1, 2)
+    attention = q.swapaxes(1, 2), k, bias_BTN.swapaxes(1, 2)
     chunks = kernels.chunks(start, end, self.tiles)
     more = [x.reshape(B, -1, self.tiles.chunk, *x.shape[2:]) for x in more]
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu
+from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
 
 _PART: Final = 512  # keys that straight code is written for
 _NN: Final = ((1,), (0,)), ((), ())
@@ -140,19 +141,23 @@ def scores(
 
 def target(
   q: Float[Array, "B N T HR"],
-  k: Float[Array, "B N S HR"],
+  k: Float[Array, "B S lanes"],
   bias: Float[Array, "B N T"],
   chunk: Chunk,
   tiles: Tiles,
   scale: float,
   width: int,
 ) -> Float[Array, "width chunk"]:
-  """Mean over heads of exp2(scale log2(e) q.k + bias); 0 for unseen keys."""
+  """Mean over heads of exp2(scale log2(e) q.k + bias); 0 for unseen keys.
+
+  The heads of `k` are side by side, see `mosaic_tpu_heads`.
+  """
   _, N, _, HR = q.shape
   bT, bS, bN = tiles.bT, tiles.target_bS, tiles.bN
   place, seen = _walk(chunk, bS)
   part = math.gcd(bS, _PART)
   scale *= math.log2(math.e)
+  lane = lambda n: pl.multiple_of(heads.place(n, HR), heads.LANES)
 
   def body(place, q, k, bias, start, end, target):
     group = pl.program_id(2)
@@ -163,12 +168,15 @@ def target(
 
     @pl.loop(0, bN)
     def _(n):
-      bias_1T = bias[0, pl.ds(group * bN + n, 1)]
+      head = group * bN + n
+      bias_1T = bias[0, pl.ds(head, 1)]
+      its_lane = pl.multiple_of(lane(head) - lane(group * bN), heads.LANES)
+      lanes = pl.ds(its_lane, heads.width(HR))
 
       @pl.loop(0, bS, step=part)
       def _(first):
         keys = pl.ds(pl.multiple_of(first, part), part)
-        logits_ST = scale * _dot(k[0, n, keys], q[0, n], _NT)
+        logits_ST = scale * _dot(k[keys, lanes], q[0, n], _NT)
         target[keys] += jnp.exp2(logits_ST + bias_1T)
 
     @pl.when(group == N // bN - 1)
@@ -184,18 +192,19 @@ def target(
     (tiles.cores, seen, N // bN),
     in_specs=[
       pl.BlockSpec(
-        (1, bN, bT, HR),
+        (1, bN, bT, heads.width(HR)),
         lambda i, j, n, place: (place[0], n, place[1] * tiles.cores + i, 0),
       ),
       pl.BlockSpec(
-        (1, bN, bS, HR), lambda i, j, n, place: (place[0], n, place[2] + j, 0)
+        (pl.Squeezed(), pl.Element(bS), pl.Element(heads.width(HR, bN))),
+        lambda i, j, n, place: (place[0], bS * (place[2] + j), lane(n * bN)),
       ),
       _queries((N, bT), tiles),
       *(row, row),
     ],
     out_specs=_pairs(bS, bT),
     out_shape=jax.ShapeDtypeStruct((width, tiles.chunk), _f32),
-  )(place, q, k, bias, chunk.start, chunk.end)
+  )(place, heads.queries(q), k, bias, chunk.start, chunk.end)
 
 
 def gradients(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tpu
 from pallas_kernels.dense_mla import mosaic_tpu_backward
 from pallas_kernels.dense_mla import mosaic_tpu_forward
+from pallas_kernels.dense_mla import mosaic_tpu_heads
 from pallas_kernels.dense_mla import mosaic_tpu_words
 
 _LANES: Final = 128
@@ -176,7 +177,7 @@ def _vjp_forward(q, k, v, start, end, words, scale, tiles):
   padded_start, padded_end = (_whole_tiles(x, bT) for x in (start, end))
   out_BNTU, lse_BN1T = mosaic_tpu_forward.forward(
     _by_head(q, bT),
-    _by_head(k, bS),
+    mosaic_tpu_heads.side_by_side(_whole_tiles(k, bS)),
     _by_head(v, bS),
     padded_start[:, None],
     padded_end[:, None],

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu
+from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
 from pallas_kernels.dense_mla import mosaic_tpu_words
 
 LANES: Final = 128
@@ -32,7 +33,7 @@ _LOG2E: Final = math.log2(math.e)
 
 def forward(
   q: Float[Array, "B N paddedT HR"],
-  k: Float[Array, "B N paddedS HR"],
+  k: Float[Array, "B paddedS lanes"],
   v: Float[Array, "B N paddedS U"],
   start: Int[Array, "B 1 paddedT"],
   end: Int[Array, "B 1 paddedT"],
@@ -47,7 +48,7 @@ def forward(
 
   Args:
     q: Queries, of whole tiles.
-    k: Keys, of whole tiles of bS.
+    k: Keys, of whole tiles of bS, heads side by side; see `mosaic_tpu_heads`.
     v: Values.
     start: The first key of each query.
     end: One past the last one.
@@ -73,13 +74,20 @@ def forward(
   queries = lambda width: pl.BlockSpec(
     (None, None, bT, width), lambda b, n, i, j, bounds: (b, n, i, 0)
   )
-  of_keys = lambda width: pl.BlockSpec(
-    (None, None, bS, width),
+  k_spec = pl.BlockSpec(
+    (pl.Squeezed(), pl.Element(bS), pl.Element(heads.width(HR))),
+    lambda b, n, i, j, bounds: (
+      *(b, bS * keys(b, i, j, bounds)),
+      pl.multiple_of(heads.place(n, HR), LANES),
+    ),
+  )
+  v_spec = pl.BlockSpec(
+    (None, None, bS, U),
     lambda b, n, i, j, bounds: (b, n, keys(b, i, j, bounds), 0),
   )
   bound = pl.BlockSpec((None, 1, bT), lambda b, n, i, j, bounds: (b, 0, i))
-  in_specs = [queries(HR), of_keys(HR), of_keys(U)]
-  operands = [q, k, v]
+  in_specs = [queries(heads.width(HR)), k_spec, v_spec]
+  operands = [heads.queries(q), k, v]
   if words is None:
     in_specs += [bound, bound]
     operands += [start, end]

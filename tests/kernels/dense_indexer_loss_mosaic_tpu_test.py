@@ -39,7 +39,7 @@ def some(kind, arrays):
 
 
 def make_inputs(kind, dtype=jnp.float32):
-  return some(kind, portable.make_inputs(kind, dtype))
+  return some(kind, portable.make_inputs(kind, dtype, width=192))
 
 
 def expected(kind, dtype=jnp.float32):
@@ -62,12 +62,12 @@ def result(kind):
   return run(*make_inputs(kind))
 
 
-def shapes(T, S, N, M=64, I=128, dtype=bf16):
+def shapes(T, S, N, M=64, I=128, HR=192, dtype=bf16):
   a = jax.ShapeDtypeStruct
   return (
     *(a((1, T, M, I), dtype), a((1, S, I), dtype), a((1, T, M), jnp.float32)),
     *[a((1, T), jnp.int32)] * 2,
-    *(a((1, T, N, 192), dtype), a((1, S, N, 192), dtype)),
+    *(a((1, T, N, HR), dtype), a((1, S, N, HR), dtype)),
     *(a((1, T, N), jnp.float32), a((1, T), jnp.float32)),
   )
 
@@ -115,6 +115,7 @@ class DenseIndexerLossMosaicTpuTest(chex.TestCase):
     (dict(dtype=jnp.float16), "dtype=float16"),
     (dict(S=1 << 21), "S=2097152"),
     (dict(M=1024), "M=1024 .* bytes of VMEM"),
+    (dict(HR=100), "HR=100 is not a multiple of 64"),
   )
   def test_refuses(self, change, why):
     args = shapes(**(dict(T=1024, S=1024, N=8) | change))

@@ -60,10 +60,10 @@ def attended(q, k, start, end):
 
 
 @functools.cache
-def make_inputs(kind="any", dtype=jnp.float32):
+def make_inputs(kind="any", dtype=jnp.float32, width=H + R):
   start, end = inputs.ranges(kind)
-  q = inputs.normal(0, B, T, N, H + R, dtype=dtype)
-  k = inputs.normal(1, B, S, N, H + R, dtype=dtype)
+  q = inputs.normal(0, B, T, N, width, dtype=dtype)
+  k = inputs.normal(1, B, S, N, width, dtype=dtype)
   return (
     inputs.normal(2, B, T, M, I, dtype=dtype),
     inputs.normal(3, B, S, I, dtype=dtype),

@@ -16,6 +16,7 @@ import pytest
 
 from pallas_kernels.dense_mla import api
 from pallas_kernels.dense_mla import mosaic_tpu
+from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
 from pallas_kernels.dense_mla import mosaic_tpu_words
 from pallas_kernels.dense_mla import reference
 
@@ -24,7 +25,7 @@ from . import rows
 from . import tpu_topologies
 
 # No tile divides T or S, and S exceeds K.
-B, T, S, K, N, HR, U = 2, 200, 1100, 90, 1, 192, 128
+B, T, S, K, N, HR, U = 2, 200, 1100, 90, 2, 192, 128
 SCALE = 0.1
 TILES = mosaic_tpu.Tiles(bT=128, bS=1024, backward_bS=512, chunk=256, group=2)
 bf16 = jnp.bfloat16
@@ -158,6 +159,19 @@ class DenseMlaMosaicTpuTest(chex.TestCase):
     actual = np.asarray(words)[..., None, :] >> bit & 1
     actual = actual.reshape(B, 35, -1)[..., :S].astype(bool)
     np.testing.assert_array_equal(actual, bits(indices, start, end, S))
+
+  @parameterized.product(N=(1, 2, 3), HR=(64, 128, 192, 256))
+  def test_what_is_read_of_heads_side_by_side(self, N, HR):
+    q, k = (inputs.normal(i, 2, 5, N, HR) for i in range(2))
+    q_BNTL, k_BSL = heads.queries(q.swapaxes(1, 2)), heads.side_by_side(k)
+    for n in range(N):
+      lanes = slice(heads.place(n, HR), heads.place(n, HR) + heads.width(HR))
+      self.assertEqual((lanes.start % 128, q_BNTL.shape[-1] % 128), (0, 0))
+      np.testing.assert_allclose(
+        q_BNTL[:, n] @ k_BSL[..., lanes].swapaxes(1, 2),
+        q[:, :, n] @ k[:, :, n].swapaxes(1, 2),
+        *(1e-5, 1e-5),
+      )
 
   @parameterized.parameters(
     ({"k": jnp.float16}, "is not q.dtype"),

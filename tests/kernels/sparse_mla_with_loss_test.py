@@ -90,8 +90,8 @@ class SparseMLAWithLossTest(chex.TestCase):
       pallas_kernels.dispatch.record() as chosen,
     ):
       jax.eval_shape(lambda: value_and_vjp(at_once, True, None)[0])
-    self.assertEqual(chosen["sparse_mla"], "chunked_xla")
-    self.assertEqual(chosen["sparse_indexer_loss"], "mosaic_gpu")
+    self.assertEqual(chosen["sparse_mla"], ["chunked_xla"])
+    self.assertEqual(chosen["sparse_indexer_loss"], ["mosaic_gpu"])
 
 
 def shapes(T=16, S=8192, K=2048, N=128, dtype=jnp.bfloat16, I=128):

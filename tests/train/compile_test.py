@@ -84,10 +84,15 @@ def test_refuses_a_topology_that_does_not_exist(name):
 def test_records_what_ops_come_to():
   ops = {"chunked_xla": lambda x: x, "reference": lambda x: -x}
   with dispatch.record() as chosen:
-    assert dispatch.call("double", ops, None, 2) == 2
-    assert dispatch.call("halve", ops, "reference", 2) == -2
+    assert dispatch.call("twice", ops, None, 2) == 2
+    assert dispatch.call("once", ops, "reference", 2) == -2
+    for name in "reference", None:
+      dispatch.call("twice", ops, name, 2)
   dispatch.call("outside", ops, None, 2)
-  assert chosen == {"double": "chunked_xla", "halve": "reference"}
+  assert chosen == {
+    "twice": ["chunked_xla", "reference"],
+    "once": ["reference"],
+  }
 
 
 def small(tmp_path, **mesh) -> config_lib.TrainConfig:
