@@ -31,11 +31,12 @@ test: $(READY)  ## run the tests, but for the slow ones
 test-tpus: $(READY)  ## compile every kernel for every TPU, at the real shapes
 	$(PYTHON) -m pytest -n 2 --dist=loadfile -m tpus $(ARGS)
 
+SLOW := -m "slow and not long"
 # pytest exits with 5 where it selects no test. Having no slow test is fine;
 # having none at all is not, so only this target accepts it.
 test-slow: $(READY)  ## run the slow tests
-	@echo '$(PYTHON) -m pytest -n 2 --dist=loadfile -m slow $(ARGS)'; \
-	$(PYTHON) -m pytest -n 2 --dist=loadfile -m slow $(ARGS) || { \
+	@echo '$(PYTHON) -m pytest -n 2 --dist=loadfile $(SLOW) $(ARGS)'; \
+	$(PYTHON) -m pytest -n 2 --dist=loadfile $(SLOW) $(ARGS) || { \
 	  status=$$?; \
 	  test $$status -eq 5 || exit $$status; \
 	  echo 'No slow test was selected.'; \

@@ -24,7 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def compile_once(
   tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> None:
-  """What one worker has compiled, none compiles again."""
+  """What one worker has compiled, none compiles again.
+
+  Nor does a later session, if the environment names JAX_COMPILATION_CACHE_DIR.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return
   base = tmp_path_factory.getbasetemp()
   folder = (base if worker_id == "master" else base.parent) / "compiled"
   folder.mkdir(exist_ok=True)

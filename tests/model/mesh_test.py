@@ -100,7 +100,14 @@ def check(attention, axes, cfg=MODEL, other=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [dict(), dict(context=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+  "axes",
+  [
+    pytest.param(dict(), marks=pytest.mark.long),
+    dict(context=2, tensor=2),
+  ],
+  ids=str,
+)
 def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
   done = []
 

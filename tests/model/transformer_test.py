@@ -172,39 +172,6 @@ class TransformerTest(chex.TestCase):
     self.assertEqual(different[0], 18)  # its target changed
     np.testing.assert_array_equal(one[0], other[0])
 
-  @parameterized.parameters(((),), (("full", "shared", "shared"),))
-  @pytest.mark.slow
-  def test_remat_changes_no_selection_and_no_gradient(self, indexer_types):
-    results = []
-    for remat in ("none", "attention", "selection"):
-      cfg = dataclasses.replace(
-        models.CONFIG,
-        remat=remat,
-        num_mtp_layers=0,
-        indexer_types=indexer_types,
-      )
-
-      @jax.jit
-      @functools.partial(jax.grad, has_aux=True)
-      def grad(model):
-        output = model.forward(TOKENS)
-        parts = output.losses
-        return parts.lm.mean() + parts.index.mean(), output.selected
-
-      grads, selected = grad(models.model(cfg))
-      results.append((dict(leaves(grads)), selected))
-    (one, first), *others = results
-    # Nor does taking the gradient change what is selected without it.
-    plain = jax.jit(lambda m: m.forward(TOKENS).selected)(models.model(cfg))
-    np.testing.assert_array_equal(first, plain)
-    for other, second in others:
-      np.testing.assert_array_equal(first, second)
-      for name, grad in one.items():
-        scale = np.abs(grad).max()
-        np.testing.assert_allclose(
-          other[name], grad, atol=1e-5 * scale, rtol=1e-4
-        )
-
   def test_computes_in_bfloat16_where_asked(self):
     cfg = dataclasses.replace(
       models.CONFIG, dtype="bfloat16", init_std=0.05, num_mtp_layers=0
@@ -218,6 +185,46 @@ class TransformerTest(chex.TestCase):
     error = np.abs(logits - expected).max(-1) / np.abs(expected).max(-1)
     self.assertLess(error.max(), 0.1)
     self.assertGreater(error.max(), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "indexer_types",
+  [
+    (),
+    pytest.param(("full", "shared", "shared"), marks=pytest.mark.long),
+  ],
+)
+def test_remat_changes_no_selection_and_no_gradient(indexer_types):
+  results = []
+  for remat in ("none", "attention", "selection"):
+    cfg = dataclasses.replace(
+      models.CONFIG,
+      remat=remat,
+      num_mtp_layers=0,
+      indexer_types=indexer_types,
+    )
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def grad(model):
+      output = model.forward(TOKENS)
+      parts = output.losses
+      return parts.lm.mean() + parts.index.mean(), output.selected
+
+    grads, selected = grad(models.model(cfg))
+    results.append((dict(leaves(grads)), selected))
+  (one, first), *others = results
+  # Nor does taking the gradient change what is selected without it.
+  plain = jax.jit(lambda m: m.forward(TOKENS).selected)(models.model(cfg))
+  np.testing.assert_array_equal(first, plain)
+  for other, second in others:
+    np.testing.assert_array_equal(first, second)
+    for name, grad in one.items():
+      scale = np.abs(grad).max()
+      np.testing.assert_allclose(
+        other[name], grad, atol=1e-5 * scale, rtol=1e-4
+      )
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def adam_states(opt_state):
   return [s for s in found if is_adam(s)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class AccumulationTest(chex.TestCase):
   def test_parts_of_a_batch_equal_the_whole(self):
     results = []
@@ -334,7 +334,7 @@ def optimized(kind, T, indexer_types=()):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["warmup", "sparse"])
 def test_memory_grows_with_the_length(kind):
   """From 2K to 16K by no more than 8 times; T x T would grow by 64."""
@@ -342,28 +342,33 @@ def test_memory_grows_with_the_length(kind):
   assert long < 8.5 * short
 
 
+SHARED = ("full", "shared", "shared")
+
+
 @pytest.mark.slow
-class MemoryLawTest(chex.TestCase):
-  """No buffer of the compiled training step is as large as T x S."""
+@pytest.mark.parametrize(
+  ("kind", "indexer_types"),
+  [
+    ("pretrain", ()),
+    ("warmup", ()),
+    ("sparse", SHARED),
+    pytest.param("warmup", SHARED, marks=pytest.mark.long),
+    pytest.param("sparse", (), marks=pytest.mark.long),
+  ],
+)
+def test_no_buffer_has_queries_times_keys(kind, indexer_types):
+  """None of the compiled training step is as large as T x S."""
+  # A prime, and so large that nothing else of this model amounts to T x T.
+  T = 1031
+  text = str(optimized(kind, T, indexer_types).as_text())
+  assert f"[1,{T}," in text
+  assert square_buffers(text, T) == set()
 
-  @parameterized.parameters(
-    ("pretrain",),
-    ("warmup",),
-    ("sparse",),
-    ("warmup", ("full", "shared", "shared")),
-    ("sparse", ("full", "shared", "shared")),
-  )
-  def test_no_buffer_has_queries_times_keys(self, kind, indexer_types=()):
-    # A prime, and so large that nothing else of this model amounts to T x T.
-    T = 1031
-    text = str(optimized(kind, T, indexer_types).as_text())
-    self.assertIn(f"[1,{T},", text)
-    self.assertEqual(square_buffers(text, T), set())
 
-  def test_the_check_finds_a_square(self):
-    square = jax.jit(lambda x: jnp.sin(x[:, None] * x[None]).sum(0))
-    text = square.lower(jnp.ones(1031)).compile().as_text()
-    self.assertNotEmpty(square_buffers(str(text), 1031))
+def test_the_check_finds_a_square():
+  square = jax.jit(lambda x: jnp.sin(x[:, None] * x[None]).sum(0))
+  text = square.lower(jnp.ones(1031)).compile().as_text()
+  assert square_buffers(str(text), 1031)
 
 
 def square_buffers(hlo: str, T: int) -> set[str]:

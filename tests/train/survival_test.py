@@ -360,7 +360,13 @@ def test_a_source_that_vanishes_ends_the_run_and_costs_nothing(
   write_lines(file)
   stages = (dataclasses.replace(config(folder, "").stages[0], steps=60),)
   # Kept apart: what is compiled does not hang on the number of steps.
-  whole = dataclasses.replace(with_lines(folder, "whole", file), stages=stages)
+  whole = with_lines(folder, "whole", file)
+  whole = dataclasses.replace(
+    whole,
+    stages=stages,
+    checkpoint=dataclasses.replace(whole.checkpoint, every=30),
+    log=dataclasses.replace(whole.log, eval_every=30),
+  )
   train(whole)
   cfg = dataclasses.replace(whole, run_dir=str(folder / "vanishing"))
   read, batches = feed.Feed.__next__, iter(range(100))
