@@ -16,6 +16,8 @@ import numpy as np
 from pallas_kernels import shapes
 from pallas_kernels.bench import bundles
 from pallas_kernels.bench import cases
+from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
+from pallas_kernels.sparse_indexer_loss import mosaic_tpu as sparse_loss
 
 # A branch with no more bundles of its own around one loop is the loop's guard.
 _GUARD: Final = 12
@@ -24,8 +26,6 @@ _SMALL: Final = 20
 # Searches of indexer_topk for the threshold of 32 rows of normally distributed
 # scores: turns in the sample, twice, and in all keys.
 _TURNS: Final = 13, 13, 14
-# Of sparse_indexer_loss: what its arrays have room for, over K.
-_LONGEST_UNION: Final = 3
 
 
 class Unknown(ValueError):
@@ -161,7 +161,7 @@ def _spans(call: Call, rows: int, keys: int) -> tuple[int, int]:
 
 def _dense_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   shape = call.shape
-  N, HR = shape.N, shape.H + shape.R
+  N, width = shape.N, heads.width(shape.H + shape.R) + shape.U
   nT = -(-shape.T // bT)
   seen, whole = _spans(call, bT, min(2 * chunk, bS))
   tiles, _ = _spans(call, bT, bS)
@@ -171,7 +171,7 @@ def _dense_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
     steps=steps,
     ends=N * nT,
     blocks=(N * seen, N * whole, N * (seen - whole)),
-    bytes=2 * N * (tiles * bS * (HR + shape.U) + nT * bT * (HR + shape.U)),
+    bytes=2 * N * width * (tiles * bS + nT * bT),
   )
 
 
@@ -185,7 +185,8 @@ def _chosen_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
 
 def _dense_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   shape = call.shape
-  N, width = shape.N, 2 * (shape.H + shape.R + shape.U)
+  N, HR = shape.N, heads.width(shape.H + shape.R)
+  width = 2 * (HR + shape.U)
   nT, nS = -(-shape.T // bT), -(-shape.S // bS)
   seen, whole = _spans(call, bT, chunk)
   tiles, _ = _spans(call, bT, bS)
@@ -193,8 +194,7 @@ def _dense_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
     steps=N * nS * nT,
     ends=N * nS,
     blocks=(N * tiles * (bS // chunk), N * whole, N * (seen - whole)),
-    bytes=N * width * (tiles * bT + 2 * nS * bS)
-    + 2 * N * nT * bT * (shape.H + shape.R),
+    bytes=N * width * (tiles * bT + 2 * nS * bS) + 2 * N * nT * bT * HR,
   )
 
 
@@ -301,12 +301,13 @@ def _dense_loss_target(call: Call, bT: int, bS: int, bN: int) -> Counts:
   shape = call.shape
   tiles, _ = _chunks(call, bT, bS)
   steps = tiles * (shape.N // bN)
-  heads = 2 * bN * (bT + bS) * (shape.H + shape.R)
+  HR = shape.H + shape.R
+  of_heads = bT * bN * heads.width(HR) + bS * heads.width(HR, bN)
   return Counts(
     steps=steps,
     ends=tiles,
     blocks=(steps * bN,),
-    bytes=steps * heads + 4 * tiles * bS * bT,
+    bytes=2 * steps * of_heads + 4 * tiles * bS * bT,
   )
 
 
@@ -354,7 +355,7 @@ def _sparse_loss(
   """Bytes: of a row of keys, of a block; and `arrays` [places, bQ, bK]."""
   nQ = -(-call.shape.T // bQ)
   tiles, union, apart = _reads(call, bQ, bK)
-  longest = min(_LONGEST_UNION, bQ)
+  longest = min(sparse_loss.LONGEST_UNION, bQ)
   places = -(-longest * call.shape.K // bK)
   return Counts(
     steps=nQ,

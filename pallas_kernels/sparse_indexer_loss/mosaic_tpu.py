@@ -23,7 +23,7 @@ from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 
 # How many times one query's keys a union may have.
-_LONGEST_UNION: Final = 3
+LONGEST_UNION: Final = 3
 _SMEM: Final = 3 << 18  # bytes, of 1 MiB
 
 
@@ -65,7 +65,7 @@ def pick_tiles(T: int, K: int, N: int) -> plan_lib.Tiles:
   """Those of `sparse_mla`, which may then share its plan; but the longest union
   is what bounds the arrays between the kernels."""
   tiles = plan_lib.tiles(T, K, N)
-  longest_union = min(tiles.longest_union, _LONGEST_UNION)
+  longest_union = min(tiles.longest_union, LONGEST_UNION)
   return dataclasses.replace(tiles, longest_union=longest_union)
 
 
