@@ -101,12 +101,9 @@ class Compiled:
       f"  bound     {bound:.2f} s a step at least, MFU"
       f" {self.flops / self.peak / bound:.0%} at most",
     ]
+    kinds = dict.fromkeys(dispatch.KERNEL_BACKEND, "kernel")
     for op, names in sorted(self.implementations.items()):
-      kinds = (
-        "kernel" if name in dispatch.KERNEL_BACKEND else "plain XLA"
-        for name in names
-      )
-      told = ", ".join(f"{x} ({kind})" for x, kind in zip(names, kinds))
+      told = ", ".join(f"{x} ({kinds.get(x, 'plain XLA')})" for x in names)
       lines.append(f"  {op:<20}  {told}")
     lines.append(
       f"  compiled  in {self.seconds:.0f} s, {size(self.host_bytes)} of host"

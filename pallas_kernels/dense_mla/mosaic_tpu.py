@@ -79,8 +79,8 @@ def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
   there in float32 and once more as they are multiplied: forward of two chunks.
   """
   bT, bS = tiles.bT, tiles.bS
-  lanes = sum(-(-x // _LANES) * _LANES for x in (HR, U))
-  HR = -(-HR // _LANES) * _LANES
+  HR = mosaic_tpu_heads.width(HR)
+  lanes = HR + mosaic_tpu_heads.width(U)
   words = 4 * bT * _LANES
   rows = 4 * 8 * bT * 4
   forward = 2 * (itemsize * lanes * (bT + bS) + words + rows)

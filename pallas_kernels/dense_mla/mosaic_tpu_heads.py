@@ -28,7 +28,7 @@ def place(n: Any, X: int) -> Any:
 
 
 def width(X: int, heads: int = 1) -> int:
-  """How many lanes are read for some heads, of which the first is any."""
+  """How many lanes are read for so many heads; their first is a multiple."""
   return -(-heads * X // LANES) * LANES
 
 

@@ -357,7 +357,7 @@ SHARED = ("full", "shared", "shared")
   ],
 )
 def test_no_buffer_has_queries_times_keys(kind, indexer_types):
-  """None of the compiled training step is as large as T x S."""
+  """No buffer of the compiled training step is as large as T x S."""
   # A prime, and so large that nothing else of this model amounts to T x T.
   T = 1031
   text = str(optimized(kind, T, indexer_types).as_text())
