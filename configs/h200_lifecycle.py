@@ -14,8 +14,8 @@ import dataclasses
 
 from dsa_jax import config as model_lib
 from train import config as config_lib
-from train import data as data_lib
-from train import retrieval as retrieval_lib
+from train.data import corpus as corpus_lib
+from train.data import retrieval as retrieval_lib
 
 
 def config() -> config_lib.TrainConfig:
@@ -57,7 +57,7 @@ def config() -> config_lib.TrainConfig:
       dataclasses.replace(extend, kind="sparse", steps=120, lr_scale=0.3),
     ),
     optimizer=config_lib.OptimizerConfig(peak_lr=1e-3, indexer_lr=1e-3),
-    data=data_lib.DataConfig(
+    data=corpus_lib.DataConfig(
       retrieval=retrieval_lib.RetrievalConfig(
         fraction=0.5, key_letters=2, value_digits=3, eval_rows=64
       )

@@ -43,7 +43,7 @@ class LayeringTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("pallas_kernels", "import dsa_jax"),
-    ("pallas_kernels", "import jax, train.step as step"),
+    ("pallas_kernels", "import jax, train.learn.step as step"),
     ("pallas_kernels", "from configs import tiny"),
     ("dsa_jax", "from train.config import TrainConfig"),
     ("dsa_jax", "def f():\n  from configs import tiny\n  return tiny"),

@@ -12,9 +12,9 @@ import pathlib
 from typing import Literal
 
 import dsa_jax
-from train import data as data_lib
-from train import guards
-from train import processes
+from train.data import corpus as corpus_lib
+from train.host import processes
+from train.learn import guards
 
 type Kind = Literal["pretrain", "extend", "warmup", "sparse"]
 
@@ -208,7 +208,7 @@ class TrainConfig:
   model: dsa_jax.ModelConfig
   stages: tuple[StageConfig, ...]
   optimizer: OptimizerConfig
-  data: data_lib.DataConfig = data_lib.DataConfig()
+  data: corpus_lib.DataConfig = corpus_lib.DataConfig()
   mesh: MeshConfig = MeshConfig()
   distributed: processes.DistributedConfig = processes.DistributedConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()

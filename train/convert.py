@@ -27,8 +27,8 @@ from dsa_jax.hf import files
 from dsa_jax.hf import load
 from dsa_jax.hf import save
 from dsa_jax.hf import tensors as tensors_lib
-from train import arrays as arrays_lib
-from train import checkpoint as checkpoint_lib
+from train.run import arrays as arrays_lib
+from train.run import checkpoint as checkpoint_lib
 
 # Of the folder that a checkpoint was made of: all but the parameters.
 _ORIGIN: Final = "hf"

@@ -12,12 +12,12 @@ import numpy as np
 from dsa_jax import frame as frame_lib
 from dsa_jax import recall
 from train import config as config_lib
-from train import data as data_lib
-from train import feed
-from train import metrics as metrics_lib
-from train import processes
-from train import retrieval as retrieval_lib
-from train import step as step_lib
+from train.data import corpus as corpus_lib
+from train.data import retrieval as retrieval_lib
+from train.host import processes
+from train.learn import batches as batches_lib
+from train.learn import step as step_lib
+from train.run import metrics as metrics_lib
 
 # Lengths that retrieval is asked at, as fractions of the stage's sequences.
 _LENGTHS = (1 / 8, 1 / 4, 1 / 2, 1)
@@ -35,7 +35,7 @@ class Evaluation:
     cfg: config_lib.TrainConfig,
     stage: config_lib.StageConfig,
     model: step_lib.Model,
-    corpus: data_lib.Corpus,
+    corpus: corpus_lib.Corpus,
     metrics: metrics_lib.Writer,
   ):
     self._cfg, self._stage, self._model = cfg, stage, model
@@ -65,7 +65,7 @@ class Evaluation:
     return bits_per_byte
 
   def _put(self, x: np.ndarray) -> jax.Array:
-    return feed.put_rows(x, self._cfg.model.rules)
+    return batches_lib.put_rows(x, self._cfg.model.rules)
 
   def _heldout(self, batches: int):
     return self._corpus.heldout_batches(

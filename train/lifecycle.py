@@ -18,7 +18,7 @@ import numpy as np
 from train import config as config_lib
 from train import loop
 from train import main as main_lib
-from train import record as record_lib
+from train.run import read_run
 
 
 def control(cfg: config_lib.TrainConfig) -> config_lib.TrainConfig:
@@ -49,7 +49,7 @@ def control(cfg: config_lib.TrainConfig) -> config_lib.TrainConfig:
 def table(cfg: config_lib.TrainConfig) -> str:
   """Markdown: what each model is worth, dense and sparse."""
   run, other = (
-    record_lib.read(pathlib.Path(x.run_dir)).lines for x in (cfg, control(cfg))
+    read_run.read(pathlib.Path(x.run_dir)).lines for x in (cfg, control(cfg))
   )
   dense_end, warmup_end, end = cfg.stage_ends[-3:]
   rows = [
@@ -92,15 +92,15 @@ def table(cfg: config_lib.TrainConfig) -> str:
 
 
 def _at(
-  lines: list[record_lib.Line], step: int, kind: str, **wanted: Any
-) -> record_lib.Line:
+  lines: list[read_run.Line], step: int, kind: str, **wanted: Any
+) -> read_run.Line:
   """The one line of this step and kind."""
   wanted |= {"step": step, "kind": kind}
   (line,) = (x for x in lines if wanted.items() <= x.items())
   return line
 
 
-def _milliseconds(lines: list[record_lib.Line], begin: int, end: int) -> float:
+def _milliseconds(lines: list[read_run.Line], begin: int, end: int) -> float:
   """Median time of a step of a stage, without its first, which warms up."""
   times = [
     line["ms_per_step"]

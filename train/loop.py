@@ -15,19 +15,19 @@ import dsa_jax
 from dsa_jax import flops
 from dsa_jax import sharding
 from pallas_kernels import dispatch
-from train import checkpoint as checkpoint_lib
 from train import config as config_lib
-from train import data as data_lib
 from train import evaluation
-from train import feed
-from train import goodput
-from train import metrics as metrics_lib
-from train import optimizer as optimizer_lib
-from train import processes
-from train import provenance
-from train import stage_log
-from train import step as step_lib
-from train import watchdog
+from train.data import corpus as corpus_lib
+from train.host import processes
+from train.host import watchdog
+from train.learn import batches as batches_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import step as step_lib
+from train.run import checkpoint as checkpoint_lib
+from train.run import goodput
+from train.run import metrics as metrics_lib
+from train.run import provenance
+from train.run import stage_log
 
 
 class Diverged(RuntimeError):
@@ -54,7 +54,7 @@ class Run:
     self._began = time.time()
     checkpoint_lib.check(cfg)
     quarantine = pathlib.Path(cfg.run_dir) / "quarantine"
-    self.corpus = data_lib.Corpus(cfg.data, None if cfg.check else quarantine)
+    self.corpus = corpus_lib.Corpus(cfg.data, None if cfg.check else quarantine)
     for stage in cfg.stages:
       self.corpus.check_sizes(stage.seq_len, stage.batch_size)
     vocab = self.corpus.tokenizer.vocab_size
@@ -205,7 +205,7 @@ class Run:
     cfg, stage = self.cfg, self.cfg.stages[i]
     end = cfg.stage_ends[i]
     begin = end - stage.steps
-    batches = feed.Feed(
+    batches = batches_lib.Batches(
       self.corpus, stage, cfg.model.rules, cfg.seed + i, cfg.data.shards
     )
     if self.step > begin:
@@ -259,7 +259,7 @@ class Run:
       """Where the data fail, what was trained is saved."""
       try:
         yield
-      except data_lib.DataError:
+      except corpus_lib.DataError:
         if pending:
           log(*pending)
         if jax.process_count() == 1:  # the others have gone on
@@ -447,7 +447,7 @@ class Run:
     rows = np.tile(prompt, (self.cfg.model.rules.shards("batch"), 1))
     tokens = dsa_jax.generate(
       model.merge(state.params, state.router_bias),
-      feed.put_rows(rows, cfg.rules),
+      batches_lib.put_rows(rows, cfg.rules),
       log.sample_tokens,
       log.sample_temperature,
       jax.random.fold_in(jax.random.key(self.cfg.seed), step),

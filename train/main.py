@@ -12,14 +12,14 @@ if __package__ in (None, ""):  # run as `python train/main.py`
 
 import tyro  # noqa: E402
 
-from train import check  # noqa: E402
-from train import checkpoint as checkpoint_lib  # noqa: E402
-from train import compile as compile_lib  # noqa: E402
 from train import config as config_lib  # noqa: E402
-from train import data as data_lib  # noqa: E402
 from train import loop  # noqa: E402
-from train import processes  # noqa: E402
+from train import preflight  # noqa: E402
 from train import report  # noqa: E402
+from train.aot import compile as compile_lib  # noqa: E402
+from train.data import corpus as corpus_lib  # noqa: E402
+from train.host import processes  # noqa: E402
+from train.run import checkpoint as checkpoint_lib  # noqa: E402
 
 
 def parse(
@@ -57,7 +57,7 @@ def main() -> None:
       sys.exit(compile_lib.report(cfg))
     processes.start(cfg.distributed)
     if cfg.check:
-      check.report(cfg)
+      preflight.report(cfg)
       return
     run = loop.Run(cfg)
   except (ValueError, OSError, ImportError) as e:
@@ -72,7 +72,7 @@ def main() -> None:
     loop.Diverged,
     checkpoint_lib.Broken,
     checkpoint_lib.NotSaved,
-    data_lib.DataError,
+    corpus_lib.DataError,
   ) as e:
     sys.exit(f"error: {e}")
 

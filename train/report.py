@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import tyro
 
-from train import record as record_lib
+from train.run import read_run
 
 # Of Okabe and Ito: apart for colour-blind readers too.
 _COLORS: Final = {"dense": "#0072B2", "sparse": "#D55E00"}
@@ -48,7 +48,7 @@ def _figure(height: float) -> Figure:
   return figure.Figure(figsize=(10, height))  # inches
 
 
-def _shade_stages(axes: Iterable[Axes], spans: list[record_lib.Span]) -> None:
+def _shade_stages(axes: Iterable[Axes], spans: list[read_run.Span]) -> None:
   """Shades every other stage, and names them above the first of the axes."""
   first, *_ = axes = list(axes)
   begin, end = spans[0].begin, spans[-1].end
@@ -75,21 +75,21 @@ def _shade_stages(axes: Iterable[Axes], spans: list[record_lib.Span]) -> None:
     )
 
 
-def _plot(ax: Axes, x: record_lib.Series, y: Any, **style: Any) -> None:
+def _plot(ax: Axes, x: read_run.Series, y: Any, **style: Any) -> None:
   """A line; of few points, with the points, or a single one would not show."""
   marker = "." if len(x.steps) < 10 else ""
   ax.plot(x.steps, y, marker=marker, **style)
 
 
-def _mark(ax: Axes, x: record_lib.Series, marker: str, **style: Any) -> None:
+def _mark(ax: Axes, x: read_run.Series, marker: str, **style: Any) -> None:
   """Evaluations; whole also where they lie on the frame."""
   ax.plot(x.steps, x.values, marker, clip_on=False, zorder=3, **style)
 
 
 def _plot_layers(
   ax: Axes,
-  layers: list[record_lib.Series],
-  total: list[record_lib.Series],
+  layers: list[read_run.Series],
+  total: list[read_run.Series],
   label: str,
 ) -> None:
   """A line a layer, dark to light in their order, and the total's in bold."""
@@ -112,7 +112,7 @@ def _plot_layers(
   bar = ax.figure.colorbar(
     mapped,
     cax=ax.inset_axes((1.015, 0, 0.015, 1)),
-    ticks=record_lib.chosen_layers(L, 5),
+    ticks=read_run.chosen_layers(L, 5),
     label="layer",
   )
   bar.outline.set_visible(False)
@@ -128,15 +128,15 @@ def _add_legend(ax: Axes, **style: Any) -> None:
 
 def _draw_loss(
   ax: Axes,
-  trained: list[record_lib.Series],
-  tested: dict[str, record_lib.Series],
+  trained: list[read_run.Series],
+  tested: dict[str, read_run.Series],
 ) -> None:
   from matplotlib import ticker
 
   for x in trained:
     way = "sparse" if x.stage == "sparse" else "dense"
     ax.plot(x.steps, x.values, color=_COLORS[way], lw=0.8, alpha=0.25)
-    y = record_lib.smoothed(x.values)
+    y = read_run.smoothed(x.values)
     _plot(ax, x, y, color=_COLORS[way], label=f"training, {way}")
   for way, x in tested.items():
     style = {"color": _COLORS[way], "label": f"held out, {way}"}
@@ -150,14 +150,14 @@ def _draw_loss(
   _add_legend(ax, loc="upper right", ncols=2)
 
 
-def draw_losses(record: record_lib.Record) -> Figure:
+def draw_losses(record: read_run.Record) -> Figure:
   """Bits per byte, and below it the KL, by step."""
   lines, spans = record.lines, record.spans
-  trained = record_lib.series(lines, spans, "train", "bits_per_byte")
-  ways = {way: record_lib.heldout(lines, way, since=1) for way in _COLORS}
+  trained = read_run.series(lines, spans, "train", "bits_per_byte")
+  ways = {way: read_run.heldout(lines, way, since=1) for way in _COLORS}
   tested = {way: x for way, x in ways.items() if x is not None}
-  sums = record_lib.series(lines, spans, "train", "index")
-  layers = record_lib.series(lines, spans, "train", "index_per_layer")
+  sums = read_run.series(lines, spans, "train", "index")
+  layers = read_run.series(lines, spans, "train", "index_per_layer")
   panels = bool(trained or tested) + bool(sums or layers)
   if not panels:
     return None
@@ -177,19 +177,19 @@ def draw_losses(record: record_lib.Record) -> Figure:
   return fig
 
 
-def draw_recall(record: record_lib.Record) -> Figure:
+def draw_recall(record: read_run.Record) -> Figure:
   """The recall of each layer's indexer by step, while it is trained."""
   lines = record.lines
   spans = [x for x in record.spans if x.kind in ("warmup", "sparse")]
-  means = record_lib.series(lines, spans, "train", "recall")
-  layers = record_lib.series(lines, spans, "train", "recall_per_layer")
+  means = read_run.series(lines, spans, "train", "recall")
+  layers = read_run.series(lines, spans, "train", "recall_per_layer")
   if not means and not layers:
     return None
   fig = _figure(4.6)
   ax = fig.subplots()
   _plot_layers(ax, layers, means, "mean over layers")
   # The end of the stage before shows what an untrained indexer finds.
-  tested = record_lib.heldout(lines, "recall", since=spans[0].begin)
+  tested = read_run.heldout(lines, "recall", since=spans[0].begin)
   if tested is not None:
     label = "held out, mean over layers"
     _mark(ax, tested, "s", color="white", mec="black", label=label)
@@ -212,9 +212,9 @@ def _add_share_bar(grid: Any, label: str) -> None:
   bar.outline.set_visible(False)
 
 
-def draw_accuracy(record: record_lib.Record) -> Figure:
+def draw_accuracy(record: read_run.Record) -> Figure:
   """Retrieval by length and depth: a row a stage, dense beside sparse."""
-  found = record_lib.retrievals(record.lines, record.spans)
+  found = read_run.retrievals(record.lines, record.spans)
   if not found:
     return None
   fig = _figure(0.7 + 1.6 * len(found))
@@ -246,7 +246,7 @@ def draw_accuracy(record: record_lib.Record) -> Figure:
   return fig
 
 
-def draw_selection(record: record_lib.Record) -> Figure:
+def draw_selection(record: read_run.Record) -> Figure:
   """The keys that some layers select, at the first and the last stage's end.
 
   Stages of shorter rows than the last one's are left out: their maps are those
@@ -254,7 +254,7 @@ def draw_selection(record: record_lib.Record) -> Figure:
   """
   if not record.selections:
     return None
-  read = record_lib.Selection.read
+  read = read_run.Selection.read
   all_maps = [(step, read(file)) for step, file in record.selections]
   alike = [x for x in all_maps if x[1].length == all_maps[-1][1].length]
   maps = dict((alike[0], alike[-1]))
@@ -264,7 +264,7 @@ def draw_selection(record: record_lib.Record) -> Figure:
   for row, (step, selection) in zip(grid, maps.items()):
     stage = next((x.kind for x in record.spans if step in x), "")
     row[0].set_ylabel(f"{stage}, step {step}\n\nquery (place in the row)")
-    layers = record_lib.chosen_layers(len(selection.indices), columns)
+    layers = read_run.chosen_layers(len(selection.indices), columns)
     for ax, layer in zip(row, layers):
       _draw_map(ax, selection, layer)
       ax.set_title(f"layer {layer}")
@@ -276,14 +276,12 @@ def draw_selection(record: record_lib.Record) -> Figure:
   return fig
 
 
-def _draw_map(ax: Axes, selection: record_lib.Selection, layer: int) -> None:
+def _draw_map(ax: Axes, selection: read_run.Selection, layer: int) -> None:
   """Queries down, keys across; what they may not see is tinted."""
   from matplotlib import colors
 
   queries, length = selection.queries, selection.length
-  share, width = record_lib.density(
-    selection.indices[layer], length, _MOST_BINS
-  )
+  share, width = read_run.density(selection.indices[layer], length, _MOST_BINS)
   bottom = len(queries)
   ax.imshow(
     share,
@@ -333,7 +331,7 @@ def report(
     raise ImportError(
       'Pictures need the package `matplotlib`: pip install "dsa-jax[report]".'
     ) from e
-  record = record_lib.read(run_dir)
+  record = read_run.read(run_dir)
   out = out or run_dir / "report"
   with matplotlib.rc_context(_STYLE):
     for name, (draw, data) in _PICTURES.items():

@@ -20,9 +20,9 @@ import numpy as np
 from dsa_jax import embed
 from tests.train import runs
 from train import config as config_lib
-from train import data as data_lib
-from train import feed
 from train import main
+from train.data import corpus as corpus_lib
+from train.learn import batches as batches_lib
 
 
 def config(work: pathlib.Path, kinds: list[str]) -> config_lib.TrainConfig:
@@ -38,7 +38,7 @@ def config(work: pathlib.Path, kinds: list[str]) -> config_lib.TrainConfig:
     model=dataclasses.replace(runs.MODEL, num_dense_layers=0, num_mtp_layers=0),
     data=dataclasses.replace(
       cfg.data,
-      sources=(data_lib.SourceConfig(path=f"{work}/text/*.txt"),),
+      sources=(corpus_lib.SourceConfig(path=f"{work}/text/*.txt"),),
       shards=2,
     ),
     stages=tuple(
@@ -66,7 +66,7 @@ def note_batches(work: pathlib.Path, batches: pathlib.Path) -> None:
   A file WORK/poison asks for the next batch to be named there. It then is
   poisoned whenever it comes again, as it would be on a disk.
   """
-  read = feed.Feed.__next__
+  read = batches_lib.Batches.__next__
   poison, poisoned = work / "poison", work / "poisoned"
 
   def noted(self):
@@ -82,7 +82,7 @@ def note_batches(work: pathlib.Path, batches: pathlib.Path) -> None:
       batch = batch | {"tokens": jnp.full_like(batch["tokens"], -1)}
     return batch
 
-  feed.Feed.__next__ = noted
+  batches_lib.Batches.__next__ = noted
 
 
 def embed_poison() -> None:

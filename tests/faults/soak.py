@@ -25,7 +25,7 @@ from typing import Final, Literal
 import tyro
 
 from tests.faults import attempt as attempt_lib
-from train import goodput
+from train.run import goodput
 
 type Name = Literal[
   "nothing", "poison", "SIGTERM", "SIGKILL", "truncated", "flipped"

@@ -13,8 +13,8 @@ from dsa_jax import sharding
 import pallas_kernels
 from pallas_kernels import crossover
 from tests.train import runs
-from tests.train import step_test
-from train import step as step_lib
+from tests.train.learn import step_test
+from train.learn import step as step_lib
 
 MODEL = dataclasses.replace(runs.MODEL, experts_per_token=2)
 

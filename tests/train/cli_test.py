@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from tests.train import runs
-from train import checkpoint
 from train import config as config_lib
 from train import loop
 from train import main
+from train.run import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -17,11 +17,11 @@ import dsa_jax
 from dsa_jax import sharding
 from tests.hf import folders
 from tests.train import runs
-from train import arrays
-from train import checkpoint
 from train import convert
 from train import loop
-from train import step as step_lib
+from train.learn import step as step_lib
+from train.run import arrays
+from train.run import checkpoint
 
 
 def run(source, target, **options):

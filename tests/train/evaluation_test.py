@@ -9,8 +9,8 @@ import pytest
 
 from tests.train import runs
 from train import evaluation
-from train import guards
-from train import step as step_lib
+from train.learn import guards
+from train.learn import step as step_lib
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])

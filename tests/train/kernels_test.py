@@ -9,8 +9,8 @@ import pytest
 
 from dsa_jax import sharding
 from pallas_kernels import dispatch
-from train import compile as compile_lib
 from train import config as config_lib
+from train.aot import compile as compile_lib
 
 KERNEL, PLAIN = ["mosaic_gpu"], ["chunked_xla"]
 

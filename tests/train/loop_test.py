@@ -10,9 +10,9 @@ import pytest
 
 from pallas_kernels import dispatch
 from tests.train import runs
-from train import feed
 from train import lifecycle
 from train import loop
+from train.learn import batches as batches_lib
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses.json"
 
@@ -105,7 +105,7 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
   cfg = runs.config(folder, "signal")
   cfg = dataclasses.replace(cfg, stages=cfg.stages[:2])
   run = loop.Run(cfg)
-  read = feed.Feed.__next__
+  read = batches_lib.Batches.__next__
   batches = iter(range(100))
 
   def interrupt(self):
@@ -114,7 +114,7 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
     return read(self)
 
   with monkeypatch.context() as patch:
-    patch.setattr(feed.Feed, "__next__", interrupt)
+    patch.setattr(batches_lib.Batches, "__next__", interrupt)
     run.train()
   assert "saved. Go on with the same command and --resume" in (
     capsys.readouterr().out

@@ -9,11 +9,11 @@ from matplotlib import image
 import numpy as np
 import pytest
 
-from train import record as record_lib
 from train import report
+from train.run import read_run
 
 NAN = float("nan")
-SPANS = [record_lib.Span("warmup", 0, 20), record_lib.Span("sparse", 20, 50)]
+SPANS = [read_run.Span("warmup", 0, 20), read_run.Span("sparse", 20, 50)]
 
 
 def train(step, stage="sparse", **values):
@@ -36,21 +36,21 @@ class TestSpans:
   STAGES = [("pretrain", 20), ("warmup", 5), ("sparse", 30)]
 
   def test_follow_each_other(self):
-    assert record_lib.stage_spans(self.STAGES, 55) == [
-      record_lib.Span("pretrain", 0, 20),
-      record_lib.Span("warmup", 20, 25),
-      record_lib.Span("sparse", 25, 55),
+    assert read_run.stage_spans(self.STAGES, 55) == [
+      read_run.Span("pretrain", 0, 20),
+      read_run.Span("warmup", 20, 25),
+      read_run.Span("sparse", 25, 55),
     ]
 
   def test_end_where_the_run_does(self):
-    assert record_lib.stage_spans(self.STAGES, 22) == [
-      record_lib.Span("pretrain", 0, 20),
-      record_lib.Span("warmup", 20, 22),
+    assert read_run.stage_spans(self.STAGES, 22) == [
+      read_run.Span("pretrain", 0, 20),
+      read_run.Span("warmup", 20, 22),
     ]
-    assert record_lib.stage_spans(self.STAGES, 20) == [
-      record_lib.Span("pretrain", 0, 20)
+    assert read_run.stage_spans(self.STAGES, 20) == [
+      read_run.Span("pretrain", 0, 20)
     ]
-    assert record_lib.stage_spans(self.STAGES, 0) == []
+    assert read_run.stage_spans(self.STAGES, 0) == []
 
   def test_the_last_step_of_a_stage_is_its_own(self):
     assert [20 in span for span in SPANS] == [True, False]
@@ -66,15 +66,13 @@ class TestSeries:
       train(30, loss=1.0, index=0.0),
       {"step": 30, "kind": "eval", "index": 9.0},
     ]
-    warmup, sparse = record_lib.series(lines, SPANS, "train", "index")
+    warmup, sparse = read_run.series(lines, SPANS, "train", "index")
     assert (warmup.stage, sparse.stage) == ("warmup", "sparse")
     np.testing.assert_array_equal(warmup.steps, [10, 20])
     np.testing.assert_array_equal(warmup.values, [3, 2])
     np.testing.assert_array_equal(sparse.steps, [30])
     np.testing.assert_array_equal(sparse.values, [0])
-    (loss,) = record_lib.series(
-      lines, SPANS, "train", "loss"
-    )  # warmup has none
+    (loss,) = read_run.series(lines, SPANS, "train", "loss")  # warmup has none
     np.testing.assert_array_equal(loss.steps, [21, 30])
 
   def test_null_is_nan_for_its_layer_only(self):
@@ -82,7 +80,7 @@ class TestSeries:
       train(30, recall_per_layer=[0.5, None]),
       train(40, recall_per_layer=[0.6, 0.7]),
     ]
-    (x,) = record_lib.series(lines, SPANS, "train", "recall_per_layer")
+    (x,) = read_run.series(lines, SPANS, "train", "recall_per_layer")
     np.testing.assert_array_equal(x.values, [[0.5, NAN], [0.6, 0.7]])
 
   def test_heldout_begins_at_the_end_of_the_stage_before(self):
@@ -90,25 +88,23 @@ class TestSeries:
       {"step": step, "kind": "eval", "recall": step / 100}
       for step in (10, 20, 50)
     ]
-    x = record_lib.heldout(lines, "recall", since=20)
+    x = read_run.heldout(lines, "recall", since=20)
     assert x is not None
     np.testing.assert_array_equal(x.steps, [20, 50])
     np.testing.assert_array_equal(x.values, [0.2, 0.5])
-    assert record_lib.heldout(lines, "dense", since=1) is None
+    assert read_run.heldout(lines, "dense", since=1) is None
 
 
 class TestSmoothed:
   def test_few_points_stay(self):
     values = np.array([5.0, 1.0, 3.0])
-    np.testing.assert_array_equal(record_lib.smoothed(values), values)
+    np.testing.assert_array_equal(read_run.smoothed(values), values)
 
   def test_means_of_the_points_around(self):
     values = np.random.default_rng(0).normal(size=120)  # two on each side
     expected = [values[0], values[:3].mean()]
     expected += [values[i - 2 : i + 3].mean() for i in range(2, 120)]
-    np.testing.assert_allclose(
-      record_lib.smoothed(values), expected, atol=1e-12
-    )
+    np.testing.assert_allclose(read_run.smoothed(values), expected, atol=1e-12)
 
 
 class TestDensity:
@@ -116,16 +112,14 @@ class TestDensity:
     indices = np.array(
       [[0, 1, 2, -1], [3, 9, -1, -1], [-1, -1, -1, -1]], np.int32
     )
-    share, width = record_lib.density(indices, num_keys=10, most_bins=4)
+    share, width = read_run.density(indices, num_keys=10, most_bins=4)
     assert width == 3
     np.testing.assert_allclose(
       share, [[1, 0, 0, 0], [0, 1 / 3, 0, 1], [0, 0, 0, 0]]
     )
 
   def test_a_bin_is_a_key_where_there_is_room(self):
-    share, width = record_lib.density(
-      np.array([[1, 3]]), num_keys=4, most_bins=4
-    )
+    share, width = read_run.density(np.array([[1, 3]]), num_keys=4, most_bins=4)
     assert width == 1
     np.testing.assert_array_equal(share, [[0, 1, 0, 1]])
 
@@ -138,7 +132,7 @@ def test_retrieval_is_the_last_of_each_stage():
     retrieval(50, "sparse", [[0.25]]),
     train(50),
   ]
-  (first, warmup), (second, sparse) = record_lib.retrievals(lines, SPANS)
+  (first, warmup), (second, sparse) = read_run.retrievals(lines, SPANS)
   assert (first, second) == ("warmup", "sparse")
   assert {way: x["accuracy"] for way, x in warmup.items()} == {
     "dense": [[0.75]]
@@ -154,7 +148,7 @@ def test_retrieval_is_the_last_of_each_stage():
   [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (9, [0, 2, 4, 6, 8])],
 )
 def test_chosen_layers(num_layers, layers):
-  assert record_lib.chosen_layers(num_layers, 5) == layers
+  assert read_run.chosen_layers(num_layers, 5) == layers
 
 
 @pytest.fixture
@@ -246,7 +240,7 @@ class TestFigures:
     return [x for x in ax.get_lines() if x.get_label() == label]
 
   def test_losses(self, run_dir):
-    fig = report.draw_losses(record_lib.read(run_dir))
+    fig = report.draw_losses(read_run.read(run_dir))
     loss, kl = fig.axes[:2]
     dense = self.lines_of(loss, "training, dense")
     assert [list(x.get_xdata()[[0, -1]]) for x in dense] == [[1, 20], [21, 24]]
@@ -274,14 +268,14 @@ class TestFigures:
     np.testing.assert_array_equal(warmup.get_xdata(), [26, 28, 30])
 
   def test_recall_covers_the_indexers_training(self, run_dir):
-    ax = report.draw_recall(record_lib.read(run_dir)).axes[0]
+    ax = report.draw_recall(read_run.read(run_dir)).axes[0]
     assert ax.get_xlim() == (24, 50)
     (marks,) = self.lines_of(ax, "held out, mean over layers")
     np.testing.assert_array_equal(marks.get_xdata(), [24, 30, 50])
     np.testing.assert_array_equal(marks.get_ydata(), [0.24, 0.3, 0.5])
 
   def test_accuracy_is_written_in(self, run_dir):
-    fig = report.draw_accuracy(record_lib.read(run_dir))
+    fig = report.draw_accuracy(read_run.read(run_dir))
     (shown,) = fig.axes[0].images
     np.testing.assert_array_equal(shown.get_array(), [[1, 0.5], [0.25, 0]])
     texts = [[x.get_text() for x in ax.texts] for ax in fig.axes[:8]]
@@ -290,7 +284,7 @@ class TestFigures:
     assert texts[7] == ["100", "50", "25", "0"]
 
   def test_the_border_is_what_queries_see(self, run_dir):
-    fig = report.draw_selection(record_lib.read(run_dir))
+    fig = report.draw_selection(read_run.read(run_dir))
     assert len(fig.axes) == 2 * 2 + 1  # stages, layers, the scale
     first, beyond = fig.axes[0].get_lines()
     np.testing.assert_array_equal(first.get_xdata(), [0] * 8 + [16] * 8)
@@ -304,7 +298,7 @@ class TestFigures:
     with np.load(folder / "30.npz") as arrays:
       longer = {name: arrays[name] for name in arrays} | {"length": 64}
     np.savez(folder / "20.npz", **longer)
-    fig = report.draw_selection(record_lib.read(run_dir))
+    fig = report.draw_selection(read_run.read(run_dir))
     titles = [fig.axes[i].get_ylabel().splitlines()[0] for i in (0, 2)]
     assert titles == ["warmup, step 30", "sparse, step 50"]
 
@@ -353,10 +347,10 @@ def test_refuses_a_malformed_line(monkeypatch, capsys, run_dir, bad):
 
 def test_leaves_out_half_a_line_at_the_end(run_dir):
   file = run_dir / "metrics.jsonl"
-  before = record_lib.read(run_dir).lines
+  before = read_run.read(run_dir).lines
   with file.open("a") as out:
     out.write('{"step": 3, "ki')
-  assert record_lib.read(run_dir).lines == before
+  assert read_run.read(run_dir).lines == before
 
 
 @pytest.mark.parametrize("bad", ["{", "{}", '{"stages": 3}'])
@@ -370,7 +364,7 @@ def test_refuses_a_malformed_config(monkeypatch, capsys, run_dir, bad):
 def test_refuses_a_malformed_selection(run_dir, bad):
   file = run_dir / "selections" / "50.npz"
   file.write_bytes(bad)
-  record = record_lib.read(run_dir)
+  record = read_run.read(run_dir)
   with pytest.raises(ValueError) as error:
     report.draw_selection(record)
   assert f"{file} is malformed" in str(error.value)

@@ -7,7 +7,7 @@ import random
 
 from dsa_jax import config as model_lib
 from train import config as config_lib
-from train import data as data_lib
+from train.data import corpus as corpus_lib
 
 MODEL = dataclasses.replace(
   model_lib.tiny(),
@@ -49,8 +49,8 @@ def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
   return config_lib.TrainConfig(
     run_dir=str(folder / run),
     model=MODEL,
-    data=data_lib.DataConfig(
-      sources=(data_lib.SourceConfig(path=f"{folder}/*.txt"),),
+    data=corpus_lib.DataConfig(
+      sources=(corpus_lib.SourceConfig(path=f"{folder}/*.txt"),),
       heldout_fraction=0.2,
     ),
     stages=(

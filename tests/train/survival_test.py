@@ -15,13 +15,13 @@ import pytest
 
 from dsa_jax import sharding
 from tests.train import runs
-from train import checkpoint
-from train import data as data_lib
 from train import evaluation
-from train import feed
 from train import loop
-from train import processes
-from train import step as step_lib
+from train.data import corpus as corpus_lib
+from train.host import processes
+from train.learn import batches as batches_lib
+from train.learn import step as step_lib
+from train.run import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -330,7 +330,7 @@ def write_lines(file, count=60, broken=()):
 
 def with_lines(folder, run, file, **data):
   cfg = config(folder, run)
-  source = data_lib.SourceConfig(path=str(file), name="lines")
+  source = corpus_lib.SourceConfig(path=str(file), name="lines")
   return dataclasses.replace(
     cfg, data=dataclasses.replace(cfg.data, sources=(source,), **data)
   )
@@ -369,7 +369,7 @@ def test_a_source_that_vanishes_ends_the_run_and_costs_nothing(
   )
   train(whole)
   cfg = dataclasses.replace(whole, run_dir=str(folder / "vanishing"))
-  read, batches = feed.Feed.__next__, iter(range(100))
+  read, batches = batches_lib.Batches.__next__, iter(range(100))
   with monkeypatch.context() as patch:
 
     def vanish(self):
@@ -377,8 +377,8 @@ def test_a_source_that_vanishes_ends_the_run_and_costs_nothing(
         file.rename(tmp_path / "elsewhere")
       return read(self)
 
-    patch.setattr(feed.Feed, "__next__", vanish)
-    with pytest.raises(data_lib.DataError, match=r"lines.*web\.jsonl"):
+    patch.setattr(batches_lib.Batches, "__next__", vanish)
+    with pytest.raises(corpus_lib.DataError, match=r"lines.*web\.jsonl"):
       train(cfg)
   steps = [line["step"] for line in runs.lines(cfg.run_dir, "train")]
   assert steps == list(range(1, len(steps) + 1)) and 3 < len(steps) < 60

@@ -1,0 +1,153 @@
+"""Everything short of training: what a run would be, and whether it fits."""
+
+from collections.abc import Iterator
+import dataclasses
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+
+from train import config as config_lib
+from train import loop
+from train.data import corpus as corpus_lib
+from train.host import processes
+from train.learn import step as step_lib
+from train.run import checkpoint as checkpoint_lib
+from train.run import metrics as metrics_lib
+
+# Of each stage's first batch: rows, and characters of a document.
+_ROWS, _CHARACTERS = 2, 120
+
+
+def report(cfg: config_lib.TrainConfig) -> None:
+  """Opens and prints all that a run needs; changes nothing in its folder.
+
+  Raises:
+    ValueError: The run cannot begin or go on, or fit; see also `loop.Run`.
+  """
+  run = loop.Run(cfg)
+  with jax.set_mesh(run.mesh):
+    processes.say(run.summary())
+    processes.say(_short(cfg))
+    if processes.is_first():
+      for i in range(len(cfg.stages)):
+        for line in _sample(cfg, run.corpus, i):
+          processes.say(line)
+    states = [run.shapes(stage) for stage in cfg.stages]
+  processes.say(_memory(states, run.mesh))
+  processes.say(_disk(cfg, [_size(state) for state in states]))
+  processes.say(_origin(cfg, run))
+  processes.say("ok")
+
+
+def _short(cfg: config_lib.TrainConfig) -> str:
+  """What the run's summary does not say."""
+  optimizer, save, log = cfg.optimizer, cfg.checkpoint, cfg.log
+  return (
+    f"learns   at {optimizer.peak_lr:g}, the indexer at"
+    f" {optimizer.indexer_lr:g}; moments in {optimizer.moments}; seed"
+    f" {cfg.seed}\n"
+    f"saves    every {save.every} steps, evaluates every {log.eval_every},"
+    f" samples every {log.sample_every}"
+  )
+
+
+def _sample(
+  cfg: config_lib.TrainConfig, corpus: corpus_lib.Corpus, i: int
+) -> Iterator[str]:
+  """The beginnings of documents in the first rows that stage `i` trains on."""
+  stage = cfg.stages[i]
+  batches = corpus.batches(
+    seq_len=stage.seq_len,
+    batch_size=stage.batch_size // cfg.data.shards,
+    seed=cfg.seed + i,
+  )
+  batch = next(batches)
+  batches.close()
+  rate = batch["bytes"].sum() / max((batch["segment_ids"] > 0).sum(), 1)
+  yield f"batch    stage {i} begins with; {rate:.2f} bytes a token"
+  for row in range(min(_ROWS, len(batch["tokens"]))):
+    tokens, segments = batch["tokens"][row], batch["segment_ids"][row]
+    padding = np.sum(segments == 0)
+    padded = f", {padding} of them padding" if padding else ""
+    yield (
+      f"  row {row}: {len(tokens)} tokens{padded}; documents: {segments.max()}"
+    )
+    for segment in range(1, segments.max() + 1):
+      piece = tokens[segments == segment]
+      text = corpus.tokenizer.decode(piece)
+      more = "..." if len(text) > _CHARACTERS else ""
+      yield f"    {len(piece):>6} | {text[:_CHARACTERS]!r}{more}"
+
+
+def _size(state: step_lib.TrainState) -> int:
+  """Bytes of a checkpoint."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def _memory(states: list[step_lib.TrainState], mesh: jax.sharding.Mesh) -> str:
+  """What a device holds of the largest state, beside what it has."""
+  held = max(
+    sum(
+      int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+      for x in jax.tree.leaves(step_lib.on_mesh(state, mesh))
+    )
+    for state in states
+  )
+  stats = jax.local_devices()[0].memory_stats() or {}
+  limit = stats.get("bytes_limit")
+  if limit is not None and held > limit:
+    raise ValueError(
+      f"Parameters and optimizer take {metrics_lib.size(held)} of each device,"
+      f" which has {metrics_lib.size(limit)}: raise --mesh.fsdp or another axis"
+      " that shares them."
+    )
+  known = "unknown" if limit is None else metrics_lib.size(limit)
+  return (
+    f"memory   {metrics_lib.size(held)} of parameters and optimizer a device;"
+    f" its memory: {known}. Gradients and activations come besides:"
+    " --compile-only counts them"
+  )
+
+
+def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
+  """What checkpoints will take, beside what is free.
+
+  Those of stages' ends stay; the newest do; and one more is written before the
+  oldest goes.
+  """
+  folder = pathlib.Path(cfg.run_dir).resolve()
+  there = [p for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+  while not folder.exists():
+    folder = folder.parent
+  if not os.access(folder, os.W_OK):
+    raise ValueError(f"{folder} cannot be written to; give another --run-dir.")
+  largest, number = max(sizes), cfg.checkpoint.keep + 1
+  needed = sum(sizes) + number * largest
+  left = max(needed - len(there) * largest, 0)
+  free = shutil.disk_usage(folder).free
+  size = metrics_lib.size
+  if left > free:
+    raise ValueError(
+      f"Checkpoints of {size(largest)} will take {size(needed)}, {size(left)}"
+      f" of it new, but {folder} has {size(free)} free: lower"
+      f" --checkpoint.keep={cfg.checkpoint.keep}, make room, or give another"
+      " --run-dir."
+    )
+  return (
+    f"disk     checkpoints of {size(largest)}: {size(needed)} with those of"
+    f" {len(sizes)} stages' ends; {size(free)} free"
+  )
+
+
+def _origin(cfg: config_lib.TrainConfig, run: loop.Run) -> str:
+  """What the run begins with; opened, and compared with the model."""
+  found = checkpoint_lib.find(pathlib.Path(cfg.run_dir).resolve())
+  if cfg.resume and found:
+    there = dataclasses.replace(cfg, init_from=str(found))
+    return f"resumes  {checkpoint_lib.Origin(there)}"
+  if run.origin is not None:
+    return f"begins   with the parameters of {run.origin}"
+  return f"begins   with random parameters, seed {cfg.seed}"

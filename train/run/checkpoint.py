@@ -1,0 +1,451 @@
+"""A run's folder: its config, and checkpoints of all that a step changes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import time
+from typing import Any, Final
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+import dsa_jax
+from dsa_jax.hf import tensors as tensors_lib
+from train import config as config_lib
+from train.host import atomic_files
+from train.host import processes
+from train.learn import step as step_lib
+from train.run import arrays as arrays_lib
+from train.run import metrics as metrics_lib
+
+# What may differ between a run and its continuation: where things lie, what is
+# logged, saved and guarded, and which devices compute, by what.
+_FREE = (
+  "run_dir",
+  "mesh",
+  "distributed",
+  "kernels",
+  "checkpoint",
+  "data.max_bad_share",
+  "guard",
+  "log",
+  "resume",
+  "compile_only",
+  "check",
+  "profile",
+  "stop_at",
+)
+_ODD: Final = np.uint32(0x9E3779B1)  # with as many ones as zeros, about
+_PROBE: Final = ".written-by-"  # a process that tried whether it can
+_TEMPORARY: Final = ".orbax-checkpoint-tmp"  # what Orbax has not finished
+
+
+class Broken(Exception):
+  """A checkpoint is not what was saved."""
+
+
+class NotSaved(OSError):
+  """A run's folder cannot be written to; what is there stays."""
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a run knows besides the state of its training."""
+
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Where the data stand, as JSON can hold it."""
+  tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+  """Seen so far, by source."""
+  rollbacks: int = 0
+  """How often the run went back to a checkpoint."""
+  owes_evaluation: bool = False
+  """The run was stopped before it could evaluate after this step."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, saved in the background.
+
+  RUN_DIR/config.json is the run's config; RUN_DIR/checkpoints/STEP holds the
+  train state and the progress after that step. Each has the state's
+  fingerprint, so that what is read is known to be what was saved, on whatever
+  mesh. What is not used any more lies in RUN_DIR/set_aside.
+  """
+
+  def __init__(self, cfg: config_lib.TrainConfig):
+    """Opens the folder, and writes down which run it holds.
+
+    Raises:
+      ValueError: The folder is not this run's, see `check`.
+      NotSaved: Nothing can be written there.
+    """
+    self._dir = pathlib.Path(cfg.run_dir).resolve()
+    check(cfg)
+    processes.meet("checked")  # before anyone writes what another would find
+    _make_writable(self._dir)
+    if processes.is_first():
+      text = json.dumps(dataclasses.asdict(cfg), indent=2)
+      atomic_files.write(self._dir / "config.json", text + "\n")
+    processes.meet("run_dir")  # before anyone writes anything else there
+    policies: Any = ocp.training.preservation_policies
+    keep = [
+      policies.LatestN(cfg.checkpoint.keep),
+      policies.CustomSteps(cfg.stage_ends),
+    ]
+    if cfg.checkpoint.keep_every:
+      keep.append(policies.EveryNSteps(cfg.checkpoint.keep_every))
+    if cfg.checkpoint.keep_best:
+      keep.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics["bits_per_byte"],
+          reverse=True,  # the last ones stay
+          n=cfg.checkpoint.keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._checkpointer = ocp.training.Checkpointer(
+      str(self._dir / "checkpoints"),
+      context=_context(),
+      preservation_policy=policies.AnyPreservationPolicy(keep),
+      cleanup_tmp_directories=True,  # of processes that were killed
+    )
+    self._saving: int | None = None
+    self._unsaved: int | None = None  # the last one, if it failed
+
+  def prepare(self, state: step_lib.TrainState) -> None:
+    """Compiles what a save runs on the devices, ahead of the first."""
+    _fingerprint(state)
+
+  @property
+  def steps(self) -> list[int]:
+    """Of the finished checkpoints, ascending."""
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+  def save(
+    self,
+    state: step_lib.TrainState,
+    step: int,
+    progress: Progress,
+    model: dsa_jax.ModelConfig,
+    bits_per_byte: float | None,
+  ) -> None:
+    """Copies the state, and writes it while training goes on.
+
+    That a save failed is told, once it is known; the next one is tried all the
+    same, and training has lost nothing but the place to come back to.
+
+    Args:
+      state: Of all processes together.
+      step: The last one done.
+      progress: After that step.
+      model: What the parameters are those of, in this stage.
+      bits_per_byte: Of held-out text, where it was measured after this step.
+    """
+    self.settle()
+    if step in self.steps:
+      return
+    self._clean()
+    marks = _fingerprint(state).tolist()
+    said = json.dumps(dataclasses.asdict(progress))
+    metrics: Any = None
+    if bits_per_byte is not None:
+      metrics = {"bits_per_byte": bits_per_byte}
+    self._saving = step
+    try:
+      self._checkpointer.save_checkpointables_async(
+        step,
+        {"state": state},
+        force=True,
+        metrics=metrics,
+        custom_metadata={
+          "progress": said,
+          "progress_crc32": zlib.crc32(said.encode()),
+          "fingerprint": marks,
+          "model": model.to_dict(),
+        },
+      )
+    except Exception as e:  # whatever a file system may say
+      self._failed(e)
+
+  def load(
+    self, step: int, like: step_lib.TrainState, mesh: jax.sharding.Mesh
+  ) -> tuple[step_lib.TrainState, Progress]:
+    """A checkpoint's state, in the shapes and specs of `like`, on `mesh`.
+
+    Raises:
+      Broken: It cannot be read, or is not what was saved.
+    """
+    try:
+      saved: Any = self._checkpointer.checkpointables_metadata(step)
+      said = saved.custom_metadata["progress"]
+      if zlib.crc32(said.encode()) != saved.custom_metadata["progress_crc32"]:
+        raise ValueError("its metadata are not what was saved")
+      loaded = self._checkpointer.load_checkpointables(
+        step, {"state": step_lib.on_mesh(like, mesh)}
+      )
+      state = loaded["state"]
+      marks = _fingerprint(state).tolist()
+      if marks != saved.custom_metadata["fingerprint"]:
+        raise ValueError("its arrays are not what was saved")
+      progress = Progress(**json.loads(said))
+      why = None
+    # A damaged file may end in any error of Orbax, TensorStore or JSON.
+    except Exception as e:
+      state = progress = None
+      why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    if not processes.all_agree(why is None):
+      raise Broken(why or "another process cannot read it")
+    assert state is not None and progress is not None
+    return state, progress
+
+  def set_aside(self, steps: list[int], why: str) -> None:
+    """Moves checkpoints out of the way: their steps will be saved again."""
+    if not steps:
+      return
+    if processes.is_first():
+      for step in steps:
+        target = self._dir / "set_aside" / f"{step}-{why}"
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(self._dir / "checkpoints" / str(step), target)
+    processes.meet("set aside")
+    self._checkpointer.reload()
+
+  def settle(self) -> None:
+    """Waits until what is being saved is written, and tells if it is not."""
+    if self._saving is None:
+      return
+    try:
+      self._checkpointer.wait()
+      self._saving = self._unsaved = None
+    except Exception as e:
+      self._failed(e)
+
+  def finish(self) -> None:
+    """Waits until everything is written.
+
+    Raises:
+      NotSaved: The last checkpoint is not.
+    """
+    self.settle()
+    if self._unsaved is not None:
+      raise NotSaved(
+        f"The checkpoint of step {self._unsaved} could not be written (see "
+        f"above); the newest is {max(self.steps, default='none')}. Make room, "
+        "and go on from it with the same command and --resume."
+      )
+
+  def close(self) -> None:
+    self.settle()
+    self._checkpointer.close()
+
+  def _clean(self) -> None:
+    """Removes what failed saves left behind: it would fill the disk."""
+    if not processes.is_first():
+      return
+    for left in (self._dir / "checkpoints").glob(f"*{_TEMPORARY}"):
+      for _ in range(20):
+        shutil.rmtree(left, ignore_errors=True)
+        if not left.exists():
+          break
+        # A thread of the save that failed has put one more file there.
+        time.sleep(0.1)
+
+  def _failed(self, why: Exception) -> None:
+    self._unsaved, self._saving = self._saving, None
+    reason = str(why).splitlines()[0] if str(why) else type(why).__name__
+    free = metrics_lib.size(shutil.disk_usage(self._dir).free)
+    processes.say(
+      f"ERROR: the checkpoint of step {self._unsaved} was NOT written: {reason}"
+      f" ({free} are free in {self._dir}). The newest is "
+      f"{max(self.steps, default='none')}; training goes on, and the next save "
+      "is tried as planned."
+    )
+    self._clean()
+
+
+def check(cfg: config_lib.TrainConfig) -> None:
+  """Compares the config with the run in its folder, if there is one.
+
+  Raises:
+    ValueError: The folder holds a run and `resume` is off, or what is no run,
+      or a run with another config.
+  """
+  folder = pathlib.Path(cfg.run_dir)
+  file = folder / "config.json"
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(
+      f"run_dir={cfg.run_dir} is a file; give another --run-dir."
+    )
+  # A run that was killed as it began may have left half of its config.
+  unfinished = (atomic_files.partial(file).name, _PROBE)
+  if not folder.exists() or all(
+    path.name.startswith(unfinished) for path in folder.iterdir()
+  ):
+    return
+  if not cfg.resume:
+    raise ValueError(
+      f"run_dir={cfg.run_dir} is not empty: go on with the run in it by "
+      "--resume, or give another --run-dir."
+    )
+  if not file.exists():
+    raise ValueError(
+      f"--resume: run_dir={cfg.run_dir} is not empty, but holds no run (no "
+      "config.json); give the --run-dir of one, or of none yet."
+    )
+  saved = _flat(json.loads(file.read_text(encoding="utf-8")))
+  now = _flat(json.loads(json.dumps(dataclasses.asdict(cfg))))
+  changed = [
+    f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
+    for name in sorted(saved | now)
+    if saved.get(name) != now.get(name)
+    and not f"{name}.".startswith(tuple(f"{free}." for free in _FREE))
+  ]
+  if changed:
+    raise ValueError(
+      f"--resume: the run in {cfg.run_dir} has another config: "
+      f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
+      "begin a new run."
+    )
+
+
+def _make_writable(folder: pathlib.Path) -> None:
+  probe = folder / f"{_PROBE}{processes.number()}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.write_bytes(b"")
+    probe.unlink()
+  except OSError as e:
+    raise NotSaved(
+      f"run_dir={folder} cannot be written to ({e.strerror}): a run keeps its "
+      "checkpoints and metrics there. Give another --run-dir."
+    ) from e
+
+
+@jax.jit
+def _fingerprint(tree: Any) -> UInt32[Array, " leaves"]:
+  """A number for each array, of all its bits and where they stand.
+
+  Sums of whole numbers: the same on every mesh, whatever the order.
+  """
+
+  def mark(x):
+    bits = x
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      width = 8 * x.dtype.itemsize
+      bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    mixed = bits.astype(jnp.uint32)
+    # Any odd number has an inverse: no place and no value is forgotten.
+    for axis in range(x.ndim):
+      place = jnp.arange(x.shape[axis], dtype=jnp.uint32)
+      place = place.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
+      mixed = (mixed ^ place * _ODD) * _ODD
+      mixed ^= mixed >> 15
+    return mixed.sum(dtype=jnp.uint32)
+
+  return jnp.stack([mark(x) for x in jax.tree.leaves(tree)])
+
+
+def _context() -> ocp.Context:
+  """Chunks of one layer and expert, so that parts of an array are read apart.
+
+  What converts a checkpoint then needs no memory for all layers at once.
+  """
+  options = ocp.options.ArrayOptions.Saving.StorageOptions
+
+  def storage(key, value):
+    del value
+    stacked = tensors_lib.stacked(tensors_lib.leaf_name(key))
+    return options(
+      chunk_byte_size=arrays_lib.CHUNK_BYTES, shard_axes=tuple(range(stacked))
+    )
+
+  context = ocp.Context()
+  context.array_options.saving.scoped_storage_options_creator = storage
+  return context
+
+
+class Origin:
+  """A checkpoint of another run, to begin with its parameters."""
+
+  def __init__(self, cfg: config_lib.TrainConfig):
+    """Finds what `init_from` names, and compares it with the model.
+
+    Raises:
+      ValueError: There is no checkpoint, it lacks parameters of the model, or
+        has them in other shapes.
+    """
+    path = find(pathlib.Path(cfg.init_from or "").resolve())
+    if path is None:
+      raise ValueError(
+        f"init_from={cfg.init_from!r} is no run with a checkpoint, and no "
+        "checkpoint; give a run's folder, or RUN_DIR/checkpoints/STEP."
+      )
+    self._path = path
+    saved: Any = ocp.metadata(str(self._path), "state").metadata
+    _, init = step_lib.init(cfg.model, cfg.seed)
+    params, _ = jax.eval_shape(init, jax.random.key(cfg.seed))
+    has, needs = _shapes(saved["params"]), _shapes(params)
+    missing = sorted(needs.keys() - has.keys())
+    if missing and all("/indexer/" in name for name in missing):
+      raise ValueError(
+        f"init_from={self._path} has no indexer ({missing[0]} and "
+        f"{len(missing) - 1} more are missing), so that there is none to train "
+        "or to choose keys by; begin with a checkpoint of a model that has one."
+      )
+    for name, shape in needs.items():
+      if has.get(name) != shape:
+        found = f"{has[name]} there" if name in has else "missing there"
+        raise ValueError(
+          f"init_from={self._path} holds another model: {name} is {found}, "
+          f"{shape} here. Give this run that model, or another --init-from."
+        )
+
+  def __str__(self) -> str:
+    return str(self._path)
+
+  def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Parameters and router biases, in the shapes of `like`, on `mesh`."""
+    params, bias = step_lib.on_mesh(like, mesh)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # no optimizer state
+    with context:
+      loaded: Any = ocp.load_checkpointables(
+        str(self._path), {"state": {"params": params, "router_bias": bias}}
+      )
+    return loaded["state"]["params"], loaded["state"]["router_bias"]
+
+
+def find(folder: pathlib.Path) -> pathlib.Path | None:
+  """The checkpoint that a run's folder, or a checkpoint's, stands for."""
+  steps = [p for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+  found = max(steps, key=lambda p: int(p.name), default=folder)
+  whole = (found / "state").exists() and ocp.is_orbax_checkpoint(str(found))
+  return found if whole else None
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+  """Shape of each parameter by its name, a/b/c."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  names = ([k.key for k in path if hasattr(k, "key")] for path, _ in leaves)
+  return {
+    "/".join(n for n in name if n != "value"): tuple(leaf.shape)
+    for name, (_, leaf) in zip(names, leaves)
+  }
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": [1]}} -> {"a.b.0": 1}."""
+  if isinstance(tree, list):
+    tree = {str(i): x for i, x in enumerate(tree)}
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  flat = {}
+  for name, child in tree.items():
+    flat |= _flat(child, f"{prefix}.{name}" if prefix else name)
+  return flat

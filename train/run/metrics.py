@@ -1,0 +1,256 @@
+"""Numbers of a run: to the terminal, to JSONL, TensorBoard and wandb."""
+
+import importlib
+import json
+import math
+import pathlib
+import secrets
+import sys
+from typing import Any, Final
+
+import jax
+import tensorboardX
+
+from pallas_kernels import tpu
+from train.host import atomic_files
+from train.host import processes
+
+# Peak dense bf16 FLOP/s of a device, by the start of its kind; data sheets.
+_PEAK: Final = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": tpu.V5P.flops,
+  "TPU v6 lite": tpu.V6E.flops,
+  "TPU7x": tpu.TPU7X.flops,  # a chip is two devices
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Peak bf16 FLOP/s of a device, None if not known (a CPU's is not)."""
+  for kind, flops in _PEAK.items():
+    if device.device_kind.startswith(kind):
+      return flops
+  return None
+
+
+def memory_peak() -> int | None:
+  """Bytes that the fullest device of this process has held at once.
+
+  None if not known (a CPU's is not). Waits for nothing.
+  """
+  peaks = []
+  for device in jax.local_devices():
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+      peaks.append(stats["peak_bytes_in_use"])
+  return max(peaks, default=None)
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+  """What the text costs, whatever the tokenizer."""
+  return nats / math.log(2) / max(num_bytes, 1)
+
+
+class Writer:
+  """RUN_DIR/metrics.jsonl, one object a line; TensorBoard, wandb if asked for.
+
+  Of several processes, only the first one writes.
+  """
+
+  def __init__(
+    self,
+    run_dir: str,
+    first_step: int,
+    *,
+    again: bool,
+    tensorboard: bool,
+    wandb: str | None,
+  ):
+    """Goes on from `first_step`, see `go_back`.
+
+    Args:
+      run_dir: The run's folder.
+      first_step: The next one.
+      again: Whether what comes after the step before, such as its evaluation,
+        has yet to come.
+      tensorboard: Whether to write events, to RUN_DIR/tensorboard.
+      wandb: The project at Weights & Biases, if numbers go there.
+
+    Raises:
+      ValueError: A line in the file is malformed, and not the last one.
+    """
+    self._out: Any = None
+    self._board: Any = None
+    self._wandb = None
+    self.file = pathlib.Path(run_dir) / "metrics.jsonl"
+    self._board_dir = None
+    if tensorboard:
+      self._board_dir = str(pathlib.Path(run_dir) / "tensorboard")
+    if processes.is_first():
+      self.go_back(first_step, again=again)
+      if wandb is not None:
+        self._wandb = _Wandb(pathlib.Path(run_dir), wandb)
+
+  def go_back(self, first_step: int, *, again: bool = False) -> None:
+    """Drops what was written of `first_step` and later: it will come again.
+
+    With `again`, so will all of the step before but its training.
+    """
+    if not processes.is_first():
+      return
+    self._close_files()
+    if self.file.exists():
+      _keep(self.file, first_step, again)
+    self._out = self.file.open("a", encoding="utf-8", buffering=1)
+    if self._board_dir is not None:
+      self._board = tensorboardX.SummaryWriter(
+        self._board_dir, purge_step=first_step
+      )
+
+  def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+    """Writes what was measured after `step`.
+
+    Args:
+      step: Over all stages.
+      kind: "train", "eval", "retrieval", "sample", "goodput" or "incident".
+      values: Numbers or texts by name; None where a number is not finite.
+    """
+    if self._out is None:
+      return
+    line = {"step": step, "kind": kind, **values}
+    self._out.write(json.dumps(line) + "\n")
+    if self._board is not None:
+      for name, value in values.items():
+        if isinstance(value, (int, float)):
+          self._board.add_scalar(f"{kind}/{name}", value, step)
+        elif value is not None:
+          self._board.add_text(f"{kind}/{name}", str(value), step)
+    if self._wandb is not None:
+      self._wandb.write(step, kind, values)
+
+  def close(self) -> None:
+    self._close_files()
+    if self._wandb is not None:
+      self._wandb.close()
+
+  def _close_files(self) -> None:
+    if self._out is not None:
+      self._out.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def _keep(file: pathlib.Path, first_step: int, again: bool) -> None:
+  """Leaves the lines of steps before `first_step` in the file, see `go_back`.
+
+  Half a line at its end, as a killed process leaves it, goes.
+  """
+  partial = atomic_files.partial(file)
+  with file.open("rb") as old, partial.open("wb") as new:  # may be large
+    for number, line in enumerate(old, start=1):
+      try:
+        said = json.loads(line)
+        step, trains = said["step"], said["kind"] == "train"
+      except (ValueError, KeyError, TypeError) as e:
+        if not line.endswith(b"\n"):  # hence the last one
+          break
+        raise ValueError(
+          f"{file}, line {number} is malformed: {e!r}. Delete it to go on."
+        ) from e
+      if step < first_step - (again and not trains):
+        new.write(line.removesuffix(b"\n") + b"\n")
+  atomic_files.replace(file)
+
+
+def check_wandb(project: str | None) -> None:
+  """Raises an ImportError if a project is given and wandb is not there."""
+  if project is None:
+    return
+  try:
+    importlib.import_module("wandb")
+  except ImportError as e:
+    raise ImportError(
+      f"--log.wandb={project} needs the package `wandb`: pip install wandb, or"
+      " leave it out."
+    ) from e
+
+
+class _Wandb:
+  """The run at Weights & Biases; the same one when the run is resumed.
+
+  metrics.jsonl has all that goes there. So what fails there is told, and ends
+  no run: from then on nothing goes there until the next attempt.
+  """
+
+  def __init__(self, folder: pathlib.Path, project: str):
+    wandb: Any = importlib.import_module("wandb")
+    file = folder / "wandb_id.txt"
+    known = file.read_text(encoding="utf-8") if file.exists() else ""
+    if not known:
+      known = secrets.token_hex(8)
+      file.write_text(known, encoding="utf-8")
+    self._run = None
+    try:
+      self._run = wandb.init(
+        project=project,
+        id=known,
+        name=folder.resolve().name,
+        dir=str(folder),
+        config=json.loads((folder / "config.json").read_bytes()),
+        resume="allow",
+      )
+      # Its own count must grow; after a resume some steps come again.
+      self._run.define_metric("*", step_metric="step")
+    except Exception as e:  # of many kinds: the network, the account
+      self._lose(e)
+
+  def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+    if self._run is None:
+      return
+    named = {f"{kind}/{name}": value for name, value in values.items()}
+    try:
+      self._run.log({"step": step, **named})
+    except Exception as e:
+      self._lose(e)
+
+  def close(self) -> None:
+    if self._run is None:
+      return
+    try:
+      self._run.finish()
+    except Exception as e:
+      self._lose(e)
+
+  def _lose(self, e: Exception) -> None:
+    self._run = None
+    print(f"wandb gets no more of this attempt: {e!r}", file=sys.stderr)
+
+
+def duration(seconds: int | float) -> str:
+  """65 -> "1m05s"."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}h{minutes:02}m"
+  return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def size(num_bytes: int | float) -> str:
+  """12345678 -> "12.3 MB"."""
+  for unit in ("B", "kB", "MB", "GB"):
+    if abs(num_bytes) < 1000:
+      return f"{num_bytes:.3g} {unit}"
+    num_bytes /= 1000
+  return f"{num_bytes:.3g} TB"
+
+
+def count(number: int | float) -> str:
+  """1234567 -> "1.23M"."""
+  for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if abs(number) >= size:
+      return f"{number / size:.3g}{unit}"
+  return f"{number:.3g}"
