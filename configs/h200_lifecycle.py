@@ -16,10 +16,13 @@ from dsa_jax import config as model_lib
 from train import config as config_lib
 from train.data import corpus as corpus_lib
 from train.data import retrieval as retrieval_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
+from train.run import metrics as metrics_lib
 
 
 def config() -> config_lib.TrainConfig:
-  extend = config_lib.StageConfig(
+  extend = stages_lib.StageConfig(
     kind="extend", steps=150, seq_len=8192, batch_size=8, lr_scale=0.5
   )
   return config_lib.TrainConfig(
@@ -49,20 +52,20 @@ def config() -> config_lib.TrainConfig:
       dtype="bfloat16",
     ),
     stages=(
-      config_lib.StageConfig(
+      stages_lib.StageConfig(
         kind="pretrain", steps=1500, seq_len=1024, batch_size=32
       ),
       extend,
       dataclasses.replace(extend, kind="warmup", steps=200),
       dataclasses.replace(extend, kind="sparse", steps=120, lr_scale=0.3),
     ),
-    optimizer=config_lib.OptimizerConfig(peak_lr=1e-3, indexer_lr=1e-3),
+    optimizer=optimizer_lib.OptimizerConfig(peak_lr=1e-3, indexer_lr=1e-3),
     data=corpus_lib.DataConfig(
       retrieval=retrieval_lib.RetrievalConfig(
         fraction=0.5, key_letters=2, value_digits=3, eval_rows=64
       )
     ),
-    log=config_lib.LogConfig(
+    log=metrics_lib.LogConfig(
       every=20, eval_every=500, eval_batches=8, sample_every=10000
     ),
   )

@@ -9,10 +9,14 @@ selected keys (268 MB): 11 GB.
 
 from dsa_jax import config as model_lib
 from train import config as config_lib
+from train.host import mesh as mesh_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
+from train.run import checkpoint as checkpoint_lib
 
 
 def config() -> config_lib.TrainConfig:
-  pretrain = config_lib.StageConfig(
+  pretrain = stages_lib.StageConfig(
     kind="pretrain",
     steps=100_000,
     seq_len=4096,
@@ -47,11 +51,13 @@ def config() -> config_lib.TrainConfig:
     ),
     stages=(
       pretrain,
-      config_lib.StageConfig(kind="extend", steps=2000, lr_scale=0.1, **long),
-      config_lib.StageConfig(kind="warmup", steps=1000, **long),
-      config_lib.StageConfig(kind="sparse", steps=5000, lr_scale=0.05, **long),
+      stages_lib.StageConfig(kind="extend", steps=2000, lr_scale=0.1, **long),
+      stages_lib.StageConfig(kind="warmup", steps=1000, **long),
+      stages_lib.StageConfig(kind="sparse", steps=5000, lr_scale=0.05, **long),
     ),
-    optimizer=config_lib.OptimizerConfig(peak_lr=4e-4, warmup=0.02, decay=0.3),
-    mesh=config_lib.MeshConfig(expert=8),
-    checkpoint=config_lib.CheckpointConfig(every=500),
+    optimizer=optimizer_lib.OptimizerConfig(
+      peak_lr=4e-4, warmup=0.02, decay=0.3
+    ),
+    mesh=mesh_lib.MeshConfig(expert=8),
+    checkpoint=checkpoint_lib.CheckpointConfig(every=500),
   )

@@ -16,6 +16,9 @@ import dataclasses
 from configs import h200_node
 from dsa_jax import config as model_lib
 from train import config as config_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
+from train.run import metrics as metrics_lib
 
 
 def config() -> config_lib.TrainConfig:
@@ -34,11 +37,11 @@ def config() -> config_lib.TrainConfig:
     run_dir="runs/h200_sparse",
     model=model,
     stages=(
-      config_lib.StageConfig(
+      stages_lib.StageConfig(
         kind="sparse", steps=40, seq_len=32_768, batch_size=2
       ),
     ),
     init_from="random",
-    optimizer=config_lib.OptimizerConfig(peak_lr=3e-4),
-    log=config_lib.LogConfig(every=10, eval_batches=1),
+    optimizer=optimizer_lib.OptimizerConfig(peak_lr=3e-4),
+    log=metrics_lib.LogConfig(every=10, eval_batches=1),
   )

@@ -5,6 +5,8 @@
 
 from dsa_jax import config as model_lib
 from train import config as config_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
 
 
 def config() -> config_lib.TrainConfig:
@@ -32,9 +34,9 @@ def config() -> config_lib.TrainConfig:
       dtype="float32",
     ),
     stages=(
-      config_lib.StageConfig(
+      stages_lib.StageConfig(
         kind="sparse", steps=60, seq_len=512, batch_size=8
       ),
     ),
-    optimizer=config_lib.OptimizerConfig(peak_lr=3e-3),
+    optimizer=optimizer_lib.OptimizerConfig(peak_lr=3e-3),
   )

@@ -7,11 +7,12 @@ import dataclasses
 
 from configs import tiny
 from train import config as config_lib
+from train.learn import stages as stages_lib
 
 
 def config() -> config_lib.TrainConfig:
   cfg = tiny.config()
-  dense = config_lib.StageConfig(
+  dense = stages_lib.StageConfig(
     kind="pretrain", steps=240, seq_len=256, batch_size=8
   )
   return dataclasses.replace(

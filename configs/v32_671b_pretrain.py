@@ -12,6 +12,10 @@ matrices 32 ways besides: a layer's all-gather brings a chip 1.4 GB of them.
 
 from dsa_jax import config as model_lib
 from train import config as config_lib
+from train.host import mesh as mesh_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
+from train.run import checkpoint as checkpoint_lib
 
 
 def config() -> config_lib.TrainConfig:
@@ -19,7 +23,7 @@ def config() -> config_lib.TrainConfig:
     run_dir="runs/v32_671b_pretrain",
     model=model_lib.v32_671b(),
     stages=(
-      config_lib.StageConfig(
+      stages_lib.StageConfig(
         kind="pretrain",
         steps=230_000,  # 14.5T tokens
         seq_len=4096,
@@ -27,9 +31,9 @@ def config() -> config_lib.TrainConfig:
         microbatches=30,
       ),
     ),
-    optimizer=config_lib.OptimizerConfig(
+    optimizer=optimizer_lib.OptimizerConfig(
       peak_lr=2.2e-4, warmup=0.01, decay=0.3
     ),
-    mesh=config_lib.MeshConfig(fsdp=32, expert=16),
-    checkpoint=config_lib.CheckpointConfig(every=100),
+    mesh=mesh_lib.MeshConfig(fsdp=32, expert=16),
+    checkpoint=checkpoint_lib.CheckpointConfig(every=100),
   )

@@ -13,11 +13,13 @@ import dataclasses
 
 from configs import v32_671b_warmup
 from train import config as config_lib
+from train.host import mesh as mesh_lib
+from train.learn import stages as stages_lib
 
 
 def config() -> config_lib.TrainConfig:
   warmup = v32_671b_warmup.config()
-  sparse = config_lib.StageConfig(
+  sparse = stages_lib.StageConfig(
     kind="sparse",
     steps=15_000,
     seq_len=131_072,
@@ -30,6 +32,6 @@ def config() -> config_lib.TrainConfig:
     run_dir="runs/v32_671b_sparse",
     model=dataclasses.replace(warmup.model, remat="selection"),
     stages=(sparse,),
-    mesh=config_lib.MeshConfig(fsdp=2, expert=16, context=16),
+    mesh=mesh_lib.MeshConfig(fsdp=2, expert=16, context=16),
     init_from="runs/v32_671b_warmup",
   )

@@ -13,20 +13,23 @@ import dataclasses
 
 from configs import v32_671b_pretrain
 from train import config as config_lib
+from train.host import mesh as mesh_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
 
 
 def config() -> config_lib.TrainConfig:
   pretrain = v32_671b_pretrain.config()
-  warmup = config_lib.StageConfig(
+  warmup = stages_lib.StageConfig(
     kind="warmup", steps=1000, seq_len=131_072, batch_size=16
   )
   return dataclasses.replace(
     pretrain,
     run_dir="runs/v32_671b_warmup",
     stages=(warmup,),
-    optimizer=config_lib.OptimizerConfig(
+    optimizer=optimizer_lib.OptimizerConfig(
       peak_lr=7.3e-6, indexer_lr=1e-3, warmup=0.01, decay=0.0
     ),
-    mesh=config_lib.MeshConfig(expert=16, context=32),
+    mesh=mesh_lib.MeshConfig(expert=16, context=32),
     init_from="runs/v32_671b_pretrain",
   )

@@ -13,6 +13,7 @@ import dataclasses
 
 from configs import v32_671b_warmup
 from train import config as config_lib
+from train.host import mesh as mesh_lib
 
 
 def config() -> config_lib.TrainConfig:
@@ -22,5 +23,5 @@ def config() -> config_lib.TrainConfig:
     v5p,
     run_dir="runs/v32_671b_warmup_v6e",
     stages=(dataclasses.replace(stage, microbatches=4),),
-    mesh=config_lib.MeshConfig(expert=4, context=16, tensor=4),
+    mesh=mesh_lib.MeshConfig(expert=4, context=16, tensor=4),
   )

@@ -1,67 +1,121 @@
-"""Imports point down only: configs -> train -> dsa_jax -> pallas_kernels."""
+"""Imports point down only: between packages, and between the rooms of each."""
 
 import ast
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-LAYERS = ("configs", "train", "dsa_jax", "pallas_kernels")  # top to bottom
+PACKAGES = ("configs", "train", "dsa_jax", "pallas_kernels")  # top to bottom
+# Top to bottom, the package itself first: the files that lie in no room.
+ROOMS = {
+  "train": ("", "aot", "run", "learn", "data", "host"),
+  "dsa_jax": ("hf", "chat", ""),
+}
+# Rooms that need no accelerator's library, and are imported without one.
+WITHOUT_JAX = ("dsa_jax/chat",)
+# The package's face: it shows what its rooms define.
+FACES = ("dsa_jax/__init__.py", "pallas_kernels/__init__.py")
 
 
-def upward_imports(layer: str, source: str) -> list[str]:
-  """The imports in `source`, a file of `layer`, that point up."""
-  above = LAYERS[: LAYERS.index(layer)]
+def imports(source: str) -> list[tuple[int, str]]:
+  """The line and the full name of every absolute import in `source`."""
   found = []
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
-      modules = [alias.name for alias in node.names]
+      found += [(node.lineno, alias.name) for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and node.level == 0:
-      modules = [node.module or ""]
-    else:  # a relative import cannot leave its own top-level package
-      continue
-    found += [
-      f"line {node.lineno} imports {module}"
-      for module in modules
-      if module.split(".")[0] in above
-    ]
+      for alias in node.names:
+        found.append((node.lineno, f"{node.module}.{alias.name}"))
   return found
 
 
-class LayeringTest(parameterized.TestCase):
-  @parameterized.parameters(*LAYERS)
-  def test_imports_point_down(self, layer):
-    files = sorted((ROOT / layer).rglob("*.py"))
-    self.assertNotEmpty(files, f"no Python file in {ROOT / layer}")
-    violations = {
-      str(file.relative_to(ROOT)): found
-      for file in files
-      if (found := upward_imports(layer, file.read_text(encoding="utf-8")))
-    }
-    self.assertEmpty(violations)
-
-  @parameterized.parameters(
-    ("pallas_kernels", "import dsa_jax"),
-    ("pallas_kernels", "import jax, train.learn.step as step"),
-    ("pallas_kernels", "from configs import tiny"),
-    ("dsa_jax", "from train.config import TrainConfig"),
-    ("dsa_jax", "def f():\n  from configs import tiny\n  return tiny"),
-    ("train", "if True:\n  import configs.tiny"),
-  )
-  def test_finds_an_upward_import(self, layer, source):
-    self.assertLen(upward_imports(layer, source), 1)
-
-  @parameterized.parameters(
-    ("pallas_kernels", "import jax\nfrom pallas_kernels import dispatch"),
-    ("dsa_jax", "from pallas_kernels import sparse_mla"),
-    ("dsa_jax", "from . import train"),  # dsa_jax.train, not train
-    ("train", "import dsa_jax, pallas_kernels\nimport training"),
-    ("configs", "from configs import tiny\nfrom train import config"),
-  )
-  def test_allows_the_rest(self, layer, source):
-    self.assertEmpty(upward_imports(layer, source))
+def rank(module: str) -> tuple[int, int] | None:
+  """The floor of a module, lowest number on top; None if it is not ours."""
+  package, _, rest = module.partition(".")
+  if package not in PACKAGES:
+    return None
+  rooms, room = ROOMS.get(package, ("",)), rest.partition(".")[0]
+  place = rooms.index(room if room in rooms else "")
+  return PACKAGES.index(package), place
 
 
-if __name__ == "__main__":
-  absltest.main()
+def upward_imports(module: str, source: str) -> list[str]:
+  """The imports in `source`, the text of `module`, that point up."""
+  own = rank(module)
+  assert own is not None
+  found = []
+  for line, name in imports(source):
+    there = rank(name)
+    if there is not None and there < own:
+      found.append(f"line {line} imports {name}")
+  return found
+
+
+def files(package: str) -> list[pathlib.Path]:
+  return sorted((ROOT / package).rglob("*.py"))
+
+
+def module_of(file: pathlib.Path) -> str:
+  return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_down(package):
+  violations = {
+    str(file.relative_to(ROOT)): found
+    for file in files(package)
+    if str(file.relative_to(ROOT)) not in FACES
+    and (found := upward_imports(module_of(file), file.read_text("utf-8")))
+  }
+  assert files(package) and not violations
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_folder_is_a_known_room(package):
+  there = {p.parent.name for p in (ROOT / package).glob("*/__init__.py")}
+  assert there == {room for room in ROOMS[package] if room}
+
+
+@pytest.mark.parametrize("room", WITHOUT_JAX)
+def test_some_rooms_do_without_jax(room):
+  for file in files(room):
+    names = {name for _, name in imports(file.read_text("utf-8"))}
+    assert not {n for n in names if n.split(".")[0] in ("jax", "flax")}
+
+
+@pytest.mark.parametrize(
+  ("module", "source"),
+  [
+    ("pallas_kernels.tiles", "import dsa_jax"),
+    ("pallas_kernels.tiles", "import jax, train.learn.step as step"),
+    ("pallas_kernels.sparse_mla.api", "from configs import tiny"),
+    ("dsa_jax.mla", "from train.config import TrainConfig"),
+    ("dsa_jax.mla", "def f():\n  from configs import tiny\n  return tiny"),
+    ("dsa_jax.mla", "from dsa_jax.hf import load"),
+    ("dsa_jax.chat.tokenizer", "from dsa_jax import hf"),
+    ("train.main", "if True:\n  import configs.tiny"),
+    ("train.run.checkpoint", "from train import config"),
+    ("train.learn.step", "from train.run import metrics"),
+    ("train.data.corpus", "from train.learn import step as step_lib"),
+    ("train.host.processes", "import train.data.corpus"),
+  ],
+)
+def test_an_upward_import_is_found(module, source):
+  assert len(upward_imports(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+  ("module", "source"),
+  [
+    ("pallas_kernels.tiles", "import jax\nfrom pallas_kernels import dispatch"),
+    ("dsa_jax.mla", "from pallas_kernels import sparse_mla"),
+    ("dsa_jax.hf.load", "from dsa_jax import transformer"),
+    ("train.main", "import dsa_jax, pallas_kernels\nimport training"),
+    ("train.loop", "from train.run import metrics\nfrom train import stage"),
+    ("train.learn.batches", "from train.host import processes"),
+    ("configs.tiny", "from configs import h200\nfrom train import config"),
+  ],
+)
+def test_a_downward_import_is_allowed(module, source):
+  assert not upward_imports(module, source)

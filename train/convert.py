@@ -28,7 +28,7 @@ from dsa_jax.hf import load
 from dsa_jax.hf import save
 from dsa_jax.hf import tensors as tensors_lib
 from train.run import arrays as arrays_lib
-from train.run import checkpoint as checkpoint_lib
+from train.run import origin as origin_lib
 
 # Of the folder that a checkpoint was made of: all but the parameters.
 _ORIGIN: Final = "hf"
@@ -123,7 +123,7 @@ def convert(conversion: Conversion) -> None:
   ):
     _to_orbax(conversion, source)
     return
-  found = checkpoint_lib.find(source)
+  found = origin_lib.find(source)
   if found is None:
     raise ValueError(
       f"{source} is neither a Hugging Face folder (config.json with model_type)"

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import dsa_jax
 from dsa_jax import frame as frame_lib
 from dsa_jax import recall
-from train import config as config_lib
 from train.data import corpus as corpus_lib
 from train.data import retrieval as retrieval_lib
 from train.host import processes
 from train.learn import batches as batches_lib
+from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 from train.run import metrics as metrics_lib
 
@@ -32,13 +32,16 @@ class Evaluation:
 
   def __init__(
     self,
-    cfg: config_lib.TrainConfig,
-    stage: config_lib.StageConfig,
+    stage: stages_lib.StageConfig,
+    cfg: dsa_jax.ModelConfig,
     model: step_lib.Model,
     corpus: corpus_lib.Corpus,
     metrics: metrics_lib.Writer,
+    batches: int,
   ):
+    """Evaluates a stage on so many held-out batches of its `corpus`."""
     self._cfg, self._stage, self._model = cfg, stage, model
+    self._batches = batches
     self._corpus, self._metrics = corpus, metrics
     self._rows = stage.batch_size // stage.microbatches
     self._text_steps = {
@@ -53,11 +56,11 @@ class Evaluation:
   ) -> float:
     """Held-out bits per byte, in the stage's own way of attending."""
     # Nothing is chosen from K keys or fewer.
-    can_choose = self._stage.seq_len > self._cfg.model.top_k
+    can_choose = self._stage.seq_len > self._cfg.top_k
     way = "sparse" if self._stage.trains_indexer else "dense"
     ways = ["dense", "sparse"] if last and can_choose else [way]
     bits_per_byte = self._text(step, state, ways)[way]
-    if self._cfg.data.retrieval.fraction:
+    if self._corpus.trains_retrieval:
       for each in ways:
         self._retrieval(step, state, each)
     if last and can_choose:
@@ -65,7 +68,7 @@ class Evaluation:
     return bits_per_byte
 
   def _put(self, x: np.ndarray) -> jax.Array:
-    return batches_lib.put_rows(x, self._cfg.model.rules)
+    return batches_lib.put_rows(x, self._cfg.rules)
 
   def _heldout(self, batches: int):
     return self._corpus.heldout_batches(
@@ -80,7 +83,7 @@ class Evaluation:
     for way in ways:
       sums = [
         self._text_steps[way](state, jax.tree.map(self._put, batch))
-        for batch in self._heldout(self._cfg.log.eval_batches)
+        for batch in self._heldout(self._batches)
       ]
       total = jax.tree.map(lambda *xs: np.sum(xs, 0), *processes.fetch(sums))
       values[way] = metrics_lib.bits_per_byte(
@@ -140,7 +143,7 @@ class Evaluation:
     queries = np.asarray(recall.sample(jnp.arange(self._stage.seq_len)[None]))
     if not processes.is_first():
       return
-    file = pathlib.Path(self._cfg.run_dir) / "selections" / f"{step}.npz"
+    file = self._metrics.file.parent / "selections" / f"{step}.npz"
     file.parent.mkdir(exist_ok=True)
     np.savez_compressed(
       file,

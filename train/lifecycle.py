@@ -18,6 +18,7 @@ import numpy as np
 from train import config as config_lib
 from train import loop
 from train import main as main_lib
+from train import stage
 from train.run import read_run
 
 
@@ -135,7 +136,7 @@ def main() -> None:
     runs = cfg, control(cfg)
     if not all(map(_train, runs)):
       return
-  except (ValueError, OSError, ImportError, loop.Diverged) as e:
+  except (ValueError, OSError, ImportError, stage.Diverged) as e:
     sys.exit(f"error: {e}")
   text = table(cfg)
   file = pathlib.Path(cfg.run_dir) / "lifecycle.md"

@@ -16,6 +16,7 @@ from train import config as config_lib  # noqa: E402
 from train import loop  # noqa: E402
 from train import preflight  # noqa: E402
 from train import report  # noqa: E402
+from train import stage  # noqa: E402
 from train.aot import compile as compile_lib  # noqa: E402
 from train.data import corpus as corpus_lib  # noqa: E402
 from train.host import processes  # noqa: E402
@@ -54,7 +55,11 @@ def main() -> None:
   try:
     cfg = parse(sys.argv[1:])
     if cfg.compile_only:
-      sys.exit(compile_lib.report(cfg))
+      sys.exit(
+        compile_lib.report(
+          cfg.compile_only, cfg.mesh, cfg.step_plan, cfg.stages
+        )
+      )
     processes.start(cfg.distributed)
     if cfg.check:
       preflight.report(cfg)
@@ -69,7 +74,7 @@ def main() -> None:
   except ImportError as e:  # all is there but the pictures
     print(e)
   except (
-    loop.Diverged,
+    stage.Diverged,
     checkpoint_lib.Broken,
     checkpoint_lib.NotSaved,
     corpus_lib.DataError,

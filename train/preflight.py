@@ -1,7 +1,6 @@
 """Everything short of training: what a run would be, and whether it fits."""
 
 from collections.abc import Iterator
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -14,8 +13,8 @@ from train import loop
 from train.data import corpus as corpus_lib
 from train.host import processes
 from train.learn import step as step_lib
-from train.run import checkpoint as checkpoint_lib
 from train.run import metrics as metrics_lib
+from train.run import origin as origin_lib
 
 # Of each stage's first batch: rows, and characters of a document.
 _ROWS, _CHARACTERS = 2, 120
@@ -144,10 +143,9 @@ def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
 
 def _origin(cfg: config_lib.TrainConfig, run: loop.Run) -> str:
   """What the run begins with; opened, and compared with the model."""
-  found = checkpoint_lib.find(pathlib.Path(cfg.run_dir).resolve())
+  found = origin_lib.find(pathlib.Path(cfg.run_dir).resolve())
   if cfg.resume and found:
-    there = dataclasses.replace(cfg, init_from=str(found))
-    return f"resumes  {checkpoint_lib.Origin(there)}"
+    return f"resumes  {origin_lib.Origin(str(found), cfg.model)}"
   if run.origin is not None:
     return f"begins   with the parameters of {run.origin}"
   return f"begins   with random parameters, seed {cfg.seed}"

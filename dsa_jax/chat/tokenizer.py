@@ -12,8 +12,6 @@ from typing import Any, Protocol, runtime_checkable, SupportsIndex
 from jaxtyping import Int32
 import numpy as np
 
-from train.data import documents as documents_lib
-
 # What known models call the token that ends a document, for want of a
 # tokenizer_config.json.
 _EOS_NAMES = (
@@ -23,6 +21,10 @@ _EOS_NAMES = (
   "</s>",
   "<eos>",
 )
+
+
+class TokenizerError(ValueError):
+  """No tokenizer can be loaded from the name given."""
 
 
 @runtime_checkable
@@ -78,25 +80,25 @@ class HfTokenizer:
     """Loads the file at `path`.
 
     Raises:
-      DataError: `tokenizers` is not installed, the file is absent or is no
+      TokenizerError: `tokenizers` is not installed, the file is absent or is no
         tokenizer.json, or nothing tells which token is eos.
     """
     try:
       import tokenizers
     except ImportError as e:
-      raise documents_lib.DataError(
+      raise TokenizerError(
         f"tokenizer={path!r} needs the package `tokenizers`:"
         ' pip install "dsa-jax[hf]", or use "bytes".'
       ) from e
     if not pathlib.Path(path).is_file():
-      raise documents_lib.DataError(
+      raise TokenizerError(
         f"tokenizer={path!r} is not a file; give 'bytes' or the path of a"
         " tokenizer.json."
       )
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as e:  # the package raises bare Exceptions
-      raise documents_lib.DataError(
+      raise TokenizerError(
         f"tokenizer={path!r} is not a tokenizer.json: {e}."
       ) from e
     # The file may ask for either; both would silently change the text.
@@ -129,7 +131,7 @@ class HfTokenizer:
       name = token["content"] if isinstance(token, dict) else token
       if name is not None:
         if self._tokenizer.token_to_id(name) is None:
-          raise documents_lib.DataError(
+          raise TokenizerError(
             f"eos_token={name!r} of {config_path} is not in {path}; the two"
             " files must be of one model."
           )
@@ -139,7 +141,7 @@ class HfTokenizer:
     for name in _EOS_NAMES:
       if name in special:
         return name
-    raise documents_lib.DataError(
+    raise TokenizerError(
       f"{path} does not say which token ends a document (special tokens:"
       f" {special}); put a tokenizer_config.json with"
       ' {"eos_token": "..."} beside it.'
@@ -150,6 +152,6 @@ def load_tokenizer(name: str) -> Tokenizer:
   """Returns the tokenizer called "bytes", or that of a tokenizer.json's path.
 
   Raises:
-    DataError: see `HfTokenizer`.
+    TokenizerError: see `HfTokenizer`.
   """
   return ByteTokenizer() if name == "bytes" else HfTokenizer(name)

@@ -10,7 +10,6 @@ import numpy as np
 import tokenizers
 
 from dsa_jax.chat import tokenizer as tokenizer_lib
-from train.data import corpus as corpus_lib
 
 TEXT = "Größe: 3 €, 語 🙂\r\n\tdef f(x): return x\n"
 
@@ -102,22 +101,26 @@ class TokenizerTest(parameterized.TestCase):
   )
   def test_refuses_to_guess_eos(self, message, **kwargs):
     path = write_hf(self.folder, **kwargs)
-    with self.assertRaisesRegex(corpus_lib.DataError, message):
+    with self.assertRaisesRegex(tokenizer_lib.TokenizerError, message):
       tokenizer_lib.HfTokenizer(path)
 
   def test_bad_file(self):
-    with self.assertRaisesRegex(corpus_lib.DataError, "'byte' is not a file"):
+    with self.assertRaisesRegex(
+      tokenizer_lib.TokenizerError, "'byte' is not a file"
+    ):
       tokenizer_lib.load_tokenizer("byte")
     path = pathlib.Path(self.folder, "x.json")
     path.write_text("{}")
-    with self.assertRaisesRegex(corpus_lib.DataError, "not a tokenizer.json"):
+    with self.assertRaisesRegex(
+      tokenizer_lib.TokenizerError, "not a tokenizer.json"
+    ):
       tokenizer_lib.load_tokenizer(str(path))
 
   def test_missing_package(self):
     with (
       mock.patch.dict(sys.modules, {"tokenizers": None}),
       self.assertRaisesRegex(
-        corpus_lib.DataError, r"pip install .dsa-jax\[hf\]"
+        tokenizer_lib.TokenizerError, r"pip install .dsa-jax\[hf\]"
       ),
     ):
       tokenizer_lib.load_tokenizer("tokenizer.json")

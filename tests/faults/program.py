@@ -23,6 +23,7 @@ from train import config as config_lib
 from train import main
 from train.data import corpus as corpus_lib
 from train.learn import batches as batches_lib
+from train.run import checkpoint as checkpoint_lib
 
 
 def config(work: pathlib.Path, kinds: list[str]) -> config_lib.TrainConfig:
@@ -46,7 +47,7 @@ def config(work: pathlib.Path, kinds: list[str]) -> config_lib.TrainConfig:
       for stage in cfg.stages
       if stage.kind in kinds
     ),
-    checkpoint=config_lib.CheckpointConfig(every=4, keep=2),
+    checkpoint=checkpoint_lib.CheckpointConfig(every=4, keep=2),
     log=dataclasses.replace(cfg.log, eval_every=6),
   )
 

@@ -12,7 +12,6 @@ from tests.train import runs
 from train import config as config_lib
 from train import loop
 from train import main
-from train.run import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -141,7 +140,7 @@ class TestRunFolder:
   def cfg(self, tmp_path):
     runs.write_text(tmp_path)
     cfg = runs.config(tmp_path)
-    checkpoint.Checkpoints(cfg)
+    loop.open_checkpoints(cfg)
     return cfg
 
   def test_one_folder_holds_one_run(self, cfg):

@@ -21,7 +21,7 @@ from train import convert
 from train import loop
 from train.learn import step as step_lib
 from train.run import arrays
-from train.run import checkpoint
+from train.run import origin as origin_lib
 
 
 def run(source, target, **options):
@@ -34,7 +34,7 @@ def restored(path, cfg):
   train = dataclasses.replace(
     train, model=cfg, stages=train.stages[:1], init_from=str(path)
   )
-  origin = checkpoint.Origin(train)
+  origin = origin_lib.Origin(str(train.init_from), train.model)
   model, init = step_lib.init(cfg, 0)
   like = jax.eval_shape(init, jax.random.key(0))
   params, bias = origin.restore(like, sharding.make_mesh())
@@ -93,7 +93,7 @@ def test_what_was_trained_here(tmp_path):
   run(tmp_path / "run", tmp_path / "out", format="float32")
   model = dsa_jax.load_hf(tmp_path / "out")
   assert model.config.num_mtp_layers == cfg.model.num_mtp_layers
-  trained = restored(tmp_path / "run", cfg.stage_model(cfg.stages[0]))
+  trained = restored(tmp_path / "run", cfg.stages[0].adapt(cfg.model))
   for x, y in zip(jax.tree.leaves(model), jax.tree.leaves(trained)):
     np.testing.assert_array_equal(x, y)
 
@@ -130,7 +130,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     run(tmp_path / "in", tmp_path / "orbax")
   assert not (tmp_path / "orbax").exists()
   partial = tmp_path / "orbax.partial"
-  assert checkpoint.find(partial) is None
+  assert origin_lib.find(partial) is None
   journal = (partial / "conversion.jsonl").read_text().splitlines()
   done = {json.loads(line) for line in journal[1:]}
   assert done and len(done) < 3

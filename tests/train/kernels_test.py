@@ -38,7 +38,7 @@ def test_a_step_of_the_h200_config_runs_on_kernels(seq_len, attention):
     warnings.catch_warnings(),
   ):
     warnings.simplefilter("error")  # a kernel that refuses warns
-    traced = compile_lib.trace(cfg, cfg.stages[0], mesh)
+    traced = compile_lib.trace(cfg.step_plan, cfg.stages[0], mesh)
     lowered = traced.lower(lowering_platforms=("cuda",))
   # The recall, now and then, measures both ways, dense attention by plain XLA.
   assert chosen == {"indexer_topk": KERNEL, "sparse_mla": KERNEL} | attention

@@ -12,6 +12,7 @@ from pallas_kernels import dispatch
 from tests.train import runs
 from train import lifecycle
 from train import loop
+from train import stage
 from train.learn import batches as batches_lib
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses.json"
@@ -183,10 +184,10 @@ def test_kernels_may_be_ruled_out(folder, monkeypatch, kernels):
       patch.setattr(dispatch, "platform", lambda: "gpu")
       patch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
       chosen.append(dispatch.call("op", ops, None))
-    raise loop.Diverged("seen enough")
+    raise stage.Diverged("seen enough")
 
   monkeypatch.setattr(loop.Run, "_start", start)
-  with pytest.raises(loop.Diverged):
+  with pytest.raises(stage.Diverged):
     loop.Run(cfg).train()
   assert chosen == ["kernel" if kernels else "xla"]
 

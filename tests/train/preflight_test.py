@@ -12,9 +12,10 @@ import pytest
 
 from dsa_jax import sharding
 from tests.train import runs
-from train import config as config_lib
+from train import loop
 from train import preflight
 from train.data import corpus as corpus_lib
+from train.host import mesh as mesh_lib
 from train.learn import batches as batches_lib
 from train.learn import step as step_lib
 from train.run import checkpoint
@@ -25,7 +26,7 @@ def trained(folder):
   """A run that goes on after step 1 of its only stage."""
   cfg = runs.config(folder, "trained")
   cfg = dataclasses.replace(cfg, stages=cfg.stages[:1])
-  checkpoints = checkpoint.Checkpoints(cfg)
+  checkpoints = loop.open_checkpoints(cfg)
   with jax.set_mesh(sharding.make_mesh()):
     _, init = step_lib.init(cfg.model, cfg.seed)
     state = step_lib.begin_stage(
@@ -156,8 +157,8 @@ def test_a_device_holds_its_share(folder, capsys):
   cfg = runs.config(folder, "whole")
   held = []
   for run_dir, mesh in (
-    ("whole", config_lib.MeshConfig()),
-    ("shared", config_lib.MeshConfig(fsdp=2)),
+    ("whole", mesh_lib.MeshConfig()),
+    ("shared", mesh_lib.MeshConfig(fsdp=2)),
   ):
     preflight.report(
       dataclasses.replace(cfg, run_dir=f"{folder}/{run_dir}", mesh=mesh)

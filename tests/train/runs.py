@@ -8,6 +8,10 @@ import random
 from dsa_jax import config as model_lib
 from train import config as config_lib
 from train.data import corpus as corpus_lib
+from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
+from train.run import checkpoint as checkpoint_lib
+from train.run import metrics as metrics_lib
 
 MODEL = dataclasses.replace(
   model_lib.tiny(),
@@ -42,7 +46,7 @@ def write_text(folder: pathlib.Path) -> None:
 
 def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
   """Two steps of each stage, up to T = 5 K."""
-  pretrain = config_lib.StageConfig(
+  pretrain = stages_lib.StageConfig(
     kind="pretrain", steps=2, seq_len=32, batch_size=4, microbatches=2
   )
   extend = dataclasses.replace(pretrain, kind="extend", seq_len=40)
@@ -59,12 +63,12 @@ def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
       dataclasses.replace(extend, kind="warmup"),
       dataclasses.replace(extend, kind="sparse"),
     ),
-    optimizer=config_lib.OptimizerConfig(peak_lr=1e-2, indexer_lr=1e-2),
+    optimizer=optimizer_lib.OptimizerConfig(peak_lr=1e-2, indexer_lr=1e-2),
     # With others, two keys' scores or two experts' are so close that a CPU
     # which rounds otherwise takes the other one, and the losses differ.
     seed=1,
-    checkpoint=config_lib.CheckpointConfig(every=100, keep=2),
-    log=config_lib.LogConfig(
+    checkpoint=checkpoint_lib.CheckpointConfig(every=100, keep=2),
+    log=metrics_lib.LogConfig(
       every=2,
       eval_every=100,
       eval_batches=1,

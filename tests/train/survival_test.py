@@ -17,6 +17,7 @@ from dsa_jax import sharding
 from tests.train import runs
 from train import evaluation
 from train import loop
+from train import stage
 from train.data import corpus as corpus_lib
 from train.host import processes
 from train.learn import batches as batches_lib
@@ -99,7 +100,7 @@ def test_no_damaged_file_goes_unnoticed(folder, unbroken):
   """Whichever it is: the checkpoint is refused, or holds what was saved."""
   cfg, _ = unbroken
   mesh = sharding.make_mesh()
-  checkpoints = checkpoint.Checkpoints(dataclasses.replace(cfg, resume=True))
+  checkpoints = loop.open_checkpoints(dataclasses.replace(cfg, resume=True))
   source = pathlib.Path(cfg.run_dir) / "checkpoints" / "6"
   rng = np.random.default_rng(0)
   refused, whole = set(), set()
@@ -229,10 +230,10 @@ def test_killed_before_its_config_was_whole(folder):
   half = pathlib.Path(cfg.run_dir) / "config.json.partial"
   half.parent.mkdir()
   half.write_text('{"run_d')
-  checkpoint.check(cfg)
+  checkpoint.check(cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume)
   (half.parent / "notes.txt").write_text("not a run")
   with pytest.raises(ValueError, match="holds no run"):
-    checkpoint.check(cfg)
+    checkpoint.check(cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume)
 
 
 def test_who_is_stopped_evaluates_later(folder, unbroken):
@@ -276,7 +277,7 @@ def test_the_loop_reads_nothing_but_metrics_a_step_late(
     cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=100)
   )
   events, inside, counting = [], [], []
-  fetch, compile_step = processes.fetch, loop.Run._compile
+  fetch, compile_step = processes.fetch, stage.Stage._compile
   save = checkpoint.Checkpoints.save
   kind: Any = type(jnp.zeros(()))
   value = kind._value  # what every way of reading an array asks for

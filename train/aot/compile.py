@@ -7,6 +7,7 @@ takes longer, as if each hid the other.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import os
 import re
@@ -17,12 +18,13 @@ import warnings
 import jax
 from jax.experimental import topologies
 
-from dsa_jax import flops
-from dsa_jax import sharding
+import dsa_jax
 from pallas_kernels import dispatch
-from train import config as config_lib
 from train.aot import collectives
+from train.host import mesh as mesh_lib
+from train.learn import guards
 from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 from train.run import metrics as metrics_lib
 
@@ -48,10 +50,23 @@ _CHIPS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What the steps of a run's stages have in common."""
+
+  model: dsa_jax.ModelConfig
+  optimizer: optimizer_lib.OptimizerConfig
+  guard: guards.GuardConfig
+  measure_every: int
+  """Steps between measurements of the indexer."""
+  num_sources: int
+  """Sources of the data, whose tokens are counted apart."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
   """What the compiler says of one stage's step. Bytes are those of a device."""
 
-  stage: config_lib.StageConfig
+  stage: stages_lib.StageConfig
   arguments: int
   """0 if it does not fit: then the compiler does not say."""
   temporaries: int
@@ -112,22 +127,27 @@ class Compiled:
     return "\n".join(lines)
 
 
-def report(cfg: config_lib.TrainConfig) -> int:
+def report(
+  slice_name: str,
+  mesh_config: mesh_lib.MeshConfig,
+  plan: Plan,
+  stages: Sequence[stages_lib.StageConfig],
+) -> int:
   """Prints what each stage's step would take; 1 if one does not fit, else 0.
 
   Raises:
     ValueError: There is no such topology, or it has too few devices.
     ImportError: libtpu is not installed.
   """
-  devices = topology(cfg.compile_only or "")
-  mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh), devices=devices)
+  devices = topology(slice_name)
+  mesh = mesh_config.make(devices)
   print(
-    f"{cfg.compile_only}: {len(devices)} x {devices[0].device_kind}, of which"
+    f"{slice_name}: {len(devices)} x {devices[0].device_kind}, of which"
     f" the mesh takes {mesh.size}",
     flush=True,
   )
   fits = True
-  for compiled in compile_stages(cfg, mesh):
+  for compiled in compile_stages(plan, stages, mesh):
     print(compiled, flush=True)
     fits = fits and compiled.fits
   return 0 if fits else 1
@@ -159,15 +179,17 @@ def topology(name: str) -> list[jax.Device]:
 
 
 def compile_stages(
-  cfg: config_lib.TrainConfig, mesh: jax.sharding.Mesh
+  plan: Plan,
+  stages: Sequence[stages_lib.StageConfig],
+  mesh: jax.sharding.Mesh,
 ) -> Iterator[Compiled]:
   """Compiles the step of each stage, one after another."""
   with jax.set_mesh(mesh):
-    for stage in cfg.stages:
-      yield _compile(cfg, stage, mesh)
+    for stage in stages:
+      yield _compile(plan, stage, mesh)
 
 
-def _compile(cfg, stage, mesh) -> Compiled:
+def _compile(plan, stage, mesh) -> Compiled:
   start = time.perf_counter()
   device = mesh.devices.flat[0]
   chip = next(
@@ -175,17 +197,11 @@ def _compile(cfg, stage, mesh) -> Compiled:
   )
   with dispatch.record() as implementations, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the report says which are no kernels
-    lowered = trace(cfg, stage, mesh).lower()
+    lowered = trace(plan, stage, mesh).lower()
   peak = metrics_lib.peak_flops(device)
   assert peak is not None  # of TPUs it is known
-  per_token = flops.training_flops_per_token(
-    cfg.stage_model(stage),
-    stage.seq_len,
-    stage.attention,
-    trains_model=stage.trains_model,
-    trains_indexer=stage.trains_indexer,
-  )
-  tokens = stage.batch_size * stage.seq_len
+  per_token = stage.flops_per_token(plan.model)
+  tokens = stage.tokens_per_step
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
@@ -200,7 +216,7 @@ def _compile(cfg, stage, mesh) -> Compiled:
     assert memory is not None and text is not None  # TPUs' compiler says both
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   of_device = per_token * tokens / mesh.size
-  again = stage.trains_model and cfg.model.remat != "none"
+  again = stage.trains_model and plan.model.remat != "none"
   return Compiled(
     stage=stage,
     arguments=sizes[0],
@@ -219,17 +235,17 @@ def _compile(cfg, stage, mesh) -> Compiled:
 
 
 def trace(
-  cfg: config_lib.TrainConfig,
-  stage: config_lib.StageConfig,
+  plan: Plan,
+  stage: stages_lib.StageConfig,
   mesh: jax.sharding.Mesh,
 ) -> jax.stages.Traced:
   """A stage's step, traced for a mesh whose devices may not be here."""
-  model_cfg = cfg.stage_model(stage)
-  model, init = step_lib.init(model_cfg, cfg.seed)
+  model_cfg = stage.adapt(plan.model)
+  model, init = step_lib.init(model_cfg, 0)
 
   def begin():  # nothing may run on these devices, not even a key's making
-    params, bias = init(jax.random.key(cfg.seed))
-    return step_lib.begin_stage(cfg.optimizer, stage, params, bias)
+    params, bias = init(jax.random.key(0))
+    return step_lib.begin_stage(plan.optimizer, stage, params, bias)
 
   state = step_lib.on_mesh(jax.eval_shape(begin), mesh)
   rows = stage.batch_size // stage.microbatches
@@ -242,8 +258,8 @@ def trace(
     )
     for name, dtype in step_lib.BATCH_DTYPES.items()
   }
-  optimizer = optimizer_lib.make_optimizer(cfg.optimizer, stage)
+  optimizer = optimizer_lib.make_optimizer(plan.optimizer, stage)
   step = step_lib.make_train_step(
-    model, stage, optimizer, cfg.guard, cfg.log.every, len(cfg.data.sources)
+    model, stage, optimizer, plan.guard, plan.measure_every, plan.num_sources
   )
   return step.trace(state, batch)

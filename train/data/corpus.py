@@ -146,6 +146,11 @@ class Corpus:
     """How many records of each source this process has found to be bad."""
     return {source.name: source.quarantine.count for source in self.sources}
 
+  @property
+  def trains_retrieval(self) -> bool:
+    """Whether some rows hold key-value pairs and questions for them."""
+    return self._config.retrieval.fraction > 0
+
   def batches(
     self, *, seq_len: int, batch_size: int, seed: int, shard: int = 0
   ) -> grain.DatasetIterator[Batch]:

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import dataclasses
 import math
 import string
+from typing import Annotated
 
 from jaxtyping import Float, Float32, Int32
 import numpy as np
 
+from dsa_jax import ranges
 from dsa_jax.chat import tokenizer as tokenizer_lib
 from train.data import documents as documents_lib
 
@@ -29,26 +31,19 @@ DEPTHS = (np.arange(10) + 0.5) / 10
 class RetrievalConfig:
   """Key-value pairs in text: how many rows to train on, and what they hold."""
 
-  fraction: float = 0.0
+  fraction: ranges.Fraction = 0.0
   """Fraction of the training rows that hold pairs and questions for them."""
-  key_letters: int = 4
+  key_letters: Annotated[int, ranges.Between(1, 12)] = 4  # 26^12 fits 64 bits
   """Letters of a key, random; the keys of a document are distinct."""
-  value_digits: int = 4
+  value_digits: ranges.Count = 4
   """Digits of a value, random."""
-  min_tokens: int = 64
+  min_tokens: ranges.Count = 64
   """Length of the shortest document; the longest fills a row."""
-  eval_rows: int = 32
+  eval_rows: ranges.Count = 32
   """Rows to evaluate on at each length; full batches, so maybe a few more."""
 
   def __post_init__(self):
-    if not 0 <= self.fraction <= 1:
-      raise documents_lib.DataError(f"{self.fraction=} must be in [0, 1].")
-    if not 1 <= self.key_letters <= 12:  # 26^12 still fits 64 bits
-      raise documents_lib.DataError(f"{self.key_letters=} must be in [1, 12].")
-    for name in ("value_digits", "min_tokens", "eval_rows"):
-      value = getattr(self, name)
-      if value < 1:
-        raise documents_lib.DataError(f"self.{name}={value} must be above 0.")
+    ranges.check(self, "data.retrieval.", documents_lib.DataError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from dsa_jax import sharding
-from train import config as config_lib
 from train.data import corpus as corpus_lib
 from train.host import processes
+from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 
 
@@ -23,7 +23,7 @@ class Batches:
   def __init__(
     self,
     corpus: corpus_lib.Corpus,
-    stage: config_lib.StageConfig,
+    stage: stages_lib.StageConfig,
     rules: sharding.ShardingRules,
     seed: int,
     shards: int,

@@ -8,12 +8,14 @@ Letters: W steps that are remembered.
 """
 
 import dataclasses
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 import numpy as np
+
+from dsa_jax import ranges
 
 # W. Before so many steps of a stage, only what is not finite is skipped.
 _WINDOW: Final = 128
@@ -26,29 +28,23 @@ _LEAST_DEVIATION: Final = 0.01
 class GuardConfig:
   """What is not believed, and what is done about it."""
 
-  spike_deviations: float = 6.0
+  spike_deviations: ranges.Positive = 6.0
   """A step is skipped if its loss or gradient norm lies more than so many
   standard deviations above the mean of the 128 before it."""
-  patience: int = 10
+  patience: ranges.Count = 10
   """After so many skipped steps in a row, the run goes back to the checkpoint
   before them, and past the data that they saw."""
-  rollbacks: int = 3
+  rollbacks: Annotated[int, ranges.AtLeast(0)] = 3
   """It ends where it would have to go back once more."""
-  kl_factor: float = 3.0
+  kl_factor: Annotated[float, ranges.Above(1)] = 3.0
   """An alarm is logged where the indexer's KL is above so many times its lowest
   of the stage."""
-  stall_seconds: float = 1800.0
+  stall_seconds: ranges.Positive = 1800.0
   """A process that makes no step for so long writes all its stacks and ends
   with exit code 75, to be started again."""
 
   def __post_init__(self):
-    for name in ("spike_deviations", "patience", "stall_seconds"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"guard.{name}={getattr(self, name)} must be above 0.")
-    if self.rollbacks < 0:
-      raise ValueError(f"guard.rollbacks={self.rollbacks} must be at least 0.")
-    if not self.kl_factor > 1:
-      raise ValueError(f"guard.kl_factor={self.kl_factor} must be above 1.")
+    ranges.check(self, "guard.")
 
 
 @jax.tree_util.register_dataclass

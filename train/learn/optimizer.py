@@ -1,18 +1,50 @@
 """AdamW for the model and the indexer, each with its own rate and clipping."""
 
-from typing import Any, Final
+import dataclasses
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from train import config as config_lib
+from dsa_jax import ranges
+from train.learn import stages as stages_lib
 
 _UNDECAYED: Final = ("scale_D", "bias_D")  # of norms
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW with clipping, and a warm-up, constant, cosine schedule a stage."""
+
+  peak_lr: ranges.Positive
+  """Learning rate of the model between warm-up and decay."""
+  indexer_lr: ranges.Positive = 1e-3
+  """The same of the indexer."""
+  warmup: ranges.Fraction = 0.05
+  """Fraction of a stage's steps in which the rate rises from 0."""
+  decay: ranges.Fraction = 0.5
+  """Fraction of them, at the end, in which it falls."""
+  final: ranges.Fraction = 0.1
+  """Where it falls to, as a fraction of the peak."""
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: ranges.Positive = 1e-8
+  weight_decay: float = 0.1
+  """Of matrices; norms have none."""
+  moments: Literal["float32", "bfloat16"] = "float32"
+  """What both moments are kept in; DeepSeek-V3 took bfloat16."""
+  clip_norm: ranges.Positive = 1.0
+  """Largest norm of the model's gradient, and of the indexer's."""
+
+  def __post_init__(self):
+    ranges.check(self)
+    if self.warmup + self.decay > 1:
+      raise ValueError(f"{self.warmup=} and {self.decay=} exceed 1 together.")
+
+
 def make_optimizer(
-  cfg: config_lib.OptimizerConfig, stage: config_lib.StageConfig
+  cfg: OptimizerConfig, stage: stages_lib.StageConfig
 ) -> optax.GradientTransformation:
   """The optimizer of what a stage trains: see `split`."""
   return optax.partition(
@@ -21,7 +53,7 @@ def make_optimizer(
 
 
 def rates(
-  cfg: config_lib.OptimizerConfig, stage: config_lib.StageConfig
+  cfg: OptimizerConfig, stage: stages_lib.StageConfig
 ) -> dict[str, optax.Schedule]:
   """The learning rate of each part that a stage trains, the model's first, by
   steps since the stage began."""
@@ -33,7 +65,7 @@ def rates(
   return {part: schedule(cfg, x, stage.steps) for part, x in peaks.items()}
 
 
-def split(params: Any, stage: config_lib.StageConfig) -> tuple[Any, Any]:
+def split(params: Any, stage: stages_lib.StageConfig) -> tuple[Any, Any]:
   """The parameters that a stage trains, and the others; None in their place."""
   trained = {"model": stage.trains_model, "indexer": stage.trains_indexer}
   labels = label(params)
@@ -53,9 +85,7 @@ def merge(trained: Any, frozen: Any) -> Any:
   )
 
 
-def schedule(
-  cfg: config_lib.OptimizerConfig, peak: float, steps: int
-) -> optax.Schedule:
+def schedule(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
   """A linear warm-up that ends at the peak, a plateau, a cosine to the end."""
   warmup, decay = round(cfg.warmup * steps), round(cfg.decay * steps)
   return optax.join_schedules(

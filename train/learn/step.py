@@ -17,9 +17,9 @@ import optax
 import dsa_jax
 from dsa_jax import losses as losses_lib
 from dsa_jax import moe
-from train import config as config_lib
 from train.learn import guards
 from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
 
 type Batch = dict[str, jax.Array]  # of `BATCH_DTYPES`
 type Metrics = dict[str, jax.Array]
@@ -75,8 +75,8 @@ def init(
 
 
 def begin_stage(
-  cfg: config_lib.OptimizerConfig,
-  stage: config_lib.StageConfig,
+  cfg: optimizer_lib.OptimizerConfig,
+  stage: stages_lib.StageConfig,
   params: Any,
   router_bias: Any,
   step: int = 0,
@@ -103,7 +103,7 @@ def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def make_train_step(
   model: Model,
-  stage: config_lib.StageConfig,
+  stage: stages_lib.StageConfig,
   optimizer: optax.GradientTransformation,
   guard: guards.GuardConfig,
   measure_every: int = 1,

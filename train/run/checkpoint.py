@@ -1,12 +1,13 @@
 """A run's folder: its config, and checkpoints of all that a step changes."""
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import time
-from typing import Any, Final
+from typing import Annotated, Any, Final
 import zlib
 
 import jax
@@ -16,8 +17,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 import dsa_jax
+from dsa_jax import ranges
 from dsa_jax.hf import tensors as tensors_lib
-from train import config as config_lib
 from train.host import atomic_files
 from train.host import processes
 from train.learn import step as step_lib
@@ -68,6 +69,24 @@ class Progress:
   """The run was stopped before it could evaluate after this step."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When to save. The end of each stage is always saved, and stays."""
+
+  every: ranges.Count = 1000
+  """Steps between checkpoints."""
+  keep: ranges.Count = 3
+  """How many of the newest stay, besides."""
+  keep_every: ranges.Count | None = None
+  """Those of every so many-th step stay, too."""
+  keep_best: Annotated[int, ranges.AtLeast(0)] = 0
+  """So many stay that lost least on held-out text, of those saved right after
+  an evaluation."""
+
+  def __post_init__(self):
+    ranges.check(self, "checkpoint.")
+
+
 class Checkpoints:
   """The checkpoints of one run, saved in the background.
 
@@ -77,34 +96,49 @@ class Checkpoints:
   mesh. What is not used any more lies in RUN_DIR/set_aside.
   """
 
-  def __init__(self, cfg: config_lib.TrainConfig):
+  def __init__(
+    self,
+    run_dir: str,
+    cfg: CheckpointConfig,
+    run_config: dict[str, Any],
+    *,
+    stage_ends: Sequence[int],
+    resume: bool,
+  ):
     """Opens the folder, and writes down which run it holds.
+
+    Args:
+      run_dir: The run's folder.
+      cfg: Which checkpoints to keep.
+      run_config: The run's config as nested dicts, for config.json.
+      stage_ends: Steps whose checkpoints always stay.
+      resume: Whether the folder may hold this run already.
 
     Raises:
       ValueError: The folder is not this run's, see `check`.
       NotSaved: Nothing can be written there.
     """
-    self._dir = pathlib.Path(cfg.run_dir).resolve()
-    check(cfg)
+    self._dir = pathlib.Path(run_dir).resolve()
+    check(run_dir, run_config, resume=resume)
     processes.meet("checked")  # before anyone writes what another would find
     _make_writable(self._dir)
     if processes.is_first():
-      text = json.dumps(dataclasses.asdict(cfg), indent=2)
+      text = json.dumps(run_config, indent=2)
       atomic_files.write(self._dir / "config.json", text + "\n")
     processes.meet("run_dir")  # before anyone writes anything else there
     policies: Any = ocp.training.preservation_policies
     keep = [
-      policies.LatestN(cfg.checkpoint.keep),
-      policies.CustomSteps(cfg.stage_ends),
+      policies.LatestN(cfg.keep),
+      policies.CustomSteps(stage_ends),
     ]
-    if cfg.checkpoint.keep_every:
-      keep.append(policies.EveryNSteps(cfg.checkpoint.keep_every))
-    if cfg.checkpoint.keep_best:
+    if cfg.keep_every:
+      keep.append(policies.EveryNSteps(cfg.keep_every))
+    if cfg.keep_best:
       keep.append(
         policies.BestN(
           get_metric_fn=lambda metrics: metrics["bits_per_byte"],
           reverse=True,  # the last ones stay
-          n=cfg.checkpoint.keep_best,
+          n=cfg.keep_best,
           keep_checkpoints_without_metrics=False,
         )
       )
@@ -269,37 +303,35 @@ class Checkpoints:
     self._clean()
 
 
-def check(cfg: config_lib.TrainConfig) -> None:
-  """Compares the config with the run in its folder, if there is one.
+def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
+  """Compares a run's config with that of the run in its folder, if any.
 
   Raises:
     ValueError: The folder holds a run and `resume` is off, or what is no run,
       or a run with another config.
   """
-  folder = pathlib.Path(cfg.run_dir)
+  folder = pathlib.Path(run_dir)
   file = folder / "config.json"
   if folder.exists() and not folder.is_dir():
-    raise ValueError(
-      f"run_dir={cfg.run_dir} is a file; give another --run-dir."
-    )
+    raise ValueError(f"run_dir={run_dir} is a file; give another --run-dir.")
   # A run that was killed as it began may have left half of its config.
   unfinished = (atomic_files.partial(file).name, _PROBE)
   if not folder.exists() or all(
     path.name.startswith(unfinished) for path in folder.iterdir()
   ):
     return
-  if not cfg.resume:
+  if not resume:
     raise ValueError(
-      f"run_dir={cfg.run_dir} is not empty: go on with the run in it by "
+      f"run_dir={run_dir} is not empty: go on with the run in it by "
       "--resume, or give another --run-dir."
     )
   if not file.exists():
     raise ValueError(
-      f"--resume: run_dir={cfg.run_dir} is not empty, but holds no run (no "
+      f"--resume: run_dir={run_dir} is not empty, but holds no run (no "
       "config.json); give the --run-dir of one, or of none yet."
     )
   saved = _flat(json.loads(file.read_text(encoding="utf-8")))
-  now = _flat(json.loads(json.dumps(dataclasses.asdict(cfg))))
+  now = _flat(json.loads(json.dumps(run_config)))
   changed = [
     f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
     for name in sorted(saved | now)
@@ -308,7 +340,7 @@ def check(cfg: config_lib.TrainConfig) -> None:
   ]
   if changed:
     raise ValueError(
-      f"--resume: the run in {cfg.run_dir} has another config: "
+      f"--resume: the run in {run_dir} has another config: "
       f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
       "begin a new run."
     )
@@ -368,75 +400,6 @@ def _context() -> ocp.Context:
   context = ocp.Context()
   context.array_options.saving.scoped_storage_options_creator = storage
   return context
-
-
-class Origin:
-  """A checkpoint of another run, to begin with its parameters."""
-
-  def __init__(self, cfg: config_lib.TrainConfig):
-    """Finds what `init_from` names, and compares it with the model.
-
-    Raises:
-      ValueError: There is no checkpoint, it lacks parameters of the model, or
-        has them in other shapes.
-    """
-    path = find(pathlib.Path(cfg.init_from or "").resolve())
-    if path is None:
-      raise ValueError(
-        f"init_from={cfg.init_from!r} is no run with a checkpoint, and no "
-        "checkpoint; give a run's folder, or RUN_DIR/checkpoints/STEP."
-      )
-    self._path = path
-    saved: Any = ocp.metadata(str(self._path), "state").metadata
-    _, init = step_lib.init(cfg.model, cfg.seed)
-    params, _ = jax.eval_shape(init, jax.random.key(cfg.seed))
-    has, needs = _shapes(saved["params"]), _shapes(params)
-    missing = sorted(needs.keys() - has.keys())
-    if missing and all("/indexer/" in name for name in missing):
-      raise ValueError(
-        f"init_from={self._path} has no indexer ({missing[0]} and "
-        f"{len(missing) - 1} more are missing), so that there is none to train "
-        "or to choose keys by; begin with a checkpoint of a model that has one."
-      )
-    for name, shape in needs.items():
-      if has.get(name) != shape:
-        found = f"{has[name]} there" if name in has else "missing there"
-        raise ValueError(
-          f"init_from={self._path} holds another model: {name} is {found}, "
-          f"{shape} here. Give this run that model, or another --init-from."
-        )
-
-  def __str__(self) -> str:
-    return str(self._path)
-
-  def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """Parameters and router biases, in the shapes of `like`, on `mesh`."""
-    params, bias = step_lib.on_mesh(like, mesh)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True  # no optimizer state
-    with context:
-      loaded: Any = ocp.load_checkpointables(
-        str(self._path), {"state": {"params": params, "router_bias": bias}}
-      )
-    return loaded["state"]["params"], loaded["state"]["router_bias"]
-
-
-def find(folder: pathlib.Path) -> pathlib.Path | None:
-  """The checkpoint that a run's folder, or a checkpoint's, stands for."""
-  steps = [p for p in folder.glob("checkpoints/*") if p.name.isdigit()]
-  found = max(steps, key=lambda p: int(p.name), default=folder)
-  whole = (found / "state").exists() and ocp.is_orbax_checkpoint(str(found))
-  return found if whole else None
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-  """Shape of each parameter by its name, a/b/c."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  names = ([k.key for k in path if hasattr(k, "key")] for path, _ in leaves)
-  return {
-    "/".join(n for n in name if n != "value"): tuple(leaf.shape)
-    for name, (_, leaf) in zip(names, leaves)
-  }
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Numbers of a run: to the terminal, to JSONL, TensorBoard and wandb."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -11,6 +12,7 @@ from typing import Any, Final
 import jax
 import tensorboardX
 
+from dsa_jax import ranges
 from pallas_kernels import tpu
 from train.host import atomic_files
 from train.host import processes
@@ -27,6 +29,36 @@ _PEAK: Final = {
   "NVIDIA H200": 989e12,
   "NVIDIA B200": 2250e12,
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+  """What to print and write, and when."""
+
+  every: ranges.Count = 10
+  """Steps between progress lines, and between measurements of the indexer."""
+  eval_every: ranges.Count = 1000
+  """Steps between evaluations on held-out text, and of retrieval if that is
+  trained. At the end of a stage, in both ways of attending."""
+  eval_batches: ranges.Count = 8
+  """Batches of an evaluation."""
+  sample_every: ranges.Count = 1000
+  """Steps between samples of text; also at the end of the run."""
+  sample_prompt: str = "def "
+  """What a sample continues."""
+  sample_tokens: ranges.Count = 128
+  """Tokens of a sample."""
+  sample_temperature: ranges.NonNegative = 0.7
+  """0 takes the likeliest token each time."""
+  tensorboard: bool = False
+  """Also write TensorBoard events, to RUN_DIR/tensorboard."""
+  wandb: str | None = None
+  """Also send them to this project at Weights & Biases."""
+
+  def __post_init__(self):
+    ranges.check(self, "log.")
+    if not self.sample_prompt:
+      raise ValueError("sample_prompt is empty; give at least one character.")
 
 
 def peak_flops(device: jax.Device) -> float | None:

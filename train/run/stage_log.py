@@ -1,5 +1,6 @@
 """How a stage's steps went: to the terminal and the metrics, a step late."""
 
+from collections.abc import Sequence
 import math
 import time
 from typing import Any, Final
@@ -7,12 +8,12 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from dsa_jax import flops
-from train import config as config_lib
+import dsa_jax
 from train.data import corpus as corpus_lib
 from train.host import processes
 from train.learn import guards
 from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 from train.run import goodput
 from train.run import metrics as metrics_lib
@@ -37,28 +38,50 @@ class StageLog:
     step: The last one that was read.
     in_a_row: How many steps were skipped, up to that one.
     trouble: Why the last skipped one was.
+    tokens: Tokens seen so far, by source.
   """
 
   def __init__(
     self,
-    cfg: config_lib.TrainConfig,
+    stages: Sequence[stages_lib.StageConfig],
     number: int,
+    model: dsa_jax.ModelConfig,
+    optimizer: optimizer_lib.OptimizerConfig,
+    guard: guards.GuardConfig,
+    every: int,
+    *,
     mesh: jax.sharding.Mesh,
     corpus: corpus_lib.Corpus,
     metrics: metrics_lib.Writer,
     clock: goodput.Clock,
     tokens: dict[str, int],
   ):
-    """Of stage `number`; `tokens` by source are counted on."""
+    """Logs stage `number` of `stages`.
+
+    Args:
+      stages: All stages of the run.
+      number: Which of them is logged.
+      model: The run's model.
+      optimizer: Gives the learning rate.
+      guard: Gives the alarms.
+      every: Steps between progress lines.
+      mesh: The devices, for the model FLOP/s utilisation.
+      corpus: The sources and their bad records.
+      metrics: Where metrics are written.
+      clock: Accounts for skipped steps.
+      tokens: Tokens seen so far, by source.
+    """
     self._corpus, self._clock = corpus, clock
     self._bad = sum(corpus.bad_records.values())
-    self._cfg, self._stage = cfg, cfg.stages[number]
-    self._end = cfg.stage_ends[number]
+    self._stages, self._stage = stages, stages[number]
+    ends = stages_lib.ends(stages)
+    self._end, self._total = ends[number], ends[-1]
+    self._guard, self._every = guard, every
     self._begin = self._end - self._stage.steps
-    self._metrics, self._tokens = metrics, tokens
+    self._metrics, self.tokens = metrics, dict(tokens)
     # The model's; the indexer's where that alone is trained.
-    self._rate, *_ = optimizer_lib.rates(cfg.optimizer, self._stage).values()
-    self._flops = flops_per_token(cfg.model, self._stage)
+    self._rate, *_ = optimizer_lib.rates(optimizer, self._stage).values()
+    self._flops = self._stage.flops_per_token(model)
     peak = metrics_lib.peak_flops(mesh.devices.flat[0])
     self._peak = peak and peak * mesh.size
     self.begin_again()
@@ -66,7 +89,7 @@ class StageLog:
   def begin_again(self) -> None:
     """Goes on from a checkpoint."""
     self.step, self.in_a_row, self.trouble = self._begin, 0, ""
-    self._alarms = guards.Alarms(self._cfg.guard)
+    self._alarms = guards.Alarms(self._guard)
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -74,29 +97,29 @@ class StageLog:
     self._since, self._steps = time.perf_counter(), 0
 
   def __call__(self, step: int, metrics: step_lib.Metrics) -> None:
-    cfg, stage = self._cfg, self._stage
+    stage = self._stage
     values = self._values(step, processes.fetch(metrics))
     self._steps += 1
     self._check(step, values)
-    if step % cfg.log.every and step != self._end:
+    if step % self._every and step != self._end:
       self._metrics.write(step, "train", values)
       return
     seconds = (time.perf_counter() - self._since) / self._steps
-    tokens = stage.batch_size * stage.seq_len
+    tokens = stage.tokens_per_step
     values["tokens_per_second"] = tokens / seconds
     values["ms_per_step"] = 1000 * seconds
     if self._peak:
       values["mfu"] = self._flops * tokens / seconds / self._peak
     if (peak := metrics_lib.memory_peak()) is not None:
       values["memory_peak"] = peak
-    values["tokens_by_source"] = dict(self._tokens)
+    values["tokens_by_source"] = dict(self.tokens)
     self._metrics.write(step, "train", values)
     self._clock.note(step)
     self._check_data(step)
     self.restart_clock()
     left = self._tokens_left(step) / values["tokens_per_second"]
     parts = [
-      f"step {step:>5}/{cfg.total_steps} {stage.kind}",
+      f"step {step:>5}/{self._total} {stage.kind}",
       *(
         form.format(values[k])
         for k, form in _SHOWN.items()
@@ -141,7 +164,7 @@ class StageLog:
       )
       processes.say(
         f"WARNING: step {step}: bad records are left out, {counts}; see "
-        f"{self._cfg.run_dir}/quarantine"
+        f"{self._metrics.file.parent}/quarantine"
       )
 
   def _values(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +177,7 @@ class StageLog:
     }
     counts = metrics.pop("tokens").tolist()
     for source, count in zip(self._corpus.source_names, counts):
-      self._tokens[source] = self._tokens.get(source, 0) + count
+      self.tokens[source] = self.tokens.get(source, 0) + count
     values: dict[str, Any] = {"stage": self._stage.kind}
     values |= {name: float(x) for name, x in metrics.items()}
     num_bytes, targets = values.pop("bytes"), values.pop("targets")
@@ -167,7 +190,7 @@ class StageLog:
     skipped = values["skipped"] - (values["in_a_row"] > 0)
     taken = step - 1 - self._begin - skipped
     values["lr"] = np.asarray(self._rate(taken)).item()
-    if layers and step % self._cfg.log.every == 0:
+    if layers and step % self._every == 0:
       values["index"] = sum(layers["index_per_layer"])
       if math.isfinite(values["index"]):
         values["index_per_layer"] = layers["index_per_layer"]
@@ -184,19 +207,8 @@ class StageLog:
   def _tokens_left(self, step: int) -> int:
     """Of this stage and those after it."""
     left, end = 0, 0
-    for stage in self._cfg.stages:
+    for stage in self._stages:
       end += stage.steps
       steps = min(max(end - step, 0), stage.steps)
-      left += steps * stage.batch_size * stage.seq_len
+      left += steps * stage.tokens_per_step
     return left
-
-
-def flops_per_token(model: Any, stage: config_lib.StageConfig) -> float:
-  """What training a token of a stage takes."""
-  return flops.training_flops_per_token(
-    model,
-    stage.seq_len,
-    stage.attention,
-    trains_model=stage.trains_model,
-    trains_indexer=stage.trains_indexer,
-  )

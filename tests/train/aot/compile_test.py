@@ -14,6 +14,7 @@ from tests.train import runs
 from train import config as config_lib
 from train.aot import collectives
 from train.aot import compile as compile_lib
+from train.host import mesh as mesh_lib
 
 ARRAY = re.compile(r"\b(?:pred|bf16|[suf]\d+\w*)\[([\d,]+)\]")
 
@@ -108,7 +109,7 @@ def small(tmp_path, **mesh) -> config_lib.TrainConfig:
     model=dataclasses.replace(
       cfg.model, num_mtp_layers=0, num_experts=6, expert_ffn_dim=88
     ),
-    mesh=config_lib.MeshConfig(**mesh),
+    mesh=mesh_lib.MeshConfig(**mesh),
   )
 
 
@@ -120,7 +121,7 @@ def test_only_the_meant_collectives(tmp_path):
     **dataclasses.asdict(cfg.mesh), devices=compile_lib.topology("v5p:2x2x2")
   )
   with jax.set_mesh(mesh):
-    traced = compile_lib.trace(cfg, cfg.stages[0], mesh)
+    traced = compile_lib.trace(cfg.step_plan, cfg.stages[0], mesh)
     hlo = traced.lower().compile().as_text()
   assert hlo is not None
   model = cfg.model
@@ -153,7 +154,7 @@ def test_a_671b_model_made_sparse_at_128k_fits_512_chips(capsys):
   mesh = sharding.make_mesh(
     **dataclasses.asdict(cfg.mesh), devices=compile_lib.topology("v5p:8x8x8")
   )
-  (compiled,) = compile_lib.compile_stages(cfg, mesh)
+  (compiled,) = compile_lib.compile_stages(cfg.step_plan, cfg.stages, mesh)
   print(compiled)
   assert "it fits" in capsys.readouterr().out
   assert compiled.temporaries + compiled.arguments < 0.85 * compiled.memory
@@ -173,4 +174,4 @@ def test_refuses_a_topology_that_is_too_small(tmp_path):
     small(tmp_path, fsdp=2, tensor=2, context=2), compile_only="v5p:2x2x1"
   )
   with pytest.raises(ValueError, match="needs 8 devices, but there are 4"):
-    compile_lib.report(cfg)
+    compile_lib.report("v5p:2x2x1", cfg.mesh, cfg.step_plan, cfg.stages)

@@ -12,6 +12,7 @@ import dsa_jax
 from tests.train import runs
 from tests.train.learn import step_test
 from train import loop
+from train import stage
 from train.learn import batches as batches_lib
 from train.learn import guards
 from train.learn import step as step_lib
@@ -248,13 +249,13 @@ def test_skips_in_a_row_roll_back_and_leave_the_data_behind(train, capsys):
 
 @pytest.mark.slow
 def test_the_run_ends_where_going_back_does_not_help(train):
-  with pytest.raises(loop.Diverged, match="after 1 rollbacks.*peak-lr"):
+  with pytest.raises(stage.Diverged, match="after 1 rollbacks.*peak-lr"):
     train(poisoned=range(6, 100), rollbacks=1)
 
 
 @pytest.mark.slow
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train):
-  with pytest.raises(loop.Diverged, match="no checkpoint of this stage"):
+  with pytest.raises(stage.Diverged, match="no checkpoint of this stage"):
     train(poisoned={2, 3, 4})
 
 

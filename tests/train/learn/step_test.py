@@ -20,14 +20,15 @@ from tests.train import runs
 from train import config as config_lib
 from train.learn import guards
 from train.learn import optimizer as optimizer_lib
+from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 
-OPTIMIZER = config_lib.OptimizerConfig(peak_lr=1e-2, warmup=0.0)
+OPTIMIZER = optimizer_lib.OptimizerConfig(peak_lr=1e-2, warmup=0.0)
 
 
-def stage(kind: Any = "sparse", **kwargs: Any) -> config_lib.StageConfig:
+def stage(kind: Any = "sparse", **kwargs: Any) -> stages_lib.StageConfig:
   sizes: dict[str, Any] = dict(steps=10, seq_len=32, batch_size=8) | kwargs
-  return config_lib.StageConfig(kind=kind, **sizes)
+  return stages_lib.StageConfig(kind=kind, **sizes)
 
 
 def batch(rows=8, length=32, seed=0):
@@ -194,7 +195,7 @@ class StageTest(chex.TestCase):
       self.assertEqual(bool((one == other).all()), "indexer" not in name, name)
 
   def test_the_schedule(self):
-    cfg = config_lib.OptimizerConfig(
+    cfg = optimizer_lib.OptimizerConfig(
       peak_lr=1.0, warmup=0.2, decay=0.5, final=0.1
     )
     rate = optimizer_lib.schedule(cfg, 2.0, 10)

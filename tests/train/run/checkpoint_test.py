@@ -13,7 +13,7 @@ from dsa_jax import sharding
 from tests.train import runs
 from train.learn import guards
 from train.learn import step as step_lib
-from train.run import checkpoint
+from train.run import origin as origin_lib
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def open_origin(folder, init_from, **model):
   cfg = runs.config(folder)
   model = dataclasses.replace(cfg.model, **model)
   cfg = dataclasses.replace(cfg, model=model, init_from=str(init_from))
-  return checkpoint.Origin(cfg)
+  return origin_lib.Origin(str(cfg.init_from), cfg.model)
 
 
 def test_brings_back_parameters_and_biases(run_dir, state):
