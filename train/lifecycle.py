@@ -1,11 +1,11 @@
-"""Turns a dense model sparse, and compares it with the dense one, trained on.
+"""Turns a dense model sparse and compares it with a dense control.
 
 python -m train.lifecycle --config=configs/tiny_lifecycle.py [--OPTION=...]
 
-The config has dense stages, then warmup, then sparse. After them, the dense
-model is trained on for as many steps, on the same data at the same rate as the
-sparse stage: the control, in RUN_DIR/control. The table of both is printed and
-written to RUN_DIR/lifecycle.md. The same command goes on after an interruption.
+The config has dense stages, then warmup, then sparse. After them the control is
+trained in RUN_DIR/control: the last dense model, for as many steps, on the same
+data and at the same rate as the sparse stage. A table of both is printed and
+written to RUN_DIR/lifecycle.md. After an interruption, run the same command.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from train.run import read_run
 
 
 def control(cfg: config_lib.TrainConfig) -> config_lib.TrainConfig:
-  """The run that trains the dense model on, as the sparse stage would.
+  """The control run: the dense model, trained on as the sparse stage would.
 
   Raises:
     ValueError: The stages are not dense ones, then warmup, then sparse.
@@ -42,49 +42,113 @@ def control(cfg: config_lib.TrainConfig) -> config_lib.TrainConfig:
     run_dir=f"{cfg.run_dir}/control",
     stages=(stage,),
     init_from=f"{cfg.run_dir}/checkpoints/{cfg.stage_ends[-3]}",
-    # A stage's data hang on the seed plus its number: the same for both.
+    # A stage's data depend on the seed plus its number: the same for both.
     seed=cfg.seed + len(cfg.stages) - 1,
   )
 
 
-def table(cfg: config_lib.TrainConfig) -> str:
-  """Markdown: what each model is worth, dense and sparse."""
-  run, other = (
-    read_run.read(pathlib.Path(x.run_dir)).lines for x in (cfg, control(cfg))
-  )
+@dataclasses.dataclass(frozen=True)
+class ModelRow:
+  """How one model does on held-out text, by one kind of attention."""
+
+  model: str
+  attention: str
+  bits_per_byte: float
+  excess: float
+  """Bits per byte relative to the control's, minus 1."""
+  recall: float | None
+  """The indexers' mean recall; None for dense attention."""
+  retrieval: tuple[float, float] | None
+  """Share of right answers, mean and worst over lengths and depths; None if the
+  config plants no pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRow:
+  """What a step of one stage took."""
+
+  stage: str
+  steps: int
+  batch_size: int
+  seq_len: int
+  ms_per_step: float
+
+
+def model_rows(cfg: config_lib.TrainConfig) -> list[ModelRow]:
+  """The models of a finished life cycle, from the dense one to the control."""
+  run, other = _lines(cfg), _lines(control(cfg))
   dense_end, warmup_end, end = cfg.stage_ends[-3:]
-  rows = [
-    ("dense", "dense", run, dense_end),
-    ("the same, indexer untrained", "sparse", run, dense_end),
-    ("after warm-up of the indexer", "sparse", run, warmup_end),
-    ("after sparse training", "sparse", run, end),
-    ("the same, read densely", "dense", run, end),
-    ("dense, trained on instead", "dense", other, cfg.stages[-1].steps),
-  ]
-  reference = _at(other, cfg.stages[-1].steps, "eval")["dense"]
-  asks = cfg.data.retrieval.fraction > 0
-  head = ["model", "attention", "bits/byte", "against the last", "recall"]
-  head += ["retrieval", "worst cell"] if asks else []
-  body = []
-  for name, way, lines, step in rows:
+  control_end = cfg.stages[-1].steps
+  reference = _at(other, control_end, "eval")["dense"]
+
+  def row(model, attention, lines, step):
     text = _at(lines, step, "eval")
-    bits = text[way]
-    recall = f"{text['recall']:.1%}" if way == "sparse" else ""
-    row = [name, way, f"{bits:.4f}", f"{bits / reference - 1:+.2%}", recall]
-    if asks:
-      accuracy = _at(lines, step, "retrieval", attention=way)["accuracy"]
-      row += [f"{np.mean(accuracy):.1%}", f"{np.min(accuracy):.1%}"]
-    body.append(row)
-  speed = [
-    [f"{stage.kind}", str(stage.steps), f"{stage.batch_size} x {stage.seq_len}"]
-    + [f"{_milliseconds(lines, end - stage.steps, end):,.0f}"]
-    for lines, stages, ends in (
-      (run, cfg.stages, cfg.stage_ends),
-      (other, control(cfg).stages, control(cfg).stage_ends),
+    bits, retrieval = text[attention], None
+    if cfg.data.retrieval.fraction > 0:
+      shares = _at(lines, step, "retrieval", attention=attention)["accuracy"]
+      retrieval = float(np.mean(shares)), float(np.min(shares))
+    return ModelRow(
+      model,
+      attention,
+      bits,
+      bits / reference - 1,
+      text["recall"] if attention == "sparse" else None,
+      retrieval,
     )
-    for stage, end in zip(stages, ends)
+
+  return [
+    row("dense", "dense", run, dense_end),
+    row("same model, untrained indexer", "sparse", run, dense_end),
+    row("after indexer warm-up", "sparse", run, warmup_end),
+    row("after sparse training", "sparse", run, end),
+    row("same model, dense attention", "dense", run, end),
+    row("control: dense, trained on", "dense", other, control_end),
   ]
-  speed[-1][0] += " (trained on)"
+
+
+def stage_rows(cfg: config_lib.TrainConfig) -> list[StageRow]:
+  """The stages of a finished life cycle, the control's last."""
+  rows = []
+  for part in (cfg, control(cfg)):
+    lines = _lines(part)
+    for stage, end in zip(part.stages, part.stage_ends):
+      rows.append(
+        StageRow(
+          f"{stage.kind}{' (control)' if part is not cfg else ''}",
+          stage.steps,
+          stage.batch_size,
+          stage.seq_len,
+          _milliseconds(lines, end - stage.steps, end),
+        )
+      )
+  return rows
+
+
+def table(models: list[ModelRow], stages: list[StageRow]) -> str:
+  """Renders the rows as two Markdown tables."""
+  asks = models[0].retrieval is not None
+  head = ["model", "attention", "bits/byte", "vs. control", "recall"]
+  head += ["retrieval", "worst cell"] if asks else []
+  body = [
+    [
+      row.model,
+      row.attention,
+      f"{row.bits_per_byte:.4f}",
+      f"{row.excess:+.2%}",
+      "" if row.recall is None else f"{row.recall:.1%}",
+      *(f"{share:.1%}" for share in row.retrieval or ()),
+    ]
+    for row in models
+  ]
+  speed = [
+    [
+      row.stage,
+      f"{row.steps}",
+      f"{row.batch_size} x {row.seq_len}",
+      f"{row.ms_per_step:,.0f}",
+    ]
+    for row in stages
+  ]
   return (
     _markdown(head, body)
     + "\n"
@@ -92,17 +156,21 @@ def table(cfg: config_lib.TrainConfig) -> str:
   )
 
 
+def _lines(cfg: config_lib.TrainConfig) -> list[read_run.Line]:
+  return read_run.read(pathlib.Path(cfg.run_dir)).lines
+
+
 def _at(
   lines: list[read_run.Line], step: int, kind: str, **wanted: Any
 ) -> read_run.Line:
-  """The one line of this step and kind."""
+  """The only line of this step and kind."""
   wanted |= {"step": step, "kind": kind}
   (line,) = (x for x in lines if wanted.items() <= x.items())
   return line
 
 
 def _milliseconds(lines: list[read_run.Line], begin: int, end: int) -> float:
-  """Median time of a step of a stage, without its first, which warms up."""
+  """Median step time of a stage, without its first step, which warms up."""
   times = [
     line["ms_per_step"]
     for line in lines
@@ -123,7 +191,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _train(cfg: config_lib.TrainConfig) -> bool:
-  """Trains to the end, from where it stands; False if stopped before."""
+  """Trains to the end, resuming if begun; False if stopped before."""
   begun = (pathlib.Path(cfg.run_dir) / "config.json").exists()
   run = loop.Run(dataclasses.replace(cfg, resume=begun))
   run.train()
@@ -138,7 +206,7 @@ def main() -> None:
       return
   except (ValueError, OSError, ImportError, stage.Diverged) as e:
     sys.exit(f"error: {e}")
-  text = table(cfg)
+  text = table(model_rows(cfg), stage_rows(cfg))
   file = pathlib.Path(cfg.run_dir) / "lifecycle.md"
   file.write_text(text, encoding="utf-8")
   print(f"\n{text}\nwritten to {file}")

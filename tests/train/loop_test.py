@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 
 import numpy as np
@@ -153,22 +154,44 @@ def test_a_life_cycle_has_a_control(folder, unbroken, monkeypatch, capsys):
   assert [line["stage"] for line in dense] == ["extend"] * 2
   assert abs(dense[0]["loss"] - sparse[0]["loss"]) < 0.1
   assert dense[0]["loss"] != sparse[0]["loss"]
-  table = (pathlib.Path(cfg.run_dir) / "lifecycle.md").read_text()
-  assert table in out
   evals = {x["step"]: x for x in runs.lines(cfg.run_dir, "eval")}
   last = runs.lines(control.run_dir, "eval")[-1]["dense"]
-  rows = [line.split("|") for line in table.splitlines()]
+  models, stages = lifecycle.model_rows(cfg), lifecycle.stage_rows(cfg)
   for row, (step, way) in zip(
-    rows[2:7],
+    models[:-1],
     [(4, "dense"), (4, "sparse"), (6, "sparse"), (8, "sparse"), (8, "dense")],
+    strict=True,
   ):
-    bits = evals[step][way]
-    assert row[2].strip() == way
-    assert row[3].strip() == f"{bits:.4f}"
-    assert row[4].strip() == f"{bits / last - 1:+.2%}"
-    recall = f"{evals[step]['recall']:.1%}" if way == "sparse" else ""
-    assert row[5].strip() == recall
-  assert rows[7][3].strip() == f"{last:.4f}"
+    assert row.attention == way
+    assert row.bits_per_byte == evals[step][way]
+    assert row.excess == evals[step][way] / last - 1
+    assert row.recall == (evals[step]["recall"] if way == "sparse" else None)
+    assert row.retrieval is None  # the config plants no pairs
+  assert models[-1].attention == "dense"
+  assert (models[-1].bits_per_byte, models[-1].excess) == (last, 0)
+  kinds = [stage.kind for stage in cfg.stages]
+  assert [row.stage for row in stages] == [*kinds, "extend (control)"]
+  assert [row.steps for row in stages] == [2] * 5
+  # The rows are what is printed and written.
+  table = (pathlib.Path(cfg.run_dir) / "lifecycle.md").read_text()
+  assert table in out
+  assert table == lifecycle.table(models, stages)
+
+
+def test_the_table_of_a_life_cycle_shows_its_rows():
+  models = [
+    lifecycle.ModelRow("new", "sparse", 1.23456, 0.01234, 0.5, (0.75, 0.25)),
+    lifecycle.ModelRow("old", "dense", 1.21951, 0.0, None, (1.0, 0.984)),
+  ]
+  stages = [lifecycle.StageRow("sparse", 120, 8, 8192, 1432.6)]
+  table = lifecycle.table(models, stages)
+  for shown in (
+    ("new", "sparse", "1.2346", "+1.23%", "50.0%", "75.0%", "25.0%"),
+    ("old", "dense", "1.2195", "+0.00%", "100.0%", "98.4%"),
+    ("sparse", "120", "8 x 8192", "1,433"),
+  ):
+    # In order, within a line.
+    assert re.search(".*".join(map(re.escape, shown)), table)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
