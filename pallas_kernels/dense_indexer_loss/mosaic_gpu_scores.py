@@ -20,8 +20,8 @@ from jaxlib.mlir.dialects import math as math_dialect
 from jaxlib.mlir.dialects import vector
 import numpy as np
 
+from pallas_kernels import ping_pong
 from pallas_kernels import ptx
-from pallas_kernels import turns
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_registers as registers
 
 bT: Final = 128
@@ -108,7 +108,7 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
     zeros = lambda dtype: plgpu.layout_cast(
       jnp.zeros((64, bS), dtype), plgpu.Layout.WGMMA
     )
-    turns.start(wg)
+    ping_pong.start(wg)
     plgpu.barrier_wait(k_full)
 
     def head(i, carry):
@@ -117,7 +117,7 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
 
       def multiply(similarity):
         plgpu.barrier_wait(full.at[slot])
-        turns.take(wg)
+        ping_pong.wait(wg)
         for part in range(2):
           half = pl.ds(part * 64, 64)
           plgpu.wgmma(
@@ -127,7 +127,7 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
           )
         # The other begins when half is done: the tensor cores serve both alike.
         plgpu.wgmma_wait(1)
-        turns.give(1 - wg)
+        ping_pong.signal(1 - wg)
         return similarity[...]
 
       similarity_TS = pl.run_scoped(multiply, plgpu.ACC((64, bS), jnp.float32))

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import turns
+from pallas_kernels import ping_pong
 
 bT: Final = 128
 bS: Final = 192
@@ -93,7 +93,7 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
   def _compute():
     plgpu.set_max_registers(232, action="increase")
     mine = pl.ds(wg * 64, 64)
-    turns.start(wg)
+    ping_pong.start(wg)
 
     def head(n, sum_TS):
       bias_T = plgpu.load(
@@ -103,7 +103,7 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
       )
 
       def multiply(logits):
-        turns.take(wg)
+        ping_pong.wait(wg)
         for part in range(parts):
           slot = lax.rem(n * parts + part, _STAGES)
           plgpu.barrier_wait(full.at[slot])
@@ -115,7 +115,7 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
             plgpu.barrier_arrive(
               free.at[lax.rem(n * parts + part - 1, _STAGES)]
             )
-        turns.give(1 - wg)
+        ping_pong.signal(1 - wg)
         return logits[...]
 
       logits_TS = pl.run_scoped(multiply, plgpu.ACC((64, bS), jnp.float32))
