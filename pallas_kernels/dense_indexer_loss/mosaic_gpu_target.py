@@ -1,11 +1,11 @@
-"""What dense attention does on average: heads' weights, summed, of one chunk.
+"""Target of the dense loss: attention weights summed over heads, per chunk.
 
   p[t, s] = sum_n exp(scale q[t, n].k[s, n] - lse[t, n])
 
-One block of threads makes a tile of 128 queries x 192 keys. It walks over the
+A thread block computes a tile of 128 queries x 192 keys. It loops over the
 heads; the tile's sum stays in registers, queries and keys stream through shared
-memory. A cluster of two blocks takes 256 queries and shares the keys. Of two
-warpgroups with 64 queries each, one multiplies while the other takes
+memory. A cluster of two blocks takes 256 queries and shares the keys. Two
+warpgroups of 64 queries each ping-pong: one multiplies while the other computes
 exponentials.
 """
 
@@ -21,19 +21,19 @@ from pallas_kernels import ping_pong
 
 bT: Final = 128
 bS: Final = 192
-# A stage of the pipeline holds so much of the width H + R, at one head.
+# Part of a head's width H + R that a pipeline stage holds.
 _WIDTH: Final = 64
 _STAGES: Final = 5
 _LOG2E: Final = math.log2(math.e)
 
 
 def n_tiles(chunk: int, width: int) -> tuple[int, int]:
-  """Tiles of queries, and of keys: the last one may exceed the width."""
+  """Numbers of tiles of queries and of keys; the last may exceed the width."""
   return chunk // bT, pl.cdiv(width, bS)
 
 
 def scratch(dtype) -> tuple[Any, ...]:
-  """Of one block, for `tile`."""
+  """Scratch of one block, for `tile`."""
   transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
   smem = lambda shape: plgpu.SMEM(shape, dtype, transforms=transforms)
   return (
@@ -51,13 +51,13 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
 
   Args:
     inputs: Refs of q [B, T, N, HR], k [B, S, N, HR], bias [B, N, T], which is
-      -lse in units of log 2, and place: batch row and first query of the chunk.
+      -lse in base 2, and place: batch row and first query of the chunk.
     target: Ref of the sums [chunk, width].
-    row: The tile's first query, in the chunk. Blocks of a cluster have
-      different ones.
-    key: Its first key. They have the same.
-    scale: Of the logits.
-    q_s: And what follows: the scratch.
+    row: First query of the tile, in the chunk; different in the two blocks of a
+      cluster.
+    key: First key of the tile; the same in both blocks.
+    scale: Scale of the logits.
+    q_s: Like the arguments after it, scratch.
   """
   q, k, bias, place = inputs
   N, parts = q.shape[2], q.shape[3] // _WIDTH
@@ -86,7 +86,7 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
           collective_axes="cluster",
         )
 
-    # A block stays until the other has signalled the last time.
+    # A block stays until the other has sent its last signal.
     lax.fori_loop(0, N * parts + _STAGES, step, None)
 
   @pl.when(wg < 2)
