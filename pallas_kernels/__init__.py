@@ -1,13 +1,13 @@
 """The ops of DeepSeek Sparse Attention, usable without the rest.
 
 Letters, here and in every file below:
-  B batch, T queries, S keys, K chosen keys a query,
+  B batch, T queries, S keys, K selected keys per query,
   N attention heads, H width of a head without position, R with (RoPE),
   U width of a value, C rank of the latent, M index heads, I their width.
 `CR` and `HR` stand for C+R and H+R.
 
-Every query sees one contiguous range of keys [start, end). This one contract
-covers causal attention, packed documents, padding (an empty range), decoding.
+Every query sees one contiguous range of keys [start, end). This covers causal
+attention, packed documents, padding (an empty range) and decoding.
 """
 
 from pallas_kernels.dense_indexer_loss import (

@@ -1,4 +1,4 @@
-"""Chooses how an op is computed: by name, or the fastest that fits here."""
+"""Selects an op's implementation: by name, or the fastest supported here."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ import warnings
 
 import jax
 
-# The backend that each kernel is written for. Every other implementation runs
-# anywhere; of these, `chunked_xla` is the one that is chosen automatically.
+# Backend of each kernel. Every other implementation runs anywhere; of these,
+# `chunked_xla` is the only one selected automatically.
 KERNEL_BACKEND: Final = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 PORTABLE: Final = "chunked_xla"
-# What the kernels of "mosaic_gpu" are compiled for, as devices call themselves.
+# Devices that the "mosaic_gpu" kernels support, by substrings of device_kind.
 HOPPER: Final = ("H100", "H200", "H800", "H20", "GH200")
 
 
-# Whether an op may choose a kernel by itself.
+# Whether ops may select kernels automatically.
 _allowed: contextvars.ContextVar[bool] = contextvars.ContextVar(
   "allowed", default=True
 )
-# Where `record` collects; None: nowhere.
+# Destination of `record`, if active.
 _record: contextvars.ContextVar[dict[str, list[str]] | None] = (
   contextvars.ContextVar("record", default=None)
 )
@@ -31,9 +31,9 @@ _record: contextvars.ContextVar[dict[str, list[str]] | None] = (
 
 @contextlib.contextmanager
 def record() -> Iterator[dict[str, list[str]]]:
-  """Collects which implementations each op that is traced inside comes to.
+  """Records the implementations of each op that is traced inside.
 
-  In the order of their first use.
+  Names come in the order of their first use.
   """
   chosen: dict[str, list[str]] = {}
   token = _record.set(chosen)
@@ -45,9 +45,10 @@ def record() -> Iterator[dict[str, list[str]]]:
 
 @contextlib.contextmanager
 def kernels(allowed: bool) -> Iterator[None]:
-  """If not allowed, ops that are traced inside choose plain XLA by themselves.
+  """Allows or forbids automatic selection of kernels for ops traced inside.
 
-  For comparing with it. What was traced before stays as it is.
+  If forbidden, ops run as plain XLA, for comparison. Programs traced before are
+  not affected.
   """
   token = _allowed.set(allowed)
   try:
@@ -57,14 +58,14 @@ def kernels(allowed: bool) -> Iterator[None]:
 
 
 def platform() -> str:
-  """ "cpu", "gpu" or "tpu": what the mesh in context is made of, or otherwise
-  the default backend."""
+  """Platform of the mesh in context, or else the default backend: "cpu", "gpu"
+  or "tpu"."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
 
 def device_kind() -> str:
-  """What the mesh in context, or otherwise the default device, calls itself."""
+  """Device kind of the mesh in context, or else of the default device."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (device or jax.devices()[0]).device_kind
 
@@ -76,24 +77,24 @@ def call(
   *args: Any,
   **kwargs: Any,
 ) -> Any:
-  """Runs `op` by the implementation named, or by the best one for the backend.
+  """Runs `op` with the named implementation, or the best one for the backend.
 
   Args:
     op: The op's name, for messages.
     implementations: Implementations by name.
-    implementation: A name takes that one, and its `NotImplementedError` reaches
-      the caller. `None` tries the kernels of the platform, then
-      `chunked_xla`; an accelerator that ends there is told so, and why, once
-      for each shape.
+    implementation: A name selects that one, and its `NotImplementedError`
+      reaches the caller. `None` tries the kernels of the platform, then
+      `chunked_xla`; on an accelerator this fallback warns, with the reason,
+      once for each shape.
     *args: The op's arguments.
     **kwargs: The op's arguments.
 
   Returns:
-    What the implementation returns.
+    The implementation's result.
 
   Raises:
     ValueError: The name is not one of `implementations`.
-    NotImplementedError: The implementation named cannot do these inputs.
+    NotImplementedError: The named implementation does not support these inputs.
   """
   if implementation is not None:
     if implementation not in implementations:
@@ -137,7 +138,7 @@ def _run(op, implementations, name, /, *args, **kwargs):
 
 
 def _shapes(args: tuple[Any, ...]) -> str:
-  """Of the arrays among them: "bfloat16[1,8,4,576] int32[1,8,64]"."""
+  """Formats the arrays' types, as in "bfloat16[1,8,4,576] int32[1,8,64]"."""
   return " ".join(
     f"{x.dtype}[{','.join(map(str, x.shape))}]"
     for x in args
@@ -145,7 +146,7 @@ def _shapes(args: tuple[Any, ...]) -> str:
   )
 
 
-@functools.cache  # once for each op, shape and reason
+@functools.cache  # once per op, shape and reason
 def _warn_portable(op: str, backend: str, shapes: str, reason: str) -> None:
   warnings.warn(
     f"{op} runs as plain XLA ({PORTABLE}) on {backend}, far below the speed of "

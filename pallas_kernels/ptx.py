@@ -1,11 +1,12 @@
-"""Instructions of Hopper that Pallas has no name for, as PTX.
+"""Hopper instructions that Pallas does not expose, as inline PTX.
 
-Functions are called inside a kernel of `plgpu.kernel`, by all threads of a
-warpgroup (128); those named `emit_*` inside `plgpu.inline_mgpu`, on values of
-MLIR, by any threads. Interpret mode cannot run them.
+Functions are called inside a kernel of `plgpu.kernel`, by all 128 threads of a
+warpgroup; those named `emit_*` inside `plgpu.inline_mgpu`, on MLIR values, by
+any threads. Interpret mode cannot run them.
 
-Barriers in shared memory (PTX: mbarrier) lie in an array, 8 bytes each: threads
-that copy rows arrive at them one by one, which those of Pallas do not count.
+Barriers in shared memory (PTX: mbarrier) form an array, 8 bytes each: threads
+that copy rows arrive at them individually, which Pallas's barriers do not
+support.
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def i32(value: int) -> ir.Value:
-  """A constant."""
+  """Makes a 32-bit constant."""
   return _constant(value, 32)
 
 
 def i64(value: int) -> ir.Value:
-  """A constant."""
+  """Makes a 64-bit constant."""
   return _constant(value, 64)
 
 
@@ -37,22 +38,22 @@ def _constant(value, bits):
 
 
 def address(ref: ir.Value) -> ir.Value:
-  """The shared-memory address of `ref`, 32 bits."""
+  """Shared-memory address of `ref`, 32 bits."""
   kind = ir.IntegerType.get_signless(32)
   return llvm.ptrtoint(kind, mgpu.memref_ptr(ref))
 
 
 def thread() -> ir.Value:
-  """This thread's number in its warpgroup."""
+  """Index of this thread in its warpgroup."""
   return arith.andi(mgpu.thread_idx(), i32(127))
 
 
 def barriers_init(barriers, arrivals: Sequence[int]) -> None:
-  """Sets the barriers up: called once, by every thread.
+  """Initialises the barriers; every thread calls it once.
 
   Args:
     barriers: An int32 or float32 array in shared memory, 8 bytes a barrier.
-    arrivals: For each barrier, how many end a phase of it.
+    arrivals: Number of arrivals that complete a phase, for each barrier.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
@@ -76,7 +77,7 @@ def barriers_init(barriers, arrivals: Sequence[int]) -> None:
 
 
 def emit_wait(barrier: ir.Value, parity: ir.Value) -> None:
-  """Until the phase of this parity has ended; `barrier` is an address."""
+  """Waits for the phase of this parity; `barrier` is an address."""
   mgpu.inline_ptx(
     """{
       .reg .pred done;
@@ -90,14 +91,14 @@ def emit_wait(barrier: ir.Value, parity: ir.Value) -> None:
 
 
 def emit_arrive(barrier: ir.Value) -> None:
-  """Once for each thread that comes here."""
+  """Arrives at the barrier, once per thread that executes it."""
   mgpu.inline_ptx(
     "mbarrier.arrive.shared::cta.b64 _, [$0];", barrier, has_side_effects=True
   )
 
 
 def barrier_wait(barriers, which: int, parity) -> None:
-  """Waits, as every thread, until the phase of this parity has ended."""
+  """Waits, in every thread, for the phase of this parity."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
   def emit(ctx, barriers, parity):
@@ -109,7 +110,7 @@ def barrier_wait(barriers, which: int, parity) -> None:
 
 
 def barrier_arrive(barriers, which: int) -> None:
-  """Arrives as every thread: 128 arrivals."""
+  """Arrives in every thread: 128 arrivals."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
   def emit(ctx, barriers):
@@ -120,9 +121,9 @@ def barrier_arrive(barriers, which: int) -> None:
 
 
 def meet(which: int, threads: int) -> None:
-  """`bar.sync`: waits until `threads` threads have come to barrier `which`.
+  """Waits until `threads` threads have arrived at barrier `which` (`bar.sync`).
 
-  0 to 7 belong to Pallas.
+  Pallas uses barriers 0 to 7.
   """
 
   @plgpu.inline_mgpu()
@@ -136,7 +137,7 @@ def meet(which: int, threads: int) -> None:
 
 
 def announce(which: int, threads: int) -> None:
-  """`bar.arrive`: counts this warpgroup at a `meet`, and goes on."""
+  """Arrives at a barrier of `meet` without waiting (`bar.arrive`)."""
 
   @plgpu.inline_mgpu()
   def emit(ctx):
@@ -149,7 +150,7 @@ def announce(which: int, threads: int) -> None:
 
 
 def fence_smem() -> None:
-  """Lets the tensor cores and TMA see what this thread has stored."""
+  """Makes this thread's stores visible to the tensor cores and TMA."""
 
   @plgpu.inline_mgpu()
   def emit(ctx):

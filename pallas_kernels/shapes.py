@@ -1,4 +1,4 @@
-"""Real shapes by name, which tests, benchmarks and tuning share."""
+"""Named real shapes, shared by tests, benchmarks and tuning."""
 
 import dataclasses
 from typing import Final
@@ -6,20 +6,20 @@ from typing import Final
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-  """Sizes of one call of an op; by default those of DeepSeek-V3.2's layers."""
+  """Sizes of one call of an op; the defaults are DeepSeek-V3.2's."""
 
   T: int = 4096
   """Queries."""
   S: int
   """Keys."""
   K: int = 2048
-  """Chosen keys of a query."""
+  """Selected keys per query."""
   N: int = 128
   """Attention heads."""
   H: int = 128
-  """Width of a head's part without position."""
+  """Width of a head's part without RoPE."""
   R: int = 64
-  """Width of its rotated part."""
+  """Width of a head's part with RoPE."""
   U: int = 128
   """Width of a head's value."""
   C: int = 512
@@ -43,12 +43,12 @@ class Shape:
 
   @property
   def scale(self) -> float:
-    """What multiplies the logits."""
+    """Softmax scale."""
     return (self.H + self.R) ** -0.5
 
 
 SHAPES: Final = {
-  # What a CPU does in a second, with no size like another.
+  # Takes a CPU about a second; all sizes differ.
   "tiny": Shape(T=40, S=97, K=30, N=4, H=24, R=16, U=28, C=64, M=6, I=32),
   # A chunk of 4096 queries at the end of ever longer sequences.
   "8k": Shape(S=8192),

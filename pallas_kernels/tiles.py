@@ -1,4 +1,4 @@
-"""How the chunked implementations cut an op into tiles of queries and keys.
+"""Tiling of the chunked implementations into tiles of queries and keys.
 
 The memory law: no array has T x S elements. An op therefore walks over the
 batch, and for each row over tiles of `bT` queries (and `bS` keys); the letters
@@ -15,23 +15,23 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import dispatch
 
-# What the largest temporary of one tile may take. A CPU's tile should stay in
-# the cache of one core; an accelerator's must be large enough to fill the chip.
+# Limits of a tile's largest temporary. A CPU's tile should stay in the cache of
+# one core; an accelerator's must be large enough to fill the chip.
 _CPU_BYTES = 4 << 20
 _ACCELERATOR_BYTES = 128 << 20
 _ACCELERATOR_TIMES = 16
-_ROWS = "rows"  # the axis of batch rows that run at once
-# However small the op, a tile is a part of it, so that memory grows with T + S.
+_ROWS = "rows"  # axis of batch rows that run at once
+# Even a small op has several tiles, so that memory grows with T + S.
 _FEWEST_TILES = 4
-# The side of a tile of queries x keys, at most, on a CPU.
+# Largest side of a tile of queries x keys on a CPU.
 _PAIR_SIDE = 256
 
 
 def tile_size(length: int, bytes_per_item: int, largest: int = 1024) -> int:
-  """A power of two: how many of `length` queries (or keys) make one tile.
+  """Tile size, a power of two, for `length` queries (or keys).
 
   At most `largest` on a CPU. An accelerator takes many times that: below some
-  millions of numbers, it spends its time on launching kernels.
+  millions of numbers, launching kernels dominates.
   """
   budget = _CPU_BYTES
   if dispatch.platform() != "cpu":
@@ -41,7 +41,7 @@ def tile_size(length: int, bytes_per_item: int, largest: int = 1024) -> int:
 
 
 def pair_tiles(T: int, S: int, bytes_per_pair: int) -> tuple[int, int]:
-  """Sizes bT and bS for an op on pairs of a query and a key, about square."""
+  """Tile sizes bT and bS, about square, of an op on pairs of query and key."""
   bT = tile_size(T, bytes_per_pair * _PAIR_SIDE, largest=_PAIR_SIDE)
   return bT, tile_size(S, bytes_per_pair * bT, largest=_PAIR_SIDE)
 
@@ -49,9 +49,10 @@ def pair_tiles(T: int, S: int, bytes_per_pair: int) -> tuple[int, int]:
 def seen_keys(
   start: Int[Array, " bT"], end: Int[Array, " bT"], bS: int
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-  """The range of key tiles that at least one of these queries sees.
+  """Range of key tiles that at least one of these queries sees.
 
-  Inside `map_rows`, of all the rows that run at once: they walk together.
+  Inside `map_rows` the range covers all rows that run at once: they share one
+  loop.
   """
   alive = start < end
   first = jnp.min(jnp.where(alive, start, jnp.iinfo(start.dtype).max))
@@ -61,12 +62,12 @@ def seen_keys(
 
 
 def pad_keys(x: jax.Array, bS: int) -> jax.Array:
-  """[S, ...] -> [nS bS, ...]: fills the last tile of keys with zeros."""
+  """[S, ...] -> [nS bS, ...]: pads the last tile of keys with zeros."""
   return jnp.pad(x, [(0, -x.shape[0] % bS)] + [(0, 0)] * (x.ndim - 1))
 
 
 def split(x: jax.Array, tile: int, fill: Any = 0) -> jax.Array:
-  """[T, ...] -> [nT, bT, ...], the last tile filled up with `fill`."""
+  """[T, ...] -> [nT, bT, ...]: pads the last tile with `fill`."""
   length = x.shape[0]
   padding = [(0, -length % tile)] + [(0, 0)] * (x.ndim - 1)
   x = jnp.pad(x, padding, constant_values=fill)
@@ -81,8 +82,8 @@ def join(x: jax.Array, length: int) -> jax.Array:
 def map_rows(row: Callable[..., Any], *arrays: Any, tile_bytes: int) -> Any:
   """Applies `row` to each batch row: [B, ...] -> [B, ...]; None stays None.
 
-  One after another on a CPU. An accelerator takes as many at once as its budget
-  holds tiles of `tile_bytes`.
+  A CPU runs them one after another; an accelerator runs as many at once as its
+  budget has room for tiles of `tile_bytes`.
   """
   B, group = arrays[0].shape[0], 1
   if dispatch.platform() != "cpu":

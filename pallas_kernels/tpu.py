@@ -1,4 +1,4 @@
-"""The TPUs that kernels are made for, and what each has."""
+"""Specifications of the TPUs that the kernels support."""
 
 import dataclasses
 from typing import Final
@@ -10,23 +10,23 @@ from pallas_kernels import dispatch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """A device as JAX counts them: of a tpu7x, one of the two in a chip.
+  """Specification of a JAX device: on a tpu7x, one of the two in a chip.
 
-  VMEM as the compiler counts it; peaks as in the data sheets; the clock is that
-  at which the systolic arrays reach the peak.
+  VMEM is as the compiler counts it, peaks are from the data sheets, and the
+  clock is the one at which the systolic arrays reach the peak.
   """
 
   name: str
   cores: int
-  """TensorCores. A parallel dimension of a grid is cut over them."""
+  """TensorCores. A parallel grid dimension is split over them."""
   vmem: int
-  """Bytes a core."""
+  """Bytes per core."""
   flops: float
-  """FLOP/s in bfloat16, of all cores."""
+  """Peak bfloat16 FLOP/s of all cores."""
   bandwidth: float
-  """Bytes/s of HBM, of all cores."""
+  """HBM bytes/s of all cores."""
   clock: float
-  """Cycles a second."""
+  """Cycles per second."""
 
 
 V5P: Final = Chip(
@@ -53,7 +53,7 @@ TPU7X: Final = Chip(
   bandwidth=3690e9,
   clock=2.2e9,
 )
-# By the start of what a device calls itself; the first that fits.
+# By prefix of device_kind; the first match counts.
 CHIPS: Final = {
   "TPU7x": TPU7X,
   "TPU v6": V6E,
@@ -63,10 +63,10 @@ CHIPS: Final = {
 
 
 def chip() -> Chip:
-  """Of the mesh in context, or of the default device; on a CPU, a v5p.
+  """Chip of the mesh in context, or else of the default device; v5p on a CPU.
 
   Raises:
-    NotImplementedError: Kernels are not made for this TPU.
+    NotImplementedError: The kernels do not support this TPU.
   """
   if dispatch.platform() != "tpu":
     return V5P
@@ -80,7 +80,7 @@ def chip() -> Chip:
 
 
 def interpret() -> pltpu.InterpretParams | bool:
-  """How `pallas_call` is to run: on no TPU, interpreted, finding errors."""
+  """Value of `pallas_call`'s `interpret`: off a TPU, with error detection."""
   if dispatch.platform() == "tpu":
     return False
   return pltpu.InterpretParams(

@@ -175,7 +175,7 @@ def _dense_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   )
 
 
-def _chosen_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
+def _masked_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   """With a mask, of a word of 32 keys and query."""
   plain = _dense_forward(call, bT, bS, chunk)
   seen, _, _ = plain.blocks
@@ -198,7 +198,7 @@ def _dense_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   )
 
 
-def _chosen_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
+def _masked_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   plain = _dense_backward(call, bT, bS, chunk)
   chunks, whole, part = plain.blocks
   words = 4 * call.shape.N * _spans(call, bT, bS)[0] * bT * 128
@@ -207,7 +207,7 @@ def _chosen_backward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
   )
 
 
-def _words(call: Call, bQ: int) -> Counts:
+def _mask_bits(call: Call, bQ: int) -> Counts:
   shape = call.shape
   words = 128 * -(-shape.S // (32 * 128))  # of a query
   return Counts(
@@ -378,9 +378,9 @@ def _row_bytes(D: int) -> int:
 _KERNELS: Final[dict[str, Callable[..., Counts]]] = {
   "dense_mla_forward": _dense_forward,
   "dense_mla_backward": _dense_backward,
-  "dense_mla_chosen_forward": _chosen_forward,
-  "dense_mla_chosen_backward": _chosen_backward,
-  "dense_mla_words": _words,
+  "dense_mla_masked_forward": _masked_forward,
+  "dense_mla_masked_backward": _masked_backward,
+  "dense_mla_mask_bits": _mask_bits,
   "indexer_topk": _indexer_topk,
   "sparse_mla_forward": _sparse_forward,
   "sparse_mla_backward": _sparse_backward,

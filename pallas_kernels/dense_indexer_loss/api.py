@@ -1,4 +1,4 @@
-"""Public entry point: picks an implementation."""
+"""Public entry point: selects an implementation."""
 
 from typing import Final, Literal
 
@@ -37,29 +37,29 @@ def dense_indexer_loss(
   *,
   implementation: Implementation | None = None,
 ) -> Float[Array, "B T"]:
-  """How far each query's index scores are from what dense attention does.
+  """KL divergence of each query's index scores from dense attention.
 
   `KL(p[t] || softmax(I[t]))` over all keys in [start, end), where p is the mean
   over heads of the attention's weights and I the index scores (DeepSeek-V3.2,
-  eq. 3). In fp32. Its gradient to I is exactly softmax(I) - p, times that of
-  the result. Nothing flows into `q`, `k` and `lse`. Memory is O(T + S) and one
-  tile of queries x keys, except for `reference`; `mosaic_tpu` has two, and
-  `mosaic_gpu` four or so, tiles of up to 256 MiB.
+  eq. 3). In fp32. Its gradient with respect to I is exactly softmax(I) - p,
+  times that of the result. No gradient flows into `q`, `k` and `lse`. Memory is
+  O(T + S) and one tile of queries x keys, except for `reference`; `mosaic_tpu`
+  has two, and `mosaic_gpu` about four, tiles of up to 256 MiB.
 
   Args:
-    q_index: Index queries, as given to `indexer_topk`.
+    q_index: Index queries, as passed to `indexer_topk`.
     k_index: Index keys.
     w: Head weights.
-    start: The first key that a query sees.
-    end: One past the last key it sees; `start >= end` sees none.
-    q: Expanded queries, as given to `dense_mla`.
+    start: First key that each query sees.
+    end: One past the last key it sees; with `start >= end` it sees none.
+    q: Expanded queries, as passed to `dense_mla`.
     k: Expanded keys, likewise.
-    lse: What `dense_mla` returned for them: with it, p sums to 1.
-    scale: As given to `dense_mla`.
+    lse: Logsumexp that `dense_mla` returned for them: with it, p sums to 1.
+    scale: Softmax scale, as passed to `dense_mla`.
     heads_axis: The mesh axes that shard N, inside a shard_map: the target is
       averaged over them.
-    measure: Whether to compute the result. If not, it is 0, and the gradient,
-      which does not need it, is the same. May be decided as the program runs.
+    measure: Whether to compute the result. If not, it is 0; the gradient, which
+      does not need it, is the same. May be a traced value.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 

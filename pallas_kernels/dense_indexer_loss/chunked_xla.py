@@ -1,13 +1,13 @@
 """Streams over tiles of bT queries and bS keys, on any backend.
 
-Of the loss, only the value needs the forward pass, and only if it is measured.
-The backward pass takes, for each tile of queries, two walks over the key tiles
-that it sees: one for the logsumexp of the index scores, one for
+Only the loss's value needs the forward pass, and only if it is measured. For
+each tile of queries the backward pass loops twice over the key tiles that it
+sees: once for the logsumexp of the index scores, once for
 
   d scores = (softmax(I) - p) * d loss
 
-and what follows from it. Both terms are computed again from the inputs, so that
-nothing of size T x S is kept.
+and the gradients of the inputs. Both terms are recomputed from the inputs, so
+that nothing of size T x S is saved.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def dense_indexer_loss(
   query_tile: int | None = None,
   key_tile: int | None = None,
 ) -> Float[Array, "B T"]:
-  """See `api.dense_indexer_loss`. The tiles bound the memory, nothing else."""
+  """See `api.dense_indexer_loss`. Tiles bound the memory, not the result."""
   (_, T, N, _), S, M = q.shape, k.shape[1], q_index.shape[2]
   bT, bS = tiles.pair_tiles(T, S, 4 * max(M, N))
   op = _Op(scale, heads_axis, query_tile or bT, key_tile or bS)
@@ -47,7 +47,7 @@ def dense_indexer_loss(
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-  """What the walks over the tiles have in common."""
+  """Context shared by the loops over tiles."""
 
   scale: float
   heads_axis: str | tuple[str, ...] | None
@@ -55,7 +55,7 @@ class _Op:
   bS: int
 
   def rows(self, tile, init, q_index, k_index, w, start, end, q, k, lse, *more):
-    """`tile(carry, queries, keys)` over the query tiles of each batch row."""
+    """Scans `tile(carry, queries, keys)` over each batch row's query tiles."""
     # A dead row weighs nothing: exp(logits - inf) is 0, where it sees no key.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
 
@@ -76,7 +76,7 @@ class _Op:
     )
 
   def scores(self, i, q_index, w, start, end, k_index):
-    """Of key tile i: index scores [bT, bS], -inf unseen; q.k [bT, M, bS]."""
+    """Index scores [bT, bS] of key tile i, -inf unseen, and q.k [bT, M, bS]."""
     keys = jax.lax.dynamic_slice_in_dim(k_index, i * self.bS, self.bS)
     similarity_TMS = jnp.einsum(
       "TMI,SI->TMS", q_index, keys, preferred_element_type=jnp.float32
@@ -98,7 +98,7 @@ class _Op:
     return jnp.where(jnp.isneginf(scores_TS), 0.0, target_TS)
 
   def index_lse(self, seen, q_index, w, start, end, k_index):
-    """logsumexp [bT, 1] of the index scores; 0 for a query without a key."""
+    """Logsumexp [bT, 1] of the index scores; 0 for a query without a key."""
 
     def key_tile(i, carry):
       top_T1, sum_T1 = carry

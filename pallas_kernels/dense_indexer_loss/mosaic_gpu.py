@@ -1,11 +1,11 @@
-"""Hopper: walks over chunks of queries, each with three tiled passes.
+"""Loss of dense attention on Hopper: three tiled passes per chunk of queries.
 
   mosaic_gpu_scores     index scores, and one bit for each active head
-  mosaic_gpu_target     what the heads attend to, summed over them
-  mosaic_gpu_gradients  what follows from d scores = (softmax - target) d loss
+  mosaic_gpu_target     attention weights, summed over heads
+  mosaic_gpu_gradients  gradients from d scores = (softmax - target) d loss
 
-Between the passes lie arrays of [chunk, S]: the bits, 8 bytes for each pair of
-a query and a key, are the largest; they bound the chunk.
+The passes exchange arrays of [chunk, S]: the bits, 8 bytes for each pair of a
+query and a key, are the largest; they bound the chunk.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def dense_indexer_loss(
   q, k, lse = jax.lax.stop_gradient((q, k, lse))
   heads = mosaic_gpu_scores.HEADS - M
   queries = -T % chunk
-  # TMA takes rows by the eight, and a tile must not be larger than the array.
+  # TMA takes multiples of 8 rows, and a tile must not be larger than the array.
   fill = lambda n, least: max(-(-n // 8) * 8, least) - n
   pad = lambda x, *widths: jnp.pad(x, [(0, n) for n in widths])
   loss_BT = _loss(
@@ -93,7 +93,7 @@ def _check(q_index, k_index, q, k):
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-  """What the passes have in common."""
+  """Context shared by the passes."""
 
   scale: float
   heads_axis: str | tuple[str, ...] | None
@@ -101,10 +101,10 @@ class _Op:
   width: int
 
   def chunks(self, function, init, keys, inputs, more=()):
-    """`function(carry, where, whole, *more)` over chunks of each batch row.
+    """Scans `function(carry, where, whole, *more)` over chunks of batch rows.
 
     Args:
-      function: Returns carry and results of [chunk, ...].
+      function: Returns the carry and results [chunk, ...].
       init: The carry at the first chunk of a row.
       keys: Index keys and keys of all rows.
       inputs: The per-query inputs, of all rows too.
@@ -133,7 +133,7 @@ class _Op:
     return carry, jax.tree.map(lambda x: x.reshape(B, T, *x.shape[3:]), results)
 
   def distributions(self, where, whole):
-    """Of a chunk: scores, their logsumexp, bits of active heads, target."""
+    """Scores of a chunk, their logsumexp, bits of active heads, target."""
     scores_TS, active, top, total, target_TS = mosaic_gpu_kernels.distributions(
       *whole, where, self.scale, self.width
     )
@@ -144,7 +144,7 @@ class _Op:
     N = whole[3].shape[2]
     target_TS = target_TS[:, : self.width] / N
     if self.heads_axis is not None:
-      # Nobody has written what nobody sees.
+      # Keys that no query sees were never written.
       target_TS = jnp.where(self.visible(where), target_TS, 0.0)
       target_TS = jax.lax.pmean(target_TS, self.heads_axis)
     return scores_TS, lse_T, active, target_TS

@@ -1,13 +1,13 @@
-"""From d scores to the gradients of index queries and keys, for one chunk.
+"""Gradients of index queries and keys from d scores, for one chunk.
 
 With g[t, m, s] = d scores[t, s] where head m is active, else 0:
 
   query_sums: sum_s g[t, m, s] k[s]
   key_sums:   sum_tm g[t, m, s] w[t, m] q[t, m]
 
-Both are matrix products whose left factor, g, is made in registers: its bits
-select from d scores by a bitwise and. So it is 0 where a query does not see a
-key, whatever d scores has there.
+Both are matrix products whose left operand, g, is computed in registers: the
+bits of active heads mask d scores by a bitwise and. So g is 0 where a query
+does not see a key, whatever d scores holds there.
 """
 
 from typing import Any, Final
@@ -29,7 +29,7 @@ from pallas_kernels.dense_indexer_loss import mosaic_gpu_scores
 HEADS: Final = mosaic_gpu_scores.HEADS
 _WORDS: Final = HEADS // mosaic_gpu_scores.WORD
 _I: Final = 128
-# query_sums: a warpgroup has so many queries, and takes so many keys at a time.
+# query_sums: queries of a warpgroup, and keys of a step.
 _QUERIES: Final = 2
 query_bT: Final = 2 * _QUERIES
 _KEYS: Final = 128
@@ -42,7 +42,7 @@ _KEY_STAGES: Final = 4
 
 
 def query_scratch(dtype) -> tuple[Any, ...]:
-  """Of one block, for `query_sums`."""
+  """Scratch of one block, for `query_sums`."""
   return (
     plgpu.SMEM((_QUERY_STAGES, query_bT, _KEYS), jnp.bfloat16),
     plgpu.SMEM((_QUERY_STAGES, _WORDS, query_bT, _KEYS), jnp.int32),
@@ -53,7 +53,7 @@ def query_scratch(dtype) -> tuple[Any, ...]:
 
 
 def query_sums(inputs, sums, row, d_s, active_s, k_s, full, free) -> None:
-  """Of `query_bT` queries from `row` on; called by all warpgroups of a block.
+  """Computes the sums of `query_bT` queries; all warpgroups call it.
 
   Args:
     inputs: Refs of d scores [chunk, width], bits of active heads [2, chunk,
@@ -61,8 +61,8 @@ def query_sums(inputs, sums, row, d_s, active_s, k_s, full, free) -> None:
       chunk, start and end [chunk]: the first key that a query sees, and one
       past the last.
     sums: Ref of the sums [chunk, 64, 128], f32.
-    row: In the chunk.
-    d_s: And what follows: the scratch.
+    row: First query, in the chunk.
+    d_s: Like the arguments after it, scratch.
   """
   d_scores, active, k, place, start, end = inputs
   wg = lax.axis_index("wg")
@@ -117,7 +117,7 @@ def query_sums(inputs, sums, row, d_s, active_s, k_s, full, free) -> None:
 
 
 def key_scratch(dtype) -> tuple[Any, ...]:
-  """Of one block, for `key_sums`."""
+  """Scratch of one block, for `key_sums`."""
   return (
     plgpu.SMEM((_KEY_STAGES, _PAIR, key_bS), jnp.bfloat16),
     plgpu.SMEM((_KEY_STAGES, _WORDS, _PAIR, key_bS), jnp.int32),
@@ -135,15 +135,15 @@ def key_scratch(dtype) -> tuple[Any, ...]:
 def key_sums(
   inputs, d_k, row, key, d_s, active_s, q_s, sum_s, full, free
 ) -> None:
-  """Of `key_bT` queries to `key_bS` keys; called by all warpgroups of a block.
+  """Adds sums of `key_bT` queries to `key_bS` keys; all warpgroups call it.
 
   Args:
     inputs: Refs of d scores [chunk, width], bits of active heads [2, chunk,
       width] and w q_index [chunk, 64, 128].
-    d_k: Ref [width, 128], f32, to which the sums are added, in any order.
-    row: The first query, in the chunk.
-    key: The first key.
-    d_s: And what follows: the scratch.
+    d_k: Ref [width, 128], f32, to which the sums are added, in no fixed order.
+    row: First query, in the chunk.
+    key: First key.
+    d_s: Like the arguments after it, scratch.
   """
   d_scores, active, q = inputs
   wg, steps = lax.axis_index("wg"), key_bT // _PAIR
@@ -301,7 +301,7 @@ def _array(g):
 
 
 def _thread():
-  """Warp of the warpgroup, row and column in an 8 x 4 warp."""
+  """Warp in the warpgroup; row and column of the lane in an 8 x 4 warp."""
   thread = arith.andi(mgpu.thread_idx(), ptx.i32(127))
   lane = arith.andi(thread, ptx.i32(31))
   warp = arith.shrui(thread, ptx.i32(5))

@@ -1,7 +1,7 @@
-"""The two kernels of a chunk of queries: each does two kinds of tiles.
+"""Launches the two kernels of a chunk of queries, each with two kinds of tiles.
 
-Tiles of one kind are few and long, and would leave most of the chip idle while
-the last of them end; those of the other kind, short, fill the gap.
+Tiles of one kind are few and long, and alone would leave most of the chip idle
+in their last wave; the short ones of the other kind fill the tail.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from pallas_kernels.dense_indexer_loss import mosaic_gpu_scores as scores_lib
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_target as target_lib
 
 _CLUSTER: Final = 2
-# What divides the queries of a chunk, and the width of its arrays.
+# Divisors of the queries of a chunk, and of the width of its arrays.
 bT: Final = _CLUSTER * target_lib.bT
 bS: Final = _CLUSTER * scores_lib.bS
 
@@ -28,14 +28,14 @@ bS: Final = _CLUSTER * scores_lib.bS
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """Which queries a chunk has, and which keys they see.
+  """Queries of a chunk, and the ranges of keys that they see.
 
   Attributes:
     place: Batch row and first query.
-    start: The first key that a query sees.
-    end: One past the last.
+    start: First key that each query sees.
+    end: One past the last key.
     seen_target: For each `bT` queries, the first key that one of them sees, and
-      one past the last, in turn.
+      one past the last, interleaved.
     seen_scores: For each tile of `mosaic_gpu_scores`, likewise.
     seen_keys: For each tile of `mosaic_gpu_gradients.key_sums`, likewise.
   """
@@ -51,7 +51,7 @@ class Chunk:
 def chunks(
   start: Int[Array, "B T"], end: Int[Array, "B T"], chunk: int
 ) -> Chunk:
-  """All chunks [B, n] of so many queries."""
+  """Splits the queries into chunks [B, n]."""
   B, T = start.shape
   rows, queries = jnp.arange(B), jnp.arange(0, T, chunk)
   start, end = (x.reshape(B, -1, chunk) for x in (start, end))
@@ -64,7 +64,7 @@ def chunks(
 
 
 def _seen(start, end, block):
-  """[B, n, 2 chunk / block]: what each block of queries sees, first and end."""
+  """Ranges of keys that blocks of queries see: [B, n, 2 chunk / block]."""
   start, end = (x.reshape(*x.shape[:2], -1, block) for x in (start, end))
   alive = start < end
   first = jnp.where(alive, start, jnp.iinfo(start.dtype).max).min(-1)
@@ -89,7 +89,7 @@ def distributions(
   Float[Array, "nS chunk"],
   Float[Array, "chunk wider"],
 ]:
-  """Index scores and the target of a chunk of queries.
+  """Computes index scores and target of a chunk of queries.
 
   Args:
     q_index: Index queries of all chunks.
@@ -97,17 +97,17 @@ def distributions(
     half_w: Half of the head weights.
     q: Queries.
     k: Keys.
-    bias: -lse, in units of log 2.
+    bias: -lse, in base 2.
     where: The chunk.
-    scale: Of q.k.
+    scale: Scale of q.k.
     width: S, rounded up to a multiple of `bS`.
 
   Returns:
-    Scores, bits of active heads, and of each tile of keys the greatest score
+    Scores, bits of active heads, and for each tile of keys the maximum score
     and the sum of exponentials relative to it: see `mosaic_gpu_scores.tile`.
-    The sums over heads, of the attention's weights, whatever q.k makes of keys
-    that are not seen. Nothing but the greatest scores and sums of exponentials
-    is written in tiles that nobody sees.
+    The attention weights summed over heads; arbitrary at keys that are not
+    seen. In tiles that no query sees, only the maxima and the sums of
+    exponentials are written.
   """
   chunk = where.start.shape[0]
   target_T, target_S = target_lib.n_tiles(chunk, width)
@@ -219,19 +219,19 @@ def gradients(
   where: Chunk,
   d_k: Float[Array, "width 128"],
 ) -> tuple[Float[Array, "chunk 64 128"], Float[Array, "width 128"]]:
-  """What follows from d scores, in f32.
+  """Computes the gradients from d scores, in f32.
 
   Args:
-    d_scores: Of the chunk; anything where a query does not see a key.
+    d_scores: Of the chunk; arbitrary where a query does not see a key.
     active: Bits of active heads.
     k_index: Index keys.
     weighted_q: w q_index, of the chunk.
     where: The chunk.
-    d_k: What other chunks add up to.
+    d_k: Sum over the other chunks.
 
   Returns:
-    The sums over keys; `d_k` and the sums over queries and heads, in any order:
-    see `mosaic_gpu_gradients`.
+    The sums over keys; `d_k` plus the sums over queries and heads, in no fixed
+    order: see `mosaic_gpu_gradients`.
   """
   chunk, width = d_scores.shape
   n_query = chunk // gradient.query_bT

@@ -1,9 +1,9 @@
-"""Index scores of one chunk of queries, and which of the heads are active.
+"""Index scores and bits of active heads, for one chunk of queries.
 
-A tile of 128 queries x 128 keys walks over the indexer's heads; the scores stay
-in registers. A cluster of two blocks shares the queries. Whether a head is
-active, q.k > 0, is all that the gradients need to know of its similarity: one
-bit, kept from here on, in place of another multiplication.
+A tile of 128 queries x 128 keys loops over the indexer's heads; the scores stay
+in registers. A cluster of two blocks shares the queries. The gradients need of
+a head's similarity only whether it is active, q.k > 0: one bit, saved here in
+place of another multiplication.
 """
 
 import functools
@@ -20,25 +20,25 @@ from jaxlib.mlir.dialects import math as math_dialect
 from jaxlib.mlir.dialects import vector
 import numpy as np
 
+from pallas_kernels import ping_pong
 from pallas_kernels import ptx
-from pallas_kernels import turns
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_registers as registers
 
 bT: Final = 128
 bS: Final = 128
 HEADS: Final = 64
 _STAGES: Final = 5
-# A word holds the bits of so many heads: of the even ones in its low half.
+# Heads per word of bits; even heads are in its low half.
 WORD: Final = 32
 
 
 def n_tiles(chunk: int, width: int) -> tuple[int, int]:
-  """Tiles of queries, and of keys, of which a cluster takes several."""
+  """Numbers of tiles of queries, and of keys, several of them per cluster."""
   return chunk // bT, width // bS
 
 
 def scratch(dtype) -> tuple[Any, ...]:
-  """Of one block, for `tile`."""
+  """Scratch of one block, for `tile`."""
   transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
   smem = lambda shape: plgpu.SMEM(shape, dtype, transforms=transforms)
   return (
@@ -63,12 +63,12 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
     outputs: Refs of scores [chunk, width], -inf where a query does not see a
       key; bits of active heads [2, chunk, width], `WORD` heads to a word: bit
       h // 2 for head h if even, 16 + h // 2 if odd, 0 where a query does not
-      see a key; the greatest score [nS, chunk] of each tile of keys, and the
+      see a key; the maximum score [nS, chunk] of each tile of keys, and the
       sum of exponentials relative to it.
-    row: The tile's first query, in the chunk. Blocks of a cluster have the
-      same.
-    i_s: Number of the tile of keys. They have different ones.
-    q_s: And what follows: the scratch.
+    row: First query of the tile, in the chunk; the same in both blocks of a
+      cluster.
+    i_s: Index of the tile of keys; different in the two blocks.
+    q_s: Like the arguments after it, scratch.
   """
   q, k, w, place, start, end = inputs
   scores, active, top, total = outputs
@@ -94,7 +94,7 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
           collective_axes="cluster",
         )
 
-    # A block stays until the other has signalled the last time.
+    # A block stays until the other has sent its last signal.
     lax.fori_loop(0, HEADS + _STAGES, step, None)
 
   @pl.when(wg < 2)
@@ -108,7 +108,7 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
     zeros = lambda dtype: plgpu.layout_cast(
       jnp.zeros((64, bS), dtype), plgpu.Layout.WGMMA
     )
-    turns.start(wg)
+    ping_pong.start(wg)
     plgpu.barrier_wait(k_full)
 
     def head(i, carry):
@@ -117,7 +117,7 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
 
       def multiply(similarity):
         plgpu.barrier_wait(full.at[slot])
-        turns.take(wg)
+        ping_pong.wait(wg)
         for part in range(2):
           half = pl.ds(part * 64, 64)
           plgpu.wgmma(
@@ -125,9 +125,9 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
             q_s.at[slot, mine, half],
             k_s.at[:, half].transpose((1, 0)),
           )
-        # The other begins when half is done: the tensor cores serve both alike.
+        # The other begins when half is done: tensor cores serve both equally.
         plgpu.wgmma_wait(1)
-        turns.give(1 - wg)
+        ping_pong.signal(1 - wg)
         return similarity[...]
 
       similarity_TS = pl.run_scoped(multiply, plgpu.ACC((64, bS), jnp.float32))
@@ -163,7 +163,7 @@ def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
 
 
 def no_tile(outputs, row, i_s) -> None:
-  """Instead of `tile`, where nobody sees a key."""
+  """Replaces `tile` where no query sees a key."""
   _, _, top, total = outputs
   wg = lax.axis_index("wg")
 
@@ -177,15 +177,15 @@ def no_tile(outputs, row, i_s) -> None:
 
 
 def _head(i):
-  """The i-th head to come: of each word the even ones, then the odd ones, the
-  highest first, since every bit shifts those before it to the left."""
+  """Head of step i: of each word the even heads, then the odd ones, the highest
+  first, since each bit shifts the earlier ones to the left."""
   group, i = lax.div(i, WORD // 2), lax.rem(i, WORD // 2)
   highest = WORD - 2 + lax.rem(group, 2)
   return lax.div(group, 2) * WORD + highest - 2 * i
 
 
 def _add_head(similarity_TS, half_w_TS, scores_TS, bits_TS):
-  """Adds half_w (x + |x|), and shifts the bit of x > 0 into the bits."""
+  """Adds half_w (x + |x|) to the scores, shifts the bit of x > 0 into bits."""
   layout = plgpu.Layout.WGMMA
 
   @plgpu.inline_mgpu(

@@ -1,11 +1,11 @@
-"""What dense attention does on average: heads' weights, summed, of one chunk.
+"""Target of the dense loss: attention weights summed over heads, per chunk.
 
   p[t, s] = sum_n exp(scale q[t, n].k[s, n] - lse[t, n])
 
-One block of threads makes a tile of 128 queries x 192 keys. It walks over the
+A thread block computes a tile of 128 queries x 192 keys. It loops over the
 heads; the tile's sum stays in registers, queries and keys stream through shared
-memory. A cluster of two blocks takes 256 queries and shares the keys. Of two
-warpgroups with 64 queries each, one multiplies while the other takes
+memory. A cluster of two blocks takes 256 queries and shares the keys. Two
+warpgroups of 64 queries each ping-pong: one multiplies while the other computes
 exponentials.
 """
 
@@ -17,23 +17,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import turns
+from pallas_kernels import ping_pong
 
 bT: Final = 128
 bS: Final = 192
-# A stage of the pipeline holds so much of the width H + R, at one head.
+# Part of a head's width H + R that a pipeline stage holds.
 _WIDTH: Final = 64
 _STAGES: Final = 5
 _LOG2E: Final = math.log2(math.e)
 
 
 def n_tiles(chunk: int, width: int) -> tuple[int, int]:
-  """Tiles of queries, and of keys: the last one may exceed the width."""
+  """Numbers of tiles of queries and of keys; the last may exceed the width."""
   return chunk // bT, pl.cdiv(width, bS)
 
 
 def scratch(dtype) -> tuple[Any, ...]:
-  """Of one block, for `tile`."""
+  """Scratch of one block, for `tile`."""
   transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
   smem = lambda shape: plgpu.SMEM(shape, dtype, transforms=transforms)
   return (
@@ -51,13 +51,13 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
 
   Args:
     inputs: Refs of q [B, T, N, HR], k [B, S, N, HR], bias [B, N, T], which is
-      -lse in units of log 2, and place: batch row and first query of the chunk.
+      -lse in base 2, and place: batch row and first query of the chunk.
     target: Ref of the sums [chunk, width].
-    row: The tile's first query, in the chunk. Blocks of a cluster have
-      different ones.
-    key: Its first key. They have the same.
-    scale: Of the logits.
-    q_s: And what follows: the scratch.
+    row: First query of the tile, in the chunk; different in the two blocks of a
+      cluster.
+    key: First key of the tile; the same in both blocks.
+    scale: Scale of the logits.
+    q_s: Like the arguments after it, scratch.
   """
   q, k, bias, place = inputs
   N, parts = q.shape[2], q.shape[3] // _WIDTH
@@ -86,14 +86,14 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
           collective_axes="cluster",
         )
 
-    # A block stays until the other has signalled the last time.
+    # A block stays until the other has sent its last signal.
     lax.fori_loop(0, N * parts + _STAGES, step, None)
 
   @pl.when(wg < 2)
   def _compute():
     plgpu.set_max_registers(232, action="increase")
     mine = pl.ds(wg * 64, 64)
-    turns.start(wg)
+    ping_pong.start(wg)
 
     def head(n, sum_TS):
       bias_T = plgpu.load(
@@ -103,7 +103,7 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
       )
 
       def multiply(logits):
-        turns.take(wg)
+        ping_pong.wait(wg)
         for part in range(parts):
           slot = lax.rem(n * parts + part, _STAGES)
           plgpu.barrier_wait(full.at[slot])
@@ -115,7 +115,7 @@ def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
             plgpu.barrier_arrive(
               free.at[lax.rem(n * parts + part - 1, _STAGES)]
             )
-        turns.give(1 - wg)
+        ping_pong.signal(1 - wg)
         return logits[...]
 
       logits_TS = pl.run_scoped(multiply, plgpu.ACC((64, bS), jnp.float32))

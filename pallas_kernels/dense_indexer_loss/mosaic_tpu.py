@@ -1,14 +1,14 @@
-"""TPU: walks over chunks of queries, each with three kernels.
+"""Loss of dense attention on TPUs: three kernels per chunk of queries.
 
   scores     index scores and their logsumexp
-  target     what the heads attend to, on average
-  gradients  what follows from d scores = (softmax - target) d loss
+  target     attention weights, averaged over heads
+  gradients  gradients from d scores = (softmax - target) d loss
 
-Between them lie the scores and the target of a chunk, f32 [S, chunk]. To bring
-them from memory takes a small part of the time that the products do, and the
-target may be averaged over devices on its way. The products of index queries
-and keys are made twice, by the first and the last kernel: their 64 heads
-would take 64 times that memory.
+They exchange the scores and the target of a chunk, f32 [S, chunk]. Reading them
+takes a small part of the products' time, and the target can be averaged over
+devices in between. The products of index queries and keys are computed twice,
+by the first and the last kernel: storing them for 64 heads would take 64 times
+that memory.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def dense_indexer_loss(
   measure: Bool[Array, ""] | bool = True,
   tiles: kernels.Tiles | None = None,
 ) -> Float[Array, "B T"]:
-  """See `api.dense_indexer_loss`. The tiles bound the memory, nothing else."""
+  """See `api.dense_indexer_loss`. Tiles bound the memory, not the result."""
   T, (_, S, N, _) = q.shape[1], k.shape
   tiles = tiles or pick_tiles(T, S, N)
   _check(q_index, k_index, q, k, tiles)
@@ -63,7 +63,7 @@ def dense_indexer_loss(
 
 
 def pick_tiles(T: int, S: int, N: int) -> kernels.Tiles:
-  """The largest that fit: the more queries, the less often keys are brought."""
+  """Largest tiles that fit: with more queries, keys are read less often."""
   chip = tpu.chip()
   if found := tuned.tiles("dense_indexer_loss", chip.name, T=T, S=S, N=N):
     return kernels.Tiles(chip.cores, **found)
@@ -77,7 +77,7 @@ def pick_tiles(T: int, S: int, N: int) -> kernels.Tiles:
 
 
 def vmem_bytes(tiles: kernels.Tiles, N: int, HR: int, M: int, I: int) -> int:
-  """What the larger of the kernels `target` and `gradients` takes, in bf16."""
+  """Bytes of VMEM of the larger of `target` and `gradients`, in bf16."""
   bT, bS = tiles.bT, tiles.bS
   pairs, target_pairs = 4 * bS * bT, 4 * tiles.target_bS * bT
   of_queries = tiles.bN * bT * heads.width(HR)
@@ -114,19 +114,19 @@ def _pad(x, rows):
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-  """What forward and backward have in common."""
+  """Context shared by forward and backward."""
 
   scale: float
   heads_axis: str | tuple[str, ...] | None
   tiles: kernels.Tiles
 
   def chunks(self, function, init, inputs, *more):
-    """`function(carry, chunk, distributions, *more)` over those of each row.
+    """Scans `function(carry, chunk, distributions, *more)` over batch rows.
 
     Args:
-      function: Returns carry and results [chunk, ...].
+      function: Returns the carry and results [chunk, ...].
       init: The carry at the first chunk of a row.
-      inputs: Those of the op.
+      inputs: Inputs of the op.
       *more: Arrays [B, T, ...], of which `function` gets a chunk.
 
     Returns:

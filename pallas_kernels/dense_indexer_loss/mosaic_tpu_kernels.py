@@ -1,12 +1,12 @@
-"""The three kernels of a chunk of queries.
+"""Kernels of a chunk of queries: scores, target, gradients.
 
-Their arrays stand keys first: what belongs to a query (its weights, its
-logsumexp, its range) is then a row, which spreads over the keys for nothing,
-and a sum over keys or heads adds whole registers. No product needs an operand
-that is transposed inside.
+Keys are the leading dimension of their arrays: per-query values (weights,
+logsumexp, range) then form a row, which broadcasts over the keys for free, and
+a sum over keys or heads adds whole registers. No product transposes an operand
+in the kernel.
 
 A grid is cores x tiles of keys: each core has `bT` of the chunk's queries. Only
-the tiles that a query of the chunk sees are visited; of the others, nothing is
+the tiles that a query of the chunk sees are visited; the others are not
 written.
 """
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tpu
 from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
 
-_PART: Final = 512  # keys that straight code is written for
+_PART: Final = 512  # keys per stretch of straight-line code
 _NN: Final = ((1,), (0,)), ((), ())
 _NT: Final = ((1,), (1,)), ((), ())
 _f32: Final = jnp.float32
@@ -32,13 +32,13 @@ _f32: Final = jnp.float32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """Which queries a chunk has, and which keys they see.
+  """Queries of a chunk, and the ranges of keys that they see.
 
   Attributes:
-    place: Batch row, and number of the chunk.
-    keys: The first key that a query of it sees, and one past the last.
-    start: The first key that each query sees.
-    end: One past the last.
+    place: Batch row, and index of the chunk.
+    keys: First key that one of its queries sees, and one past the last.
+    start: First key that each query sees.
+    end: One past the last key.
   """
 
   place: Int[Array, "*n 2"]
@@ -49,14 +49,14 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """How a chunk is cut.
+  """Tile sizes.
 
   Attributes:
-    cores: How many share a chunk.
-    bT: Queries of each.
-    bS: Keys of a tile.
-    target_bS: In `target`, which brings as many keys again for each head.
-    bN: Attention heads that are brought at once.
+    cores: Cores that share a chunk.
+    bT: Queries per core.
+    bS: Keys per tile.
+    target_bS: Keys per tile in `target`, which reads them for each head.
+    bN: Attention heads read at once.
   """
 
   cores: int
@@ -73,7 +73,7 @@ class Tiles:
 def chunks(
   start: Int[Array, "B T"], end: Int[Array, "B T"], tiles: Tiles
 ) -> Chunk:
-  """All chunks [B, n]; every key below `end` is one of the keys."""
+  """Splits the queries into chunks [B, n]; `end` must not exceed S."""
   B, T = start.shape
   start, end = (x.reshape(B, -1, 1, tiles.chunk) for x in (start, end))
   alive = start < end
@@ -91,7 +91,7 @@ def scores(
   chunk: Chunk,
   tiles: Tiles,
 ) -> tuple[Float[Array, "S chunk"], Float[Array, "1 chunk"]]:
-  """Index scores, -inf unseen; their logsumexp, 0 for a query without a key."""
+  """Computes index scores, -inf unseen, and logsumexp, 0 for no keys."""
   (_, M, _, I), S = q_index.shape, k_index.shape[1]
   bT, bS = tiles.bT, tiles.bS
   place, seen = _walk(chunk, bS)
@@ -148,7 +148,7 @@ def target(
   scale: float,
   width: int,
 ) -> Float[Array, "width chunk"]:
-  """Mean over heads of exp2(scale log2(e) q.k + bias); 0 for unseen keys.
+  """Computes the mean over heads of exp2(scale log2(e) q.k + bias); 0 unseen.
 
   The heads of `k` are side by side, see `mosaic_tpu_heads`.
   """
@@ -219,7 +219,7 @@ def gradients(
   chunk: Chunk,
   tiles: Tiles,
 ) -> tuple[Float[Array, "M I chunk"], Float[Array, "cores S I"]]:
-  """Sums over keys, of each head that is active there; and over queries.
+  """Computes the sums over keys and over queries, of active heads.
 
   With d scores = (exp(scores - lse) - target) d_loss, rounded as q_index is:
 
@@ -285,7 +285,7 @@ def gradients(
 
 
 def _walk(chunk, bS):
-  """Batch row, chunk and first tile of keys; how many tiles it sees."""
+  """Batch row, chunk and first tile of keys; number of tiles that it sees."""
   first, last = chunk.keys[0] // bS, -(-chunk.keys[1] // bS)
   place = jnp.concatenate([chunk.place, first[None]])
   return place, jnp.maximum(last - first, 1)
@@ -294,7 +294,7 @@ def _walk(chunk, bS):
 def _kernel(
   body, name, cut, grid, *, in_specs, out_specs, scratch_shapes=(), **kwargs
 ):
-  """A kernel whose name says how it is cut; of a chunk's place and arrays."""
+  """Builds a kernel, named by its tiles, of a chunk's place and arrays."""
   order = pltpu.PARALLEL, *[pltpu.ARBITRARY] * (len(grid) - 1)
   return pl.pallas_call(
     body,
@@ -315,7 +315,7 @@ def _kernel(
 
 
 def _queries(shape, tiles, pipeline_mode=None):
-  """A core's part of a chunk, of an array [B, heads, T] or [B, heads, T, I]."""
+  """Block of a core's queries of an array [B, heads, T] or [B, heads, T, I]."""
 
   def index_map(i, j, *place):
     *_, place = place
@@ -326,12 +326,12 @@ def _queries(shape, tiles, pipeline_mode=None):
 
 
 def _pairs(bS, bT):
-  """A tile of an array [S, chunk]."""
+  """Block of a tile of an array [S, chunk]."""
   return pl.BlockSpec((bS, bT), lambda i, j, *place: (place[-1][2] + j, i))
 
 
 def _visible(place, start, end, bS):
-  """Which keys of this tile each query sees: [bS, bT]."""
+  """Mask [bS, bT] of the keys of this tile that each query sees."""
   first = (place[2] + pl.program_id(1)) * bS
   shape = bS, start.shape[1]
   key_ST = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)

@@ -1,4 +1,4 @@
-"""The definition. Everything else in this folder must agree with it."""
+"""Definition of the op; every implementation must agree with it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ def dense_indexer_loss(
   heads_axis: str | tuple[str, ...] | None = None,
   measure: Bool[Array, ""] | bool = True,
 ) -> Float[Array, "B T"]:
-  """See `api.dense_indexer_loss`. Holds [B, T, N + M, S] in memory."""
+  """See `api.dense_indexer_loss`. Materialises [B, T, N + M, S]."""
   f32, S = jnp.float32, k.shape[1]
   q, k, lse = jax.lax.stop_gradient((q, k, lse))
   key = jnp.arange(S)[None, None]
   visible_BTS = (key >= start[..., None]) & (key < end[..., None])
 
-  # The target: what the heads attend to on average.
+  # The target: attention weights averaged over heads.
   logits_BTNS = scale * jnp.einsum(
     "BTND,BSND->BTNS", q, k, preferred_element_type=f32
   )
@@ -39,7 +39,7 @@ def dense_indexer_loss(
   similarity_BTMS = jnp.einsum(
     "BTMI,BSI->BTMS",
     q_index,
-    # From fp32, so that the gradient of a key is summed in fp32.
+    # Cast from fp32, so that the gradient of a key is summed in fp32.
     k_index.astype(f32).astype(q_index.dtype),
     preferred_element_type=f32,
   )

@@ -1,4 +1,4 @@
-"""Public entry point: picks an implementation."""
+"""Public entry point: selects an implementation."""
 
 from typing import Final, Literal
 
@@ -37,25 +37,25 @@ def dense_mla(
 
   Softmax and accumulation in fp32. Differentiable in `q`, `k` and `v`, through
   both results. Memory is O(T + S) and one tile of queries x keys, and
-  T x S bits where there are `indices`; except for `reference`.
+  T x S bits with `indices`; except for `reference`.
 
   Args:
     q: Queries `[q_nope; q_rope]`, H+R wide.
     k: Keys `[c Wuk; kr]` of each head.
     v: Values `c Wuv` of each head.
-    start: The first key that a query sees.
-    end: One past the last key it sees; `start >= end` sees none.
+    start: First key that each query sees.
+    end: One past the last key it sees; with `start >= end` it sees none.
     scale: Multiplies the logits: (H+R)^-1/2 m^2.
     indices: If given, only these keys of [start, end) are read. Each may occur
-      once; anything outside [0, S) is ignored, wherever it stands. Work remains
-      that of all keys in the range: `crossover` says when that is less than
-      `sparse_mla`'s.
+      once; entries outside [0, S) are ignored, at any position. The work is
+      still that of all keys in the range: `crossover` says when that is less
+      than `sparse_mla`'s.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 
   Returns:
-    The mixed values in q's dtype, and the logsumexp (natural, fp32) of the
-    scaled logits. A query that sees no key gives 0 and -inf.
+    The output in q's dtype, and the logsumexp (natural, fp32) of the scaled
+    logits. A query that sees no key gives 0 and -inf.
   """
   return dispatch.call(
     "dense_mla",

@@ -1,8 +1,8 @@
 """Online softmax over tiles of bT queries and bS keys, on any backend.
 
-Key tiles outside every range of a query tile are not computed: causal attention
-costs half, packed documents less. The backward pass computes the weights again
-from lse.
+Key tiles outside every range of a query tile are skipped: causal attention
+costs half, packed documents less. The backward pass recomputes the weights from
+lse.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
-from pallas_kernels.dense_mla import chosen as chosen_lib
+from pallas_kernels.dense_mla import mask_bits as mask_bits_lib
 
 
 @functools.partial(
@@ -40,15 +40,15 @@ def _tile_sizes(q, k, query_tile, key_tile):
   return query_tile or bT, key_tile or bS
 
 
-def _logits(q, k, start, end, chosen, i, scale):
-  """[N, bT, bS] of key tile i, -inf where a query may not look."""
+def _logits(q, k, start, end, mask_bits, i, scale):
+  """Logits [N, bT, bS] of key tile i, -inf where masked."""
   logits_NTS = scale * jnp.einsum(
     "TND,SND->NTS", q, k, preferred_element_type=jnp.float32
   )
   key = i * k.shape[0] + jnp.arange(k.shape[0], dtype=start.dtype)[None]
   visible_TS = (key >= start[:, None]) & (key < end[:, None])
-  if chosen is not None:
-    visible_TS &= chosen_lib.bits(chosen, key[0])
+  if mask_bits is not None:
+    visible_TS &= mask_bits_lib.unpack(mask_bits, key[0])
   return jnp.where(visible_TS[None], logits_NTS, -jnp.inf)
 
 
@@ -58,14 +58,16 @@ def _slice(x, i, bS):
 
 def _vjp_forward(q, k, v, start, end, scale, indices, query_tile, key_tile):
   T, S = q.shape[1], k.shape[1]
-  chosen = None if indices is None else chosen_lib.words(indices, S)
+  mask_bits = (
+    None if indices is None else mask_bits_lib.from_indices(indices, S)
+  )
   bT, bS = _tile_sizes(q, k, query_tile, key_tile)
 
-  def tile(q, start, end, chosen, k, v):
+  def tile(q, start, end, mask_bits, k, v):
     def key_tile(i, carry):
       out_NTU, top_NT1, sum_NT1 = carry
       k_tile = _slice(k, i, bS)
-      logits = _logits(q, k_tile, start, end, chosen, i, scale)
+      logits = _logits(q, k_tile, start, end, mask_bits, i, scale)
       new_top = jnp.maximum(top_NT1, jnp.max(logits, -1, keepdims=True))
       finite_top = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
       weights = jnp.exp(logits - finite_top)
@@ -104,15 +106,15 @@ def _vjp_forward(q, k, v, start, end, scale, indices, query_tile, key_tile):
 
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
   out, lse = tiles.map_rows(
-    row, *(q, k, v, start, end, chosen), tile_bytes=4 * bT * bS * q.shape[2]
+    row, *(q, k, v, start, end, mask_bits), tile_bytes=4 * bT * bS * q.shape[2]
   )
   # Named, so that a remat policy may keep them instead of computing them again.
   out, lse = checkpoint_name((out, lse), "dense_mla")
-  return (out, lse), (q, k, v, start, end, chosen, out, lse)
+  return (out, lse), (q, k, v, start, end, mask_bits, out, lse)
 
 
 def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
-  q, k, v, start, end, chosen, out, lse = residuals
+  q, k, v, start, end, mask_bits, out, lse = residuals
   d_out, d_lse = cotangents
   T, S = q.shape[1], k.shape[1]
   bT, bS = _tile_sizes(q, k, query_tile, key_tile)
@@ -125,14 +127,14 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
   lse = jnp.where(dead, jnp.inf, lse)
 
   def tile(d_keys, xs, k, v):
-    q, start, end, chosen, d_out, lse, delta = xs
+    q, start, end, mask_bits, d_out, lse, delta = xs
     lse_NT1, delta_NT1 = lse.T[..., None], delta.T[..., None]
     f32 = jnp.float32
 
     def key_tile(i, carry):
       d_q, d_k, d_v = carry
       k_tile, v_tile = _slice(k, i, bS), _slice(v, i, bS)
-      logits_NTS = _logits(q, k_tile, start, end, chosen, i, scale)
+      logits_NTS = _logits(q, k_tile, start, end, mask_bits, i, scale)
       weights_NTS = jnp.exp(logits_NTS - lse_NT1)
       d_weights_NTS = jnp.einsum(
         "TNU,SNU->NTS", d_out, v_tile, preferred_element_type=f32
@@ -170,7 +172,7 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
 
   d_q, d_k, d_v = tiles.map_rows(
     row,
-    *(q, k, v, start, end, chosen, d_out, lse, delta),
+    *(q, k, v, start, end, mask_bits, d_out, lse, delta),
     tile_bytes=4 * bT * bS * q.shape[2],
   )
   return d_q, d_k, d_v, None, None, None

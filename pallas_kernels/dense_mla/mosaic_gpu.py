@@ -1,4 +1,4 @@
-"""Hopper: a kernel for each direction, and what is prepared for them."""
+"""Dense attention on Hopper: prepares the kernels' inputs and runs them."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.dense_mla import chosen as chosen_lib
+from pallas_kernels.dense_mla import mask_bits as mask_bits_lib
 from pallas_kernels.dense_mla import mosaic_gpu_backward
 from pallas_kernels.dense_mla import mosaic_gpu_forward
 
@@ -57,7 +57,7 @@ def _pad(x, length, fill=0):
 
 
 def tileable(x: jax.Array, tile: int) -> jax.Array:
-  """[B, T, ...] -> as TMA takes it: eights of rows, and a tile of them."""
+  """[B, T, ...] -> padded for TMA: a multiple of 8 rows, at least one tile."""
   return _pad(x, max(-(-x.shape[1] // 8) * 8, tile))
 
 
@@ -67,9 +67,9 @@ def whole_tiles(x: jax.Array, tile: int, fill: float = 0) -> jax.Array:
 
 
 def _bounds(start, end, tile):
-  """Of tiles of queries: the least and largest start, and end, [B, nT].
+  """Least and largest start, least and largest end of query tiles, [B, nT].
 
-  Of queries that see a key; if there is none, an empty range.
+  Only queries that see a key count; a tile without any gets an empty range.
   """
   B = start.shape[0]
   start, end = (x.reshape(B, -1, tile) for x in (start, end))
@@ -86,7 +86,7 @@ def _bounds(start, end, tile):
 def forward_plan(
   start: Int[Array, "B paddedT"], end: Int[Array, "B paddedT"]
 ) -> Int[Array, "B nT 4"]:
-  """See `mosaic_gpu_forward.forward`. There is always one tile to walk."""
+  """Plan for `mosaic_gpu_forward.forward`; every walk has a tile or more."""
   bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_forward.bS
   least_start, start, end, largest_end = _bounds(start, end, bT)
   some = least_start < largest_end
@@ -97,12 +97,12 @@ def forward_plan(
   return jnp.stack([first, last, whole, unwhole], -1)
 
 
-def words_of_tiles(
-  words: UInt32[Array, "B Y W"], row_tile: int, column_tile: int
+def bits_of_tiles(
+  mask_bits: UInt32[Array, "B Y W"], row_tile: int, column_tile: int
 ) -> Int[Array, "B columns rows words"]:
-  """Words of rows, of whole tiles, those of each tile of columns together."""
-  n = column_tile // chosen_lib.BITS
-  words = whole_tiles(words, row_tile)
+  """Pads mask bits to whole tiles and groups the words by tile of columns."""
+  n = column_tile // mask_bits_lib.BITS
+  words = whole_tiles(mask_bits, row_tile)
   words = jnp.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % n)])
   words = jax.lax.bitcast_convert_type(words, jnp.int32)
   return words.reshape(*words.shape[:2], -1, n).swapaxes(1, 2)
@@ -112,10 +112,11 @@ def _vjp_forward(q, k, v, start, end, scale, indices):
   T, S = q.shape[1], k.shape[1]
   bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_forward.bS
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
-  chosen = None
+  mask_bits = None
   if indices is not None:
-    chosen = chosen_lib.within(chosen_lib.words(indices, S), start, end)
-    end = jnp.where(jnp.any(chosen != 0, -1), end, start)  # reads nothing
+    mask_bits = mask_bits_lib.from_indices(indices, S)
+    mask_bits = mask_bits_lib.within(mask_bits, start, end)
+    end = jnp.where(jnp.any(mask_bits != 0, -1), end, start)  # reads nothing
   padded_start, padded_end = (
     whole_tiles(x.astype(jnp.int32), bT) for x in (start, end)
   )
@@ -127,18 +128,18 @@ def _vjp_forward(q, k, v, start, end, scale, indices):
     padded_end,
     forward_plan(padded_start, padded_end),
     scale,
-    None if chosen is None else words_of_tiles(chosen, bT, bS),
+    None if mask_bits is None else bits_of_tiles(mask_bits, bT, bS),
   )
   out, lse = out[:, :T], lse_BNT[..., :T].swapaxes(1, 2)
-  # Named, so that a remat policy may keep them instead of computing them again.
+  # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out, lse), "dense_mla")
-  return (out, lse), (q, k, v, start, end, chosen, out, lse)
+  return (out, lse), (q, k, v, start, end, mask_bits, out, lse)
 
 
 def backward_plan(
   start: Int[Array, "B paddedT"], end: Int[Array, "B paddedT"], nS: int
 ) -> Int[Array, "B nS 4"]:
-  """See `mosaic_gpu_backward.backward`. There is always one tile to walk."""
+  """Plan for `mosaic_gpu_backward.backward`; every walk has a tile or more."""
   bT, bS = mosaic_gpu_backward.bT, mosaic_gpu_backward.bS
   least_start, start, end, largest_end = (
     x[:, None] for x in _bounds(start, end, bT)
@@ -150,26 +151,26 @@ def backward_plan(
   i = jnp.arange(nT, dtype=jnp.int32)[None, None]
 
   def past(condition):
-    """One past the last tile of queries of which it is true, or 0."""
+    """One past the last tile of queries where `condition` holds, or 0."""
     return jnp.max(jnp.where(condition, i + 1, 0), -1)
 
   first = jnp.min(jnp.where(seen, i, nT), -1)
   last = jnp.maximum(past(seen), 1)
   unwhole = past(seen & whole)
-  # From there back to the last tile that is not whole.
+  # From `unwhole` back to the last tile that is not whole.
   begin = past(~(seen & whole) & (i < unwhole[..., None]))
   return jnp.stack([jnp.minimum(first, last - 1), last, begin, unwhole], -1)
 
 
 def _vjp_backward(scale, residuals, cotangents):
-  q, k, v, start, end, chosen, out, lse = residuals
+  q, k, v, start, end, mask_bits, out, lse = residuals
   d_out, d_lse = cotangents
   T, S = q.shape[1], k.shape[1]
   bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_backward.bS
   # d logits = weights * (d weights - delta), where d lse enters as -delta does.
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most
-  # functions of it send back no finite number.
+  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
+  # functions of it have no finite gradient.
   dead = jnp.isneginf(lse)
   delta = jnp.where(dead, 0.0, delta - d_lse)
   lse = jnp.where(dead, jnp.inf, lse * math.log2(math.e))
@@ -178,10 +179,10 @@ def _vjp_backward(scale, residuals, cotangents):
     for x, fill in ((lse, jnp.inf), (delta, 0.0))
   )
   start, end = (whole_tiles(x.astype(jnp.int32), bT) for x in (start, end))
-  if chosen is not None:
-    chosen = whole_tiles(chosen, bT)  # as start and end
-    chosen = chosen_lib.by_key(chosen)[:, :S]
-    chosen = words_of_tiles(chosen, bS, mosaic_gpu_backward.bT)
+  if mask_bits is not None:
+    mask_bits = whole_tiles(mask_bits, bT)  # as start and end
+    mask_bits = mask_bits_lib.transpose(mask_bits)[:, :S]
+    mask_bits = bits_of_tiles(mask_bits, bS, mosaic_gpu_backward.bT)
   d_q, d_k, d_v = mosaic_gpu_backward.backward(
     tileable(q, bT),
     tileable(k, bS),
@@ -193,7 +194,7 @@ def _vjp_backward(scale, residuals, cotangents):
     end,
     backward_plan(start, end, pl.cdiv(S, bS)),
     scale,
-    chosen,
+    mask_bits,
   )
   d_q = (d_q[:, :T] * scale).astype(q.dtype)
   return d_q, d_k[:, :S], d_v[:, :S], None, None, None

@@ -1,19 +1,19 @@
 """Attention to a range of keys on Hopper, backward, in one kernel.
 
-A block of threads takes 128 keys of one head, and walks over tiles of 64
-queries. Two warpgroups have 64 keys each; keys are the rows of their products:
+A thread block takes 128 keys of one head and walks over tiles of 64 queries.
+Two warpgroups have 64 keys each; keys are the rows of their products:
 
-  S^T = K Q^T, dP^T = V dO^T, dV += P^T dO     P^T in registers, as it comes
-  dK += dS^T Q, dQ = dS K                      dS^T in shared memory, of both;
-                                               each makes half of dQ's columns
+  S^T = K Q^T, dP^T = V dO^T, dV += P^T dO     P^T in registers, as computed
+  dK += dS^T Q, dQ = dS K                      dS^T of both in shared memory;
+                                               each has half of dQ's columns
 
-While one part of these runs, the threads do something else: the first half
-of dK is multiplied while dQ is written out, the second during the exponentials
-of the next tile, dV while dS is made.
+Products overlap with the threads' other work: the first half of dK is
+multiplied while dQ is written out, the second during the exponentials of the
+next tile, dV while dS is computed.
 
-dK and dV stay in registers until the end. dQ is added to device memory in
-float32 by TMA, in whatever order the blocks come: its last bit varies from run
-to run.
+dK and dV stay in registers until the end. dQ is accumulated in device memory in
+float32 by TMA, in no fixed order of blocks: its last bit varies from run to
+run.
 """
 
 import math
@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from pallas_kernels import ptx
-from pallas_kernels.dense_mla import mosaic_gpu_chosen
+from pallas_kernels.dense_mla import mosaic_gpu_mask_bits
 
 bT: Final = 64
 bS: Final = 128
@@ -41,12 +41,12 @@ _ROWS: Final = 64  # keys of a warpgroup
 _STAGES: Final = 2
 _LOG2E: Final = math.log2(math.e)
 _BY_COLUMN: Final = plgpu.Layout.WGMMA.reduce(0)
-# Half of dQ's columns, 96, are no multiple of 64: tiles that have to do with
-# them are 32 wide.
+# Half of dQ's columns, 96, is not a multiple of 64: tiles of these columns are
+# 32 wide.
 _WIDE: Final = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _NARROW: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
 _FLOATS: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-# Meetings of the two warpgroups: dS is there; dS and K are read no more.
+# Named barriers of the two warpgroups: dS is written; dS and K have been read.
 _WRITTEN: Final = 10
 _READ: Final = 11
 _BOTH: Final = 256
@@ -63,38 +63,38 @@ def backward(
   end: Int[Array, "B paddedT"],
   plan: Int[Array, "B nS 4"],
   scale: float,
-  chosen: Int[Array, "B nT paddedS 2"] | None = None,
+  mask_bits: Int[Array, "B nT paddedS 2"] | None = None,
 ) -> tuple[
   Float[Array, "B tileableT N HR"],
   Float[Array, "B tileableS N HR"],
   Float[Array, "B tileableS N U"],
 ]:
-  """dQ / scale in float32, dK, dV.
+  """Computes dQ / scale in float32, dK and dV.
 
   Args:
-    q: Queries; their number is a multiple of 8, and a tile or more.
-    k: Keys, as many as a multiple of 8, and a tile or more.
+    q: Queries; their number is a multiple of 8, and at least one tile.
+    k: Keys; their number is a multiple of 8, and at least one tile.
     v: Values.
     d_out: Gradient of the output.
-    lse: In units of log 2; infinite for a query that sees no key.
-    delta: What d weights are compared to.
-    start: The first key of each query, of whole tiles of queries.
-    end: One past the last one, at most S.
-    plan: For each tile of keys, tiles of queries: from the first to the second
-      some see some of it, from the third to the fourth all see all of it.
-    scale: Of the logits.
-    chosen: Bits of the queries that read each key, all within their ranges, of
-      whole tiles of queries and keys.
+    lse: Logsumexp in base 2; infinite for a query that sees no key.
+    delta: Subtracted from d weights.
+    start: First key of each query, padded to whole tiles of queries.
+    end: One past the last key, at most S.
+    plan: For each tile of keys, tiles of queries: in [first, second) some
+      query sees some of it, in [third, fourth) all queries see all of it.
+    scale: Scale of the logits.
+    mask_bits: Bits of the queries that read each key, all within their ranges,
+      padded to whole tiles of queries and keys.
   """
   (B, T, N, HR), (S, U) = q.shape, (k.shape[1], v.shape[-1])
   nS = plan.shape[1]
   operands = q, k, v, d_out, lse, delta, start, end, plan.reshape(-1)
-  if chosen is not None:
-    operands += (chosen.reshape(-1, chosen.shape[-1]),)
+  if mask_bits is not None:
+    operands += (mask_bits.reshape(-1, mask_bits.shape[-1]),)
 
   def kernel(*refs):
     refs, rest = refs[: len(operands)], refs[len(operands) :]
-    _kernel(*refs[:9], *rest, scale=scale, nS=nS, chosen=refs[9:])
+    _kernel(*refs[:9], *rest, scale=scale, nS=nS, mask_bits=refs[9:])
 
   wide = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_WIDE)
   narrow = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_NARROW)
@@ -133,9 +133,9 @@ def backward(
 
 
 def _fresh(number):
-  """The same number, of which the compiler does not know it.
+  """Returns `number` unchanged, opaque to the compiler.
 
-  Or it keeps the addresses of all operands in registers throughout a loop.
+  Otherwise it keeps the addresses of all operands in registers across a loop.
   """
 
   @plgpu.inline_mgpu(
@@ -156,7 +156,7 @@ def _fresh(number):
 
 
 def _map_registers(x, dtype, function):
-  """Applies `function` to the registers of a tile, each of two elements."""
+  """Applies `function` to the registers of a tile, two elements each."""
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.Layout.WGMMA,),
@@ -177,9 +177,9 @@ def _map_registers(x, dtype, function):
 
 
 def _pack(x):
-  """float32 -> bfloat16, such that the compiler does not take it apart.
+  """float32 -> bfloat16, in packed pairs that the compiler does not split.
 
-  Or it keeps each half in a register of its own, if `_unpack` needs it again.
+  Otherwise it keeps each half in its own register for a later `_unpack`.
   """
 
   def pack(pair):
@@ -216,11 +216,11 @@ def _kernel(
   q, k, v, d_out, lse, delta, start, end, plan, d_q, d_k, d_v,
   k_smem, v_smem, q_smem, do_smem, ds_smem, dq_smem, lse_smem, delta_smem,
   kv_full, q_full, do_full, q_free, do_free,
-  *, scale, nS, chosen,
+  *, scale, nS, mask_bits,
 ):  # fmt: skip
   N, HR, U = q.shape[2], q.shape[3], v.shape[3]
   block, wg = lax.axis_index("block"), lax.axis_index("wg")
-  # The first keys first: if more queries see them, they take longer.
+  # The first keys first: with causal ranges they take the longest.
   head, i_s = lax.div(block, nS), lax.rem(block, nS)
   batch, head = lax.div(head, N), lax.rem(head, N)
   at = 4 * (batch * nS + i_s)
@@ -279,10 +279,10 @@ def _kernel(
       seen = (key >= spread(start_T)) & (key < spread(end_T))
       return jnp.where(seen, logits_ST, -jnp.inf)
 
-    def words_of(ref, i):
+    def load_bits(ref, i):
       nT = start.shape[1] // bT
       row = (batch * nT + i) * (nS * bS) + i_s * bS + wg * _ROWS
-      return mosaic_gpu_chosen.load(ref, row, bT // 32)
+      return mosaic_gpu_mask_bits.load(ref, row, bT // 32)
 
     def compute(dk_acc, dv_acc, s_acc, dp_acc, dq_acc):
       def operands(i):
@@ -301,8 +301,10 @@ def _kernel(
         queries = pl.ds(part * (bT // 2), bT // 2)
         plgpu.wgmma(dk_acc, ds_smem.at[mine, queries], q_smem.at[slot, queries])
 
-      def kept(logits_ST, words):
-        return mosaic_gpu_chosen.keep(logits_ST, *words) if words else logits_ST
+      def kept(logits_ST, bits):
+        return (
+          mosaic_gpu_mask_bits.apply(logits_ST, *bits) if bits else logits_ST
+        )
 
       dk_acc[...], dv_acc[...] = zeros(HR), zeros(U)
       plgpu.barrier_wait(kv_full)
@@ -311,7 +313,7 @@ def _kernel(
 
       def step(i, logits_ST):
         slot, mine, columns = operands(i)
-        if not chosen:
+        if not mask_bits:
           logits_ST = lax.cond(
             (i >= whole) & (i < unwhole),
             lambda x: x,
@@ -357,14 +359,14 @@ def _kernel(
         def _():
           plgpu.barrier_wait(q_full.at[1 - slot])
 
-        words = [words_of(ref, following) for ref in chosen]
-        # After the last tile, its logits once more, which nobody takes.
+        prefetched = [load_bits(ref, following) for ref in mask_bits]
+        # The last tile computes its own logits again, which are not used.
         multiply_logits(following)
         multiply_dk(i, 1)
-        return kept(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), words)
+        return kept(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), prefetched)
 
-      words = [words_of(ref, first) for ref in chosen]
-      logits_ST = kept(plgpu.wgmma_accumulator_load(s_acc), words)
+      bits = [load_bits(ref, first) for ref in mask_bits]
+      logits_ST = kept(plgpu.wgmma_accumulator_load(s_acc), bits)
       lax.fori_loop(first, last, step, logits_ST)
       ptx.meet(_READ, _BOTH)
       k_smem[mine] = (plgpu.wgmma_accumulator_load(dk_acc) * scale).astype(

@@ -1,16 +1,16 @@
 """Attention to a range of keys on Hopper, forward.
 
-A block of threads takes 128 queries of one head, and walks over tiles of 128
+A thread block takes 128 queries of one head and walks over the tiles of 128
 keys that at least one of these queries sees. A producer warpgroup copies keys
-and values into a ring of two stages; two consumer warpgroups have 64 queries
-each, whose output stays in registers. They take turns at the tensor cores:
+and values into a two-stage ring buffer; two consumer warpgroups have 64 queries
+each, whose output stays in registers. They ping-pong on the tensor cores:
 
   warpgroup 0   out += P V, logits of the next tile | softmax
   warpgroup 1   softmax                             | out += P V, logits ...
 
-A tile that all of the block's queries see whole needs no mask: with causal
-ranges, that is all but the last. Where keys are chosen one by one, words of
-bits are the mask of every tile.
+A tile that all of the block's queries see in full needs no mask: with causal
+ranges, that is all but the last. With selected keys, every tile is masked by
+bits.
 """
 
 import math
@@ -23,15 +23,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import turns
-from pallas_kernels.dense_mla import mosaic_gpu_chosen
+from pallas_kernels import ping_pong
+from pallas_kernels.dense_mla import mosaic_gpu_mask_bits
 
 bT: Final = 128
 bS: Final = 128
 _ROWS: Final = 64  # queries of a warpgroup
 _COLUMNS: Final = 64  # of a tile of queries
 _STAGES: Final = 2
-_NEVER: Final = -1e30  # a maximum before any key; finite, or NaN comes of it
+_NEVER: Final = -1e30  # initial maximum; finite, since -inf would give NaN
 _LOG2E: Final = math.log2(math.e)
 _SWIZZLED: Final = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _BY_ROW: Final = plgpu.Layout.WGMMA.reduce(1)
@@ -45,31 +45,31 @@ def forward(
   end: Int[Array, "B paddedT"],
   plan: Int[Array, "B nT 4"],
   scale: float,
-  chosen: Int[Array, "B nS paddedT 4"] | None = None,
+  mask_bits: Int[Array, "B nS paddedT 4"] | None = None,
 ) -> tuple[Float[Array, "B tileableT N U"], Float[Array, "B N paddedT"]]:
-  """Output, and logsumexp.
+  """Computes the output and the logsumexp.
 
   Args:
-    q: Queries; their number is a multiple of 8, and a tile or more.
-    k: Keys, as many as a multiple of 8, and a tile or more.
+    q: Queries; their number is a multiple of 8, and at least one tile.
+    k: Keys; their number is a multiple of 8, and at least one tile.
     v: Values.
-    start: The first key of each query, of whole tiles of queries.
-    end: One past the last one, at most S.
-    plan: For each tile of queries, tiles of keys: from the first to the second
-      they are seen by some, from the third to the fourth wholly by all.
-    scale: Of the logits; positive.
-    chosen: Bits of the keys that each query reads, all in its range, of whole
-      tiles of keys. A query that reads none has an empty range.
+    start: First key of each query, padded to whole tiles of queries.
+    end: One past the last key, at most S.
+    plan: For each tile of queries, tiles of keys: those in [first, second) are
+      seen by some query, those in [third, fourth) in full by all.
+    scale: Scale of the logits; positive.
+    mask_bits: Bits of the keys that each query reads, all in its range, padded
+      to whole tiles of keys. A query that reads none has an empty range.
   """
   (B, T, N, HR), U = q.shape, v.shape[-1]
   nT = plan.shape[1]
   operands = q, k, v, start, end, plan.reshape(-1)
-  if chosen is not None:
-    operands += (chosen.reshape(-1, chosen.shape[-1]),)
+  if mask_bits is not None:
+    operands += (mask_bits.reshape(-1, mask_bits.shape[-1]),)
 
   def kernel(*refs):
     refs, rest = refs[: len(operands)], refs[len(operands) :]
-    _kernel(*refs[:6], *rest, scale=scale, nT=nT, chosen=refs[6:])
+    _kernel(*refs[:6], *rest, scale=scale, nT=nT, mask_bits=refs[6:])
 
   smem = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_SWIZZLED)
   return plgpu.kernel(
@@ -78,8 +78,8 @@ def forward(
       jax.ShapeDtypeStruct((B, T, N, U), q.dtype),
       jax.ShapeDtypeStruct((B, N, nT * bT), jnp.float32),
     ),
-    # Heads one after the other, so that the blocks that run together share its
-    # keys in L2.
+    # Heads one after the other, so that the blocks that run together share a
+    # head's keys in L2.
     grid=(B * N * nT,),
     grid_names=("block",),
     num_threads=3,
@@ -105,13 +105,13 @@ def forward(
 def _kernel(
   q, k, v, start, end, plan, out, lse,
   q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free,
-  *, scale, nT, chosen,
+  *, scale, nT, mask_bits,
 ):  # fmt: skip
   batches, _, N, U = out.shape
   parts = q.shape[3] // _COLUMNS
   block, wg = lax.axis_index("block"), lax.axis_index("wg")
   head = lax.div(block, nT)
-  # The last queries first: if they see more keys, they take longer.
+  # The last queries first: with causal ranges they take the longest.
   i_t = nT - 1 - lax.rem(block, nT)
   batch, head = lax.div(head, N), lax.rem(head, N)
   at = 4 * (batch * nT + i_t)
@@ -170,10 +170,10 @@ def _kernel(
       )
       return jnp.where(seen, logits, -jnp.inf)
 
-    def words_of(ref, i):
+    def load_bits(ref, i):
       nS = ref.shape[0] // (batches * nT * bT)
       row = (batch * nS + i) * (nT * bT) + query
-      return mosaic_gpu_chosen.load(ref, row, bS // 32)
+      return mosaic_gpu_mask_bits.load(ref, row, bS // 32)
 
     def compute(out_acc, logits_acc):
       def multiply_logits(i):
@@ -191,11 +191,11 @@ def _kernel(
       def step(i, carry, is_last=False):
         top, total = carry
         slot = lax.rem(i - first, _STAGES)
-        words = [words_of(ref, i) for ref in chosen]
+        bits = [load_bits(ref, i) for ref in mask_bits]
         logits = plgpu.wgmma_accumulator_load(logits_acc)
         plgpu.barrier_arrive(k_free.at[slot])
-        if words:
-          logits = mosaic_gpu_chosen.keep(logits, *words)
+        if bits:
+          logits = mosaic_gpu_mask_bits.apply(logits, *bits)
         else:
           logits = lax.cond(
             (i >= whole) & (i < unwhole),
@@ -211,11 +211,11 @@ def _kernel(
         out_TU = plgpu.wgmma_accumulator_load(out_acc, wait_n=None)
         out_acc[...] = out_TU * spread(keep, U)
         plgpu.barrier_wait(v_full.at[slot])
-        turns.take(wg)
+        ping_pong.wait(wg)
         plgpu.wgmma(out_acc, weights, v_smem.at[slot])
         if not is_last:
           multiply_logits(i + 1)
-        turns.give(1 - wg)
+        ping_pong.signal(1 - wg)
         if not is_last:
           plgpu.wgmma_wait(parts)
           plgpu.barrier_arrive(v_free.at[slot])
@@ -223,19 +223,19 @@ def _kernel(
 
       out_acc[...] = full(0.0, _ROWS, U, layout=plgpu.Layout.WGMMA)
       plgpu.barrier_wait(q_full.at[wg])
-      pl.when(wg == 1)(lambda: turns.take(wg))
+      pl.when(wg == 1)(lambda: ping_pong.wait(wg))
       multiply_logits(first)
-      turns.give(1 - wg)
+      ping_pong.signal(1 - wg)
       carry = full(_NEVER, _ROWS), full(0.0, _ROWS)
       carry = lax.fori_loop(first, last - 1, step, carry)
       top, total = step(last - 1, carry, is_last=True)
-      pl.when(wg == 0)(lambda: turns.take(wg))
+      pl.when(wg == 0)(lambda: ping_pong.wait(wg))
 
       out_TU = plgpu.wgmma_accumulator_load(out_acc)
       alive = of_rows(start) < of_rows(end)
       inverse = jnp.where(alive, 1 / total, 0.0)
       out_TU = jnp.where(spread(alive, U), out_TU * spread(inverse, U), 0.0)
-      # The queries are read no more.
+      # The queries are no longer needed: their buffer takes the output.
       out_TU = out_TU.astype(out.dtype)
       for part in range(U // _COLUMNS):
         columns = slice(part * _COLUMNS, (part + 1) * _COLUMNS)

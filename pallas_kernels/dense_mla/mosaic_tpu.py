@@ -1,4 +1,4 @@
-"""TPUs: a kernel for each direction, and what is prepared for them."""
+"""Dense attention on TPUs: prepares the kernels' inputs and runs them."""
 
 import dataclasses
 import functools
@@ -14,23 +14,23 @@ from pallas_kernels import tpu
 from pallas_kernels.dense_mla import mosaic_tpu_backward
 from pallas_kernels.dense_mla import mosaic_tpu_forward
 from pallas_kernels.dense_mla import mosaic_tpu_heads
-from pallas_kernels.dense_mla import mosaic_tpu_words
+from pallas_kernels.dense_mla import mosaic_tpu_mask_bits
 
 _LANES: Final = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-  """How the kernels cut queries and keys; powers of two, 128 or more."""
+  """Tile sizes of the kernels; powers of two, 128 or more."""
 
   bT: int
-  """Queries of a step."""
+  """Queries per grid step."""
   bS: int
-  """Keys of a step; at most 4096."""
+  """Keys per grid step; at most 4096."""
   backward_bS: int
-  """The same of the backward kernel; at most as many."""
+  """Keys per grid step of the backward kernel; at most bS."""
   chunk: int
-  """Keys that are multiplied at once."""
+  """Keys per matrix product."""
   group: int
   """Tiles of queries whose gradients stay in VMEM."""
 
@@ -50,10 +50,10 @@ def dense_mla(
   S = k.shape[1]
   tiles = tiles or heuristic_tiles(q, k, v)
   start, end = (jnp.clip(x, 0, S).astype(jnp.int32) for x in (start, end))
-  words = None
+  mask_bits = None
   if indices is not None:
-    words = mosaic_tpu_words.words(indices, start, end, S)
-  return _dense_mla(q, k, v, start, end, words, scale, tiles)
+    mask_bits = mosaic_tpu_mask_bits.from_indices(indices, start, end, S)
+  return _dense_mla(q, k, v, start, end, mask_bits, scale, tiles)
 
 
 def _check(q, k, v, scale):
@@ -73,22 +73,22 @@ def _check(q, k, v, scale):
 
 
 def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
-  """What the kernels hold in VMEM, forward and backward.
+  """Bytes of VMEM that the kernels need, forward and backward.
 
-  Windows are there twice, widths fill whole lanes, and logits and weights are
-  there in float32 and once more as they are multiplied: forward of two chunks.
+  Windows are double-buffered, widths fill whole lanes, and logits and weights
+  exist in float32 and in the dtype of the product; forward, of two chunks.
   """
   bT, bS = tiles.bT, tiles.bS
   HR = mosaic_tpu_heads.width(HR)
   lanes = HR + mosaic_tpu_heads.width(U)
-  words = 4 * bT * _LANES
+  mask = 4 * bT * _LANES
   rows = 4 * 8 * bT * 4
-  forward = 2 * (itemsize * lanes * (bT + bS) + words + rows)
+  forward = 2 * (itemsize * lanes * (bT + bS) + mask + rows)
   forward += 4 * bT * (U + 2 * _LANES)
   forward += bT * 2 * tiles.chunk * (2 * 4 + itemsize)
   T, bS = tiles.group * bT, tiles.backward_bS
   # The keys' gradients may be in float32.
-  backward = 2 * (itemsize * lanes * (bT + bS) + 4 * lanes * bS + words + rows)
+  backward = 2 * (itemsize * lanes * (bT + bS) + 4 * lanes * bS + mask + rows)
   backward += 2 * itemsize * HR * T + 4 * (HR * T + lanes * bS)
   backward += bT * tiles.chunk * (3 * 4 + 2 * itemsize)
   return forward, backward
@@ -97,12 +97,12 @@ def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
 def heuristic_tiles(q, k, v) -> Tiles:
   """Tiles for these inputs on this chip.
 
-  1024 queries make the traffic of keys small beside the products. A chunk of
-  512 keys is short enough to compile fast, and long enough to hide what is at
-  its ends. As many queries' gradients stay in VMEM as fit.
+  With 1024 queries the traffic of keys is small compared to the products. A
+  chunk of 512 keys is short enough to compile fast, and long enough to amortise
+  its prologue and epilogue. As many queries' gradients as fit stay in VMEM.
 
   Raises:
-    NotImplementedError: They do not fit in VMEM.
+    NotImplementedError: The tiles do not fit in VMEM.
   """
   T, S, HR, U = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
   at_least = lambda x: max(1 << (x - 1).bit_length(), _LANES)
@@ -127,12 +127,12 @@ def heuristic_tiles(q, k, v) -> Tiles:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("scale", "tiles"))
-def _dense_mla(q, k, v, start, end, words, scale, tiles):
-  return _vjp_forward(q, k, v, start, end, words, scale, tiles)[0]
+def _dense_mla(q, k, v, start, end, mask_bits, scale, tiles):
+  return _vjp_forward(q, k, v, start, end, mask_bits, scale, tiles)[0]
 
 
 def _whole_tiles(x: jax.Array, tile: int) -> jax.Array:
-  """[B, T, ...] -> [B, nT tile, ...], filled up with zeros."""
+  """[B, T, ...] -> [B, nT tile, ...], padded with zeros."""
   widths = [(0, 0)] * x.ndim
   widths[1] = 0, -x.shape[1] % tile
   return jnp.pad(x, widths)
@@ -146,8 +146,8 @@ def _by_head(x: jax.Array, tile: int) -> jax.Array:
 def _bounds(start, end, bT):
   """Least and largest start, least and largest end of tiles of queries.
 
-  What some queries see is what those with a key do. Of tiles with a query that
-  sees none, no key is seen by all.
+  The range that some query sees ignores queries without keys; the range that
+  all queries see is empty in a tile with such a query.
   """
   start, end = (x.reshape(x.shape[0], -1, bT) for x in (start, end))
   alive, largest = start < end, jnp.iinfo(jnp.int32).max
@@ -160,8 +160,8 @@ def _bounds(start, end, bT):
 
 
 def _walks(bounds, nS, bS):
-  """For each tile of keys, the first tile of queries that sees it, one past the
-  last; 0 and 0 if none does."""
+  """Range of query tiles that see each tile of keys: first, one past the last;
+  0 and 0 if none does."""
   nT = bounds.shape[1]
   key = bS * jnp.arange(nS, dtype=jnp.int32)[None, :, None]
   least_start, largest_end = bounds[:, None, :, 0], bounds[:, None, :, 3]
@@ -172,7 +172,7 @@ def _walks(bounds, nS, bS):
   return jnp.stack([jnp.minimum(first, last), last], -1)
 
 
-def _vjp_forward(q, k, v, start, end, words, scale, tiles):
+def _vjp_forward(q, k, v, start, end, mask_bits, scale, tiles):
   T, bT, bS = q.shape[1], tiles.bT, tiles.bS
   padded_start, padded_end = (_whole_tiles(x, bT) for x in (start, end))
   out_BNTU, lse_BN1T = mosaic_tpu_forward.forward(
@@ -182,26 +182,26 @@ def _vjp_forward(q, k, v, start, end, words, scale, tiles):
     padded_start[:, None],
     padded_end[:, None],
     _bounds(padded_start, padded_end, bT),
-    None if words is None else _whole_tiles(words, bT).swapaxes(1, 2),
+    None if mask_bits is None else _whole_tiles(mask_bits, bT).swapaxes(1, 2),
     scale,
     bS=bS,
     chunk=tiles.chunk,
   )
   out = out_BNTU[:, :, :T].swapaxes(1, 2)
   lse = lse_BN1T[:, :, 0, :T].swapaxes(1, 2)
-  # Named, so that a remat policy may keep them instead of computing them again.
+  # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out, lse), "dense_mla")
-  return (out, lse), (q, k, v, start, end, words, out, lse)
+  return (out, lse), (q, k, v, start, end, mask_bits, out, lse)
 
 
 def _vjp_backward(scale, tiles, residuals, cotangents):
-  q, k, v, start, end, words, out, lse = residuals
+  q, k, v, start, end, mask_bits, out, lse = residuals
   d_out, d_lse = cotangents
   (B, T, N, HR), S, bS = q.shape, k.shape[1], tiles.backward_bS
   # d logits = weights * (d weights - delta), where d lse enters as -delta does.
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most
-  # functions of it send back no finite number.
+  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
+  # functions of it have no finite gradient.
   dead = jnp.isneginf(lse)
   delta = jnp.where(dead, 0.0, delta - d_lse)
   lse = jnp.where(dead, jnp.inf, lse * math.log2(math.e))
@@ -211,7 +211,7 @@ def _vjp_backward(scale, tiles, residuals, cotangents):
   dtype = k.dtype if groups == 1 else jnp.float32
 
   def group(queries):
-    q, d_out, lse, delta, start, end, words = queries
+    q, d_out, lse, delta, start, end, mask_bits = queries
     bounds = _bounds(start, end, tiles.bT)
     return mosaic_tpu_backward.backward(
       q.swapaxes(1, 2),
@@ -224,16 +224,16 @@ def _vjp_backward(scale, tiles, residuals, cotangents):
       end[:, None],
       bounds,
       _walks(bounds, k_BNSD.shape[2] // bS, bS),
-      None if words is None else jnp.moveaxis(words, 1, 3),
+      None if mask_bits is None else jnp.moveaxis(mask_bits, 1, 3),
       scale,
       chunk=tiles.chunk,
       dtype=dtype,
     )
 
-  # Queries that fill the last tile see no key: what they are is no matter.
+  # Queries that pad the last tile see no key: their values do not matter.
   queries = jax.tree.map(
     lambda x: _whole_tiles(x, length),
-    (q, d_out, lse, delta, start, end, words),
+    (q, d_out, lse, delta, start, end, mask_bits),
   )
   if groups == 1:
     d_q, d_k, d_v = group(queries)

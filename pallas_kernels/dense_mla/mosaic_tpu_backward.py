@@ -1,15 +1,15 @@
 """Attention to a range of keys on TPUs, backward, in one kernel.
 
-A step of the grid has a tile of keys of one head and bT queries. It walks over
-the chunks of these keys that some of the queries see. Keys are the rows of its
-products, so that what belongs to a query (lse, delta, its range) is a row:
+A grid step has a tile of keys of one head and bT queries. It walks over the
+chunks of these keys that some of the queries see. Keys are the rows of its
+products, so that per-query values (lse, delta, its range) form a row:
 
   S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ += (dS^T)^T K
 
 For each tile of keys, queries are fetched from the first tile that sees some of
-it to the last. dK and dV of the tile stay in VMEM meanwhile, dQ of all queries
-of the head does until the head ends: steps run one after another, so nothing
-is added in an order that varies.
+it to the last. Meanwhile dK and dV of the tile stay in VMEM; dQ of all queries
+stays there until the head ends. Steps run one after another, so the order of
+additions is fixed.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu
-from pallas_kernels.dense_mla import mosaic_tpu_words
+from pallas_kernels.dense_mla import mosaic_tpu_mask_bits
 from pallas_kernels.dense_mla.mosaic_tpu_forward import dot
 
 LANES: Final = 128
@@ -44,7 +44,7 @@ def backward(
   end: Int[Array, "B 1 paddedT"],
   bounds: Int[Array, "B nT 4"],
   walks: Int[Array, "B nS 2"],
-  words: Int[Array, "B nW 128 paddedT"] | None,
+  mask_bits: Int[Array, "B nW 128 paddedT"] | None,
   scale: float,
   *,
   chunk: int,
@@ -54,24 +54,24 @@ def backward(
   Float[Array, "B N paddedS HR"],
   Float[Array, "B N paddedS U"],
 ]:
-  """Gradients to the queries, keys and values.
+  """Computes the gradients of the queries, keys and values.
 
   Args:
-    q: Queries, of whole tiles.
-    k: Keys, of whole tiles.
+    q: Queries, padded to whole tiles.
+    k: Keys, padded to whole tiles.
     v: Values.
-    d_out: Gradient to the output.
-    lse: Logsumexp of scaled logits, in units of log 2; inf if no key is seen.
-    delta: What is subtracted from d weights.
-    start: The first key of each query.
-    end: One past the last one.
-    bounds: Of each tile of queries, see `mosaic_tpu_forward`.
-    walks: For each tile of keys, tiles of queries from the first to the second.
-    words: If given, they say which keys are read instead of start and end; see
-      `mosaic_tpu_words`.
-    scale: Of the logits; positive.
-    chunk: Keys of a chunk.
-    dtype: Of the gradients to keys and values.
+    d_out: Gradient of the output.
+    lse: Logsumexp of scaled logits, in base 2; inf if no key is seen.
+    delta: Subtracted from d weights.
+    start: First key of each query.
+    end: One past the last key.
+    bounds: Bounds of each tile of queries; see `mosaic_tpu_forward`.
+    walks: For each tile of keys, the tiles of queries in [first, second).
+    mask_bits: If given, the mask, in place of start and end; see
+      `mosaic_tpu_mask_bits`.
+    scale: Scale of the logits; positive.
+    chunk: Keys per chunk.
+    dtype: Dtype of the gradients of keys and values.
   """
   (B, N, T, HR), (S, U) = q.shape, v.shape[2:]
   nT, nS = bounds.shape[1], walks.shape[1]
@@ -79,7 +79,7 @@ def backward(
   bounds, walks = bounds.reshape(-1), walks.reshape(-1)
 
   def i(b, j, x, walks):
-    """The queries of step x; after the last, what the next keys begin with."""
+    """Query tile of step x; past the last, the first one of the next keys."""
     at, following = (2 * (b * nS + y) for y in (j, lax.rem(j + 1, nS)))
     tile = walks[at] + x
     return jnp.where(tile < walks[at + 1], tile, walks[following])
@@ -102,7 +102,7 @@ def backward(
     of_queries(HR), of_keys(HR), of_keys(U), of_queries(U), row, row
   ]  # fmt: skip
   operands = [q, k, v, d_out, lse, delta]
-  if words is None:
+  if mask_bits is None:
     in_specs += [bound, bound]
     operands += [start, end]
   else:
@@ -113,7 +113,7 @@ def backward(
         lambda b, n, j, x, _, walks: (b, j // per_word, 0, i(b, j, x, walks)),
       )  # fmt: skip
     )
-    operands.append(words)
+    operands.append(mask_bits)
   steps = jnp.max(walks[1::2] - walks[::2])
   return pl.pallas_call(
     functools.partial(
@@ -122,7 +122,7 @@ def backward(
       nT=nT,
       nS=nS,
       chunk=chunk,
-      by_words=words is not None,
+      has_mask=mask_bits is not None,
     ),  # fmt: skip
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
@@ -149,17 +149,17 @@ def backward(
       vmem_limit_bytes=tpu.chip().vmem,
     ),
     interpret=tpu.interpret(),
-    name=f"dense_mla_{'chosen_' * (words is not None)}backward"
+    name=f"dense_mla_{'masked_' * (mask_bits is not None)}backward"
     f"_q{bT}_k{bS}_c{chunk}",
   )(bounds, walks, *operands)
 
 
 def _kernel(
   bounds, walks, q, k, v, d_out, lse, delta, *refs,
-  scale, nT, nS, chunk, by_words,
+  scale, nT, nS, chunk, has_mask,
 ):  # fmt: skip
-  if by_words:
-    words, *refs = refs
+  if has_mask:
+    mask_bits, *refs = refs
   else:
     start, end, *refs = refs
   d_q, d_k, d_v, total_q, total_k, total_v = refs
@@ -180,10 +180,12 @@ def _kernel(
   def seen(c):
     """bool[chunk, bT]"""
     first_key = j * bS + c * chunk
-    if by_words:
-      return mosaic_tpu_words.chosen(words[...], first_key, chunk, axis=0)
+    if has_mask:
+      return mosaic_tpu_mask_bits.unpack(
+        mask_bits[...], first_key, chunk, axis=0
+      )
     key = lax.broadcasted_iota(jnp.int32, (chunk, bT), 0)
-    # As unsigned numbers, those before the start are larger than any length.
+    # Compared as unsigned: keys before the start exceed any length.
     key += first_key - start[...] + _LEAST
     return key < jnp.maximum(end[...] - start[...], 0) + _LEAST
 
@@ -195,7 +197,7 @@ def _kernel(
     if masked:
       weights_ST = jnp.where(seen(c), weights_ST, 0.0)
     d_weights_ST = dot(v[keys], d_out[...], (1, 1))
-    # Without the scale, which the sums are multiplied by.
+    # Without the scale, by which the sums are multiplied at the end.
     d_logits_ST = weights_ST * (d_weights_ST - delta[...])
     d_logits_ST = d_logits_ST.astype(q.dtype)
     weights_ST = weights_ST.astype(d_out.dtype)
@@ -213,7 +215,7 @@ def _kernel(
     def _(c):
       first_key = j * bS + c * chunk
       is_seen = (least_start < first_key + chunk) & (largest_end > first_key)
-      if by_words:
+      if has_mask:
         pl.when(is_seen)(lambda: walk(c, masked=True))
       else:
         is_whole = (largest_start <= first_key) & (

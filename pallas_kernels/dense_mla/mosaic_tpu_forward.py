@@ -1,13 +1,14 @@
 """Attention to a range of keys on TPUs, forward.
 
-A step of the grid has bT queries of one head and a tile of keys, of which it
-walks over the chunks that at least one of its queries sees: logits, online
-softmax, out += P V. What all of them see whole needs no mask. Tiles of keys are
-fetched from the first to the last that is seen; the grid is as long as the
-longest such walk, and what a shorter one ends with fetches for the next.
+A grid step has bT queries of one head and a tile of keys, and walks over the
+chunks of this tile that at least one of its queries sees: logits, online
+softmax, out += P V. Chunks that all of them see in full need no mask. Tiles of
+keys are fetched from the first to the last that is seen; the grid is as long as
+the longest such walk, and the idle steps of a shorter one prefetch for the
+next.
 
-Two chunks of keys are one stretch of straight code, in which the compiler hides
-the softmax of some rows behind the products of others.
+Two chunks of keys are unrolled into straight-line code, in which the compiler
+hides the softmax of some rows behind the products of others.
 """
 
 import functools
@@ -23,10 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tpu
 from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
-from pallas_kernels.dense_mla import mosaic_tpu_words
+from pallas_kernels.dense_mla import mosaic_tpu_mask_bits
 
 LANES: Final = 128
-_NEVER: Final = -1e30  # a maximum before any key; finite, or NaN comes of it
+_NEVER: Final = -1e30  # initial maximum; finite, since -inf would give NaN
 _LEAST: Final = jnp.iinfo(jnp.int32).min
 _LOG2E: Final = math.log2(math.e)
 
@@ -38,34 +39,35 @@ def forward(
   start: Int[Array, "B 1 paddedT"],
   end: Int[Array, "B 1 paddedT"],
   bounds: Int[Array, "B nT 4"],
-  words: Int[Array, "B nW paddedT 128"] | None,
+  mask_bits: Int[Array, "B nW paddedT 128"] | None,
   scale: float,
   *,
   bS: int,
   chunk: int,
 ) -> tuple[Float[Array, "B N paddedT U"], Float[Array, "B N 1 paddedT"]]:
-  """Output, and logsumexp.
+  """Computes the output and the logsumexp.
 
   Args:
-    q: Queries, of whole tiles.
-    k: Keys, of whole tiles of bS, heads side by side; see `mosaic_tpu_heads`.
+    q: Queries, padded to whole tiles.
+    k: Keys, padded to whole tiles of bS, heads side by side; see
+      `mosaic_tpu_heads`.
     v: Values.
-    start: The first key of each query.
-    end: One past the last one.
-    bounds: Of each tile of queries: some see from the first to the fourth key,
-      all see from the second to the third.
-    words: If given, they say which keys are read instead of start and end; see
-      `mosaic_tpu_words`.
-    scale: Of the logits; positive.
-    bS: Keys of a tile.
-    chunk: Keys of a chunk; a divisor of bS.
+    start: First key of each query.
+    end: One past the last key.
+    bounds: For each tile of queries: keys in [first, fourth) are seen by some,
+      keys in [second, third) by all.
+    mask_bits: If given, the mask, in place of start and end; see
+      `mosaic_tpu_mask_bits`.
+    scale: Scale of the logits; positive.
+    bS: Keys per tile.
+    chunk: Keys per chunk; a divisor of bS.
   """
   (B, N, T, HR), U, nT = q.shape, v.shape[-1], bounds.shape[1]
   bT = T // nT
   bounds = bounds.reshape(-1)
 
   def keys(b, i, j, bounds):
-    """The tile of step j; after the last, what the next queries begin with."""
+    """Tile of step j; past the last, the first tile of the next queries."""
     at, following = (4 * (b * nT + x) for x in (i, lax.rem(i + 1, nT)))
     tile = bounds[at] // bS + j
     is_walked = tile * bS < bounds[at + 3]
@@ -88,7 +90,7 @@ def forward(
   bound = pl.BlockSpec((None, 1, bT), lambda b, n, i, j, bounds: (b, 0, i))
   in_specs = [queries(heads.width(HR)), k_spec, v_spec]
   operands = [heads.queries(q), k, v]
-  if words is None:
+  if mask_bits is None:
     in_specs += [bound, bound]
     operands += [start, end]
   else:
@@ -99,11 +101,11 @@ def forward(
         lambda b, n, i, j, bounds: (b, keys(b, i, j, bounds) // per_word, i, 0),
       )
     )
-    operands.append(words)
+    operands.append(mask_bits)
   steps = jnp.max(pl.cdiv(bounds[3::4], bS) - bounds[::4] // bS)
   return pl.pallas_call(
     functools.partial(
-      _kernel, scale=scale, nT=nT, chunk=chunk, by_words=words is not None
+      _kernel, scale=scale, nT=nT, chunk=chunk, has_mask=mask_bits is not None
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
@@ -130,13 +132,13 @@ def forward(
       vmem_limit_bytes=tpu.chip().vmem,
     ),
     interpret=tpu.interpret(),
-    name=f"dense_mla_{'chosen_' * (words is not None)}forward"
+    name=f"dense_mla_{'masked_' * (mask_bits is not None)}forward"
     f"_q{bT}_k{bS}_c{chunk}",
   )(bounds, *operands)
 
 
 def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-  """x and y multiplied along an axis of each; float32 is not rounded first."""
+  """Contracts one axis of each; float32 operands are not rounded."""
   return lax.dot_general(
     x, y, ((contracted[:1], contracted[1:]), ((), ())),
     precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
@@ -145,18 +147,18 @@ def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
 
 
 def _to_rows(x: jax.Array) -> jax.Array:
-  """[1, bT] -> [bT, 128]: a number of each lane to all lanes of its row."""
+  """[1, bT] -> [bT, 128]: broadcasts the number of lane i over row i."""
   return jnp.broadcast_to(x, (LANES, x.shape[1])).T
 
 
 def _wide(x: jax.Array, width: int) -> jax.Array:
-  """[bT, 128], alike in all lanes -> [bT, width]."""
+  """[bT, 128], equal in all lanes -> [bT, width]."""
   return jnp.concatenate([x] * (width // LANES), 1)
 
 
-def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
-  if by_words:
-    words, *refs = refs
+def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, has_mask):
+  if has_mask:
+    mask_bits, *refs = refs
   else:
     start, end, *refs = refs
   out, lse, total_out, top, total = refs
@@ -177,18 +179,20 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
   def seen(at):
     """bool[bT, chunk]"""
     first_key = tile_key + at
-    if by_words:
-      return mosaic_tpu_words.chosen(words[...], first_key, chunk, axis=1)
+    if has_mask:
+      return mosaic_tpu_mask_bits.unpack(
+        mask_bits[...], first_key, chunk, axis=1
+      )
     before = _to_rows(start[...] - first_key)
     length = _to_rows(jnp.maximum(end[...] - start[...], 0))
     lane = lax.broadcasted_iota(jnp.int32, (bT, LANES), 1)
-    # As unsigned numbers, those before the start are larger than any length.
+    # Compared as unsigned: keys before the start exceed any length.
     keys = lane - before + _LEAST
     parts = [keys + x < length + _LEAST for x in range(0, chunk, LANES)]
     return jnp.concatenate(parts, 1)
 
   def add(at, masked):
-    """Adds the chunk of keys that begins at `at` of the tile."""
+    """Adds the chunk of keys that begins at offset `at` of the tile."""
     keys = pl.ds(at, chunk)
     logits = dot(q[...], k[keys], (1, 1))
     if masked:
@@ -197,7 +201,7 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
     new_top = jnp.maximum(old_top, jnp.max(logits, 1, keepdims=True))
     keep = jnp.exp2((old_top - new_top) * (scale * _LOG2E))
     weights = jnp.exp2((logits - _wide(new_top, chunk)) * (scale * _LOG2E))
-    # Sums of every 128th key: lanes are added at the end.
+    # Sums over every 128th key; lanes are reduced at the end.
     total[...] = total[...] * keep + sum(jnp.split(weights, chunk // LANES, 1))
     top[...] = new_top
     part = dot(weights.astype(v.dtype), v[keys], (1, 0))
@@ -216,7 +220,7 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, by_words):
       for at in range(0, stretch, chunk):
         add(first + at, masked)
 
-    if by_words:
+    if has_mask:
       walk(masked=True)
     else:
       whole = (largest_start <= tile_key + first) & (

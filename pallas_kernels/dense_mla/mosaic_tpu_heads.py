@@ -1,11 +1,11 @@
-"""Keys of all heads side by side, of which a TPU's kernel reads whole lanes.
+"""Layout of keys with all heads side by side, read in whole lanes on a TPU.
 
 In memory a row fills whole registers of 128 lanes: keys by head, 192 wide,
-would take the memory of 256. Side by side they take their own. A head's keys
-then begin at a multiple of 64, and from the last multiple of 128 before them
-to the first after them may lie 64 numbers of a neighbour: there, its queries
-have zeros. To multiply with these takes no time, since the matrix units fill
-up widths as well.
+would take the memory of 256. Side by side there is no padding. A head's keys
+then begin at a multiple of 64, so that the window from the last multiple of 128
+before them to the first after them may hold 64 numbers of a neighbouring head:
+there, its queries have zeros. Multiplying with these zeros is free, since the
+matrix units pad widths to the same size.
 """
 
 from typing import Any, Final
@@ -17,23 +17,23 @@ LANES: Final = 128
 
 
 def side_by_side(k: Float[Array, "B S N X"]) -> Float[Array, "B S lanes"]:
-  """Keys, and zeros to fill the last register; X is a multiple of 64."""
+  """Concatenates heads, padded to whole registers; X is a multiple of 64."""
   B, S, N, X = k.shape
   return jnp.pad(k.reshape(B, S, N * X), [(0, 0), (0, 0), (0, -N * X % LANES)])
 
 
 def place(n: Any, X: int) -> Any:
-  """The lane from which head n of width X is read."""
+  """First lane of the window of head n, of width X."""
   return n * X // LANES * LANES
 
 
 def width(X: int, heads: int = 1) -> int:
-  """How many lanes are read for so many heads; their first is a multiple."""
+  """Lanes of the window of `heads` heads that start at a register."""
   return -(-heads * X // LANES) * LANES
 
 
 def queries(q: Float[Array, "B N T X"]) -> Float[Array, "B N T width"]:
-  """Queries, and zeros where the neighbours of their heads' keys are."""
+  """Pads queries with zeros where the window has a neighbouring head's keys."""
   B, N, T, X = q.shape
   if X % LANES == 0:
     return q

@@ -1,4 +1,4 @@
-"""The definition. Everything else in this folder must agree with it."""
+"""Definition of the op; every implementation must agree with it."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def dense_mla(
   scale: float,
   indices: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
-  """See `api.dense_mla`. Holds [B, T, N, S] in memory, and [B, T, K, S]."""
+  """See `api.dense_mla`. Materialises [B, T, N, S] and [B, T, K, S]."""
   f32, S = jnp.float32, k.shape[1]
   logits_BTNS = scale * jnp.einsum(
     "BTND,BSND->BTNS", q, k, preferred_element_type=f32

@@ -1,4 +1,4 @@
-"""Public entry point: picks an implementation."""
+"""Public entry point: selects an implementation."""
 
 from typing import Final, Literal
 
@@ -33,13 +33,13 @@ def indexer_topk(
   score_dtype: Literal["float8_e4m3fn"] | None = None,
   implementation: Implementation | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
-  """The `top_k` keys of highest index score for each query.
+  """Selects the `top_k` keys of highest index score for each query.
 
   `score[t, s] = sum_j w[t, j] relu(q[t, j] . k[s])` (DeepSeek-V3.2, eq. 1),
-  with products and sums in fp32. Equal scores go to the lowest key. The result
-  is the same for every tiling, with and without jit, grad and remat, up to
-  scores that differ by no more than the matmul's rounding. It has no gradient:
-  the loss computes the scores again.
+  with products and sums in fp32. Ties go to the lowest key. The result is the
+  same for every tiling, with and without jit, grad and remat, up to scores that
+  differ by no more than the matmul's rounding. It has no gradient: the loss
+  recomputes the scores.
 
   Memory: O(T K) and one tile of queries x S, except for `reference`.
 
@@ -47,11 +47,11 @@ def indexer_topk(
     q: Index queries, rotated.
     k: Index keys, shared by all heads, rotated.
     w: Head weights of each query, with all scales folded in.
-    start: The first key that a query sees.
-    end: One past the last key it sees; `start >= end` sees none.
+    start: First key that each query sees.
+    end: One past the last key it sees; with `start >= end` it sees none.
     top_k: K, at least 1; may exceed S.
-    score_dtype: Of the queries and keys in their product; `None` is their own.
-      In 8 bits they are rotated and scaled first, as DeepSeek-V3.2 does it
+    score_dtype: Dtype of queries and keys in their product; `None` keeps their
+      own. In 8 bits they are rotated and scaled first, as in DeepSeek-V3.2
       (`fp8.quantize`; I must be a power of 2): Hopper's tensor cores are twice
       as fast, and the scores a few percent off. The same for every
       implementation.
@@ -59,7 +59,7 @@ def indexer_topk(
       backend. A name takes that one, or raises `NotImplementedError`.
 
   Returns:
-    Indices, int32, ascending, filled up with -1 at the end where a query sees
+    Indices, int32, ascending, padded with -1 at the end where a query sees
     fewer than K keys; and their scores, fp32, -inf there.
 
   Raises:

@@ -3,17 +3,17 @@
 For each tile of bT queries:
 
   1. score all visible keys, a tile of bS keys at a time: [bT, S], the largest
-     array there is; keys no query of the tile can see are not computed
-  2. turn each score into an unsigned integer of the same order
+     array there is; keys that no query of the tile can see are skipped
+  2. map each score to an unsigned integer of the same order
   3. find the K-th largest, bit by bit from the top: 32 counts
-  4. mark the keys above it, and of those equal to it the first ones, as bits:
-     32 keys a word
-  5. read the k-th marked key off the words' running popcounts, so that the
-     indices come out ascending
+  4. mark the keys above it, and the first of those equal to it, as bits: 32
+     keys a word
+  5. find the k-th marked key by the words' running popcounts, so that the
+     indices are ascending
 
-No step depends on how keys or queries are tiled: every score is one dot product
-over I and one sum over M. (Its last bits are the backend's matmul's, which may
-differ with the tile's shape: a choice between scores that close is arbitrary.)
+No step depends on the tiling of keys or queries: every score is one dot product
+over I and one sum over M. (Its last bits depend on the backend's matmul, which
+may differ with the tile's shape: the order of scores that close is arbitrary.)
 """
 
 import functools
@@ -43,8 +43,8 @@ def indexer_topk(
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`.
 
-  `query_tile` and `key_tile` are the queries of a tile and the keys scored at a
-  time; by default what fits the tile budget. Neither changes the result.
+  `query_tile` and `key_tile` are the queries per tile and the keys scored at a
+  time; by default as many as fit the tile budget. Neither changes the result.
   """
   T, S, M = q.shape[1], k.shape[1], q.shape[2]
   bT = query_tile or tiles.tile_size(T, 8 * S, largest=128)
@@ -60,8 +60,8 @@ def indexer_topk(
   q, k, w = jax.lax.stop_gradient((q, k, w))
   if score_dtype is not None:
     q, k = fp8.rounded(q), fp8.rounded(k)
-  # Which keys are visible depends on start and end alone. Tied to q, it cannot
-  # be worked out ahead, once for all layers of a model: that would be T x S.
+  # Visibility depends on start and end alone. Tied to q, it cannot be computed
+  # in advance, once for all layers of a model: that would be T x S.
   q, start, end = jax.lax.optimization_barrier((q, start, end))
   return tiles.map_rows(
     row,
@@ -114,14 +114,14 @@ def _scores(q, k, w, start, end, bS) -> Float[Array, "T S"]:
 
 
 def _order(scores: Float[Array, "T S"]) -> UInt32[Array, "T S"]:
-  """An integer for each score, above 0, that compares as the score does."""
+  """Maps each score to an integer above 0 that compares as the score does."""
   bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
   sign = bits >> 31
   return bits ^ jnp.where(sign == 1, jnp.uint32(2**32 - 1), jnp.uint32(2**31))
 
 
 def _kth_largest(order: UInt32[Array, "T S"], k: int) -> UInt32[Array, "T 1"]:
-  """The largest x that at least `k` items of the row reach; 0 without such."""
+  """Largest x that at least `k` items of the row reach; 0 without such."""
 
   def bit(i, found_T1):
     trial_T1 = found_T1 | (jnp.uint32(2**31) >> i.astype(jnp.uint32))
@@ -150,7 +150,7 @@ def _exclusive_sum(counts: Int[Array, "T W"]) -> Int[Array, "T W"]:
 def _bit_position(
   words: UInt32[Array, "..."], n: Int[Array, "..."]
 ) -> UInt32[Array, "..."]:
-  """Where the n-th (from 0) set bit of each word stands, by halving."""
+  """Position of the n-th (from 0) set bit of each word, by bisection."""
   n, position = n.astype(jnp.uint32), jnp.zeros_like(words)
   for width in (16, 8, 4, 2, 1):
     low = (words >> position) & jnp.uint32(2**width - 1)
@@ -171,11 +171,11 @@ def _lowest_bits(
 
 
 def _marked(words: UInt32[Array, "T W"], k: int) -> Int[Array, "T K"]:
-  """The first k set bits of each row, ascending; then -1."""
+  """First k set bits of each row, ascending, padded with -1."""
   counts_TW = _popcount(words)
   through_TW = jnp.cumsum(counts_TW, -1)
   rank_K = jnp.arange(k, dtype=jnp.int32)
-  # The word that holds the rank-th bit: the first whose running count is above.
+  # The word that holds the rank-th bit: the first with a larger running count.
   search = functools.partial(jnp.searchsorted, side="right")
   word_TK = jax.vmap(search, in_axes=(0, None))(through_TW, rank_K)
   exists_TK = rank_K[None] < through_TW[:, -1:]

@@ -1,8 +1,8 @@
-"""Index queries and keys in 8 bits, as DeepSeek-V3.2 has them.
+"""Quantises index queries and keys to 8 bits, as in DeepSeek-V3.2.
 
-A vector of I numbers is rotated by a Hadamard matrix, which spreads what stands
-out over all of them and leaves every q.k as it is, and then divided by a power
-of two that brings its greatest number to at most 448, the largest of e4m3. With
+A vector of I numbers is rotated by a Hadamard matrix, which spreads outliers
+over all of them and preserves every q.k, and then divided by a power of two
+that brings its largest number to at most 448, the largest of e4m3. With
 `q, q_scale` and `k, k_scale` of `quantize`,
 
   score[t, s] = k_scale[s] sum_j (w q_scale)[t, j] relu(q[t, j] . k[s])
@@ -16,15 +16,15 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 LARGEST: Final = 448.0  # of e4m3
-_LEAST: Final = 1e-4  # greatest number of a vector, at least
+_LEAST: Final = 1e-4  # lower bound of a vector's largest number
 _MANTISSA: Final = 23  # bits, of float32
-_BIAS: Final = 127  # of its exponent
+_BIAS: Final = 127  # of float32's exponent
 
 
 def quantize(
   x: Float[Array, "*N I"],
 ) -> tuple[Float[Array, "*N I"], Float[Array, "*N"]]:
-  """Rotates, and rounds to e4m3.
+  """Rotates and rounds to e4m3.
 
   Args:
     x: Index queries or keys, I a power of two.
@@ -42,16 +42,16 @@ def quantize(
 
 
 def rounded(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
-  """What `quantize` keeps of the rotated numbers, in the dtype of `x`.
+  """Rotates, quantises and dequantises, in the dtype of `x`.
 
-  Nothing more is lost: a number has 4 significant bits.
+  The dequantisation is exact: a number has 4 significant bits.
   """
   values, scale = quantize(x)
   return (values.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
 
 
 def rotate(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
-  """I^-1/2 x H, with H the Hadamard matrix of Sylvester's order.
+  """Computes I^-1/2 x H, with H the Hadamard matrix in Sylvester's order.
 
   Sums are in float32; the result has the dtype of `x`.
 
@@ -76,13 +76,13 @@ def rotate(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
 
 
 def _hadamard(n: int) -> np.ndarray:
-  """[n, n] of 1 and -1: the parity of the bits that both indices have."""
+  """Hadamard matrix [n, n] of 1 and -1, the parity of both indices' bits."""
   i = np.arange(n, dtype=np.uint32)
   return 1 - 2 * (np.bitwise_count(i[:, None] & i) % 2).astype(np.int32)
 
 
 def _exponent(greatest: Float[Array, "*N"]) -> Int[Array, "*N"]:
-  """Of the least power of two that is not below `greatest / LARGEST`."""
+  """Exponent of the least power of two not below `greatest / LARGEST`."""
   ratio = jnp.maximum(greatest, _LEAST) * jnp.float32(1 / LARGEST)
   bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
   is_between = (bits & ((1 << _MANTISSA) - 1)) != 0

@@ -1,4 +1,4 @@
-"""Scores and selection by kernels on Hopper, a chunk of queries at a time."""
+"""Scores and selection on Hopper, a chunk of queries at a time."""
 
 import functools
 from typing import Final, Literal
@@ -12,7 +12,7 @@ from pallas_kernels.indexer_topk import fp8
 from pallas_kernels.indexer_topk import mosaic_gpu_scores
 from pallas_kernels.indexer_topk import mosaic_gpu_select
 
-# What the scores of a chunk may take: the memory law.
+# Limit of the scores of a chunk: the memory law.
 _CHUNK_BYTES: Final = 256 << 20
 _QUERIES: Final = 8  # a chunk is a multiple of this
 

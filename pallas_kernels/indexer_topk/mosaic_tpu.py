@@ -1,8 +1,8 @@
 """Scores and exact selection on TPUs, in one kernel.
 
-The scores of a block of queries never leave vector memory: 4 bytes a key and
-query, 16 MiB for 32 queries and 131072 keys. Keys are streamed past them, a
-tile at a time; then the block's indices are chosen (`mosaic_tpu_select`).
+The scores of a block of queries never leave VMEM: 4 bytes per key and query, 16
+MiB for 32 queries and 131072 keys. Keys are streamed tile by tile; then the
+block's indices are selected (`mosaic_tpu_select`).
 """
 
 import functools
@@ -19,13 +19,13 @@ from pallas_kernels import tpu
 from pallas_kernels.indexer_topk import fp8
 from pallas_kernels.indexer_topk import mosaic_tpu_select
 
-_SUBLANES: Final = 8  # queries of a vector register
+_SUBLANES: Final = 8  # queries per vector register
 _LANES: Final = mosaic_tpu_select.LANES
 _WORD: Final = mosaic_tpu_select.WORD
 bS: Final = mosaic_tpu_select.bS
-_COLUMNS: Final = 512  # keys of one product
+_COLUMNS: Final = 512  # keys per matrix product
 _LARGEST_BLOCK: Final = 32  # queries
-# Of the vector memory, what a kernel may plan with: the rest is the compiler's.
+# Share of VMEM that a kernel may use: the rest is left to the compiler.
 _SHARE: Final = 0.75
 
 
@@ -40,12 +40,12 @@ def indexer_topk(
   score_dtype: Literal["float8_e4m3fn"] | None = None,
   query_tile: int | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
-  """See `api.indexer_topk`. Holds q and k once more, in the kernel's order.
+  """See `api.indexer_topk`. Holds a copy of q and k in the kernel's layout.
 
-  The scores that are returned are computed again, of the chosen keys alone, and
-  by XLA: a step that does not read them does not pay for them.
+  The returned scores are recomputed by XLA, for the selected keys only: a step
+  that does not read them does not pay for them.
 
-  `query_tile` is the number of queries whose scores are in memory at a time, a
+  `query_tile` is the number of queries whose scores are in VMEM at a time, a
   multiple of 8; by default as many as fit, up to 32.
   """
   (_, T, M, I), S = q.shape, k.shape[1]
@@ -64,7 +64,7 @@ def indexer_topk(
 
 
 def block_size(T: int, S: int, M: int, I: int, K: int, itemsize: int) -> int:
-  """How many queries have their scores in memory at a time."""
+  """Number of queries whose scores are in VMEM at a time."""
   limit = int(_SHARE * tpu.chip().vmem)
   bQ = _LARGEST_BLOCK
   while bQ > _SUBLANES and (
@@ -81,7 +81,7 @@ def block_size(T: int, S: int, M: int, I: int, K: int, itemsize: int) -> int:
 
 
 def vmem_bytes(bQ: int, S: int, M: int, I: int, K: int, itemsize: int) -> int:
-  """Vector memory of a block of bQ queries."""
+  """Bytes of VMEM for a block of bQ queries."""
   lanes = lambda n: -(-n // _LANES) * _LANES
   blocks = (
     itemsize * bQ * M * lanes(I)  # queries
@@ -104,8 +104,8 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
     return jnp.pad(x, [(0, 0), (0, -T % bQ)] + [(0, 0)] * (x.ndim - 2))
 
   q, w, start, end = map(pad, (q, w, start, end))
-  # Rows of the product: of each 8 queries, those of one head, then of the next.
-  # The sum over heads then adds whole registers.
+  # Rows of the product: 8 queries of one head, then the same 8 of the next, so
+  # that the sum over heads adds whole registers.
   q = q.reshape(B, nQ, groups, _SUBLANES, M, I).swapaxes(3, 4)
   q = q.reshape(B, nQ, bQ * M, I)
   # Columns: see `mosaic_tpu_select`.
@@ -121,7 +121,7 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
     )
 
   def of_keys(b, i, tile, first, last):
-    # What is not seen is not fetched: the tile stays the same.
+    # Tiles that are not seen are not fetched: the index stays the same.
     i = _block(i, nQ)
     return b, jnp.clip(tile, first[b, i], jnp.maximum(last[b, i] - 1, 0)), 0, 0
 
@@ -155,18 +155,16 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
 
 
 def _block(i, nQ):
-  """Every second block first, for a chip that gives each core half of the grid:
+  """Block of queries of grid step `i`: even blocks first, then odd ones.
 
+  On a chip that splits the grid between two cores this balances the work, since
   later queries see more keys.
   """
   return 2 * i % nQ + 2 * i // nQ * (1 - nQ % 2)
 
 
 def _tiles_seen(start, end, bQ):
-  """The first, and one past the last tile of keys that a block's queries see.
-
-  [B, nQ] each.
-  """
+  """Range of key tiles that each block of queries sees, [B, nQ] each."""
   start, end = (x.reshape(x.shape[0], -1, bQ) for x in (start, end))
   alive = start < end
   first = jnp.where(alive, start, jnp.iinfo(jnp.int32).max).min(-1) // bS
@@ -187,7 +185,7 @@ def _kernel(
   *,
   top_k,
 ):
-  """One tile of keys for one block of queries; after the last, the choice."""
+  """Scores one tile of keys; after the last one, selects."""
   b, i, tile = (pl.program_id(axis) for axis in range(3))
   i = _block(i, pl.num_programs(1))
   seen = first_ref[b, i], last_ref[b, i]
@@ -214,12 +212,15 @@ def _kernel(
 
 
 def _groups(bQ: int) -> list[slice]:
-  """The rows of each register of queries."""
+  """Rows of each register of queries."""
   return [slice(row, row + _SUBLANES) for row in range(0, bQ, _SUBLANES)]
 
 
 def _score(q_ref, k_ref, w_lanes_ref, order_ref, tile, start, end):
-  """The order of a tile's scores: `order_ref[tile]` [32, bQ, 128]."""
+  """Writes a tile's scores, as ordered integers, to `order_ref[tile]`.
+
+  Its shape is [32, bQ, 128].
+  """
   groups, M = w_lanes_ref.shape[:2]
 
   def columns(i, _):
@@ -248,12 +249,12 @@ def _score(q_ref, k_ref, w_lanes_ref, order_ref, tile, start, end):
 
 
 def _precision(dtype) -> jax.lax.Precision | None:
-  """Products of float32 are not rounded to bfloat16 first."""
+  """Precision at which float32 operands are not rounded to bfloat16."""
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _scores(q, k, w, indices) -> Float[Array, "B T K"]:
-  """Scores of the chosen keys, a tile of queries at a time; -inf for none."""
+  """Scores of the selected keys, a tile of queries at a time; -inf for -1."""
   T, M, K = q.shape[1], q.shape[2], indices.shape[-1]
   row_bytes = K * (4 * M + q.dtype.itemsize * q.shape[3])
   bT = tiles.tile_size(T, row_bytes, largest=128)

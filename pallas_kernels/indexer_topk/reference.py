@@ -1,4 +1,4 @@
-"""The definition. Everything else in this folder must agree with it."""
+"""Definition of the op; every implementation must agree with it."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ def indexer_topk(
   *,
   score_dtype: Literal["float8_e4m3fn"] | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
-  """See `api.indexer_topk`. Holds [B, T, M, S] in memory."""
+  """See `api.indexer_topk`. Materialises [B, T, M, S]."""
   f32, S = jnp.float32, k.shape[1]
   q, k, w = jax.lax.stop_gradient((q, k, w))
   if score_dtype is not None:
@@ -33,7 +33,7 @@ def indexer_topk(
   scores_BTS = jnp.where(visible_BTS, scores_BTS, -jnp.inf)
 
   # Visible first, then highest; a stable sort leaves ties in the order of keys.
-  # (-0.0 equals 0.0 here, which lax.top_k would deny.)
+  # (-0.0 equals 0.0 here, unlike in lax.top_k.)
   chosen_BTK = jnp.lexsort((-scores_BTS, ~visible_BTS))[..., :top_k]
   chosen_BTK = jnp.where(
     jnp.take_along_axis(visible_BTS, chosen_BTK, -1), chosen_BTK, S

@@ -1,4 +1,4 @@
-"""Public entry point: picks an implementation."""
+"""Public entry point: selects an implementation."""
 
 from typing import Final, Literal
 
@@ -36,29 +36,30 @@ def sparse_indexer_loss(
   *,
   implementation: Implementation | None = None,
 ) -> Float[Array, "B T"]:
-  """How far each query's index scores are from what its attention does.
+  """KL divergence of each query's index scores from its sparse attention.
 
-  `KL(p[t] || softmax(I[t]))` over the chosen keys, where p is the mean over
+  `KL(p[t] || softmax(I[t]))` over the selected keys, where p is the mean over
   heads of the main attention's weights there and I the index scores
-  (DeepSeek-V3.2, eq. 4). In fp32. Its gradient to I is exactly softmax(I) - p,
-  times that of the result. Nothing flows into `q`, `kv` and `lse`. Work is
-  O(T K); memory is the gradients and one tile of queries, or with a kernel the
-  target, except for `reference`'s gathered copy. Where the attention runs in
-  the same step, `sparse_mla_with_loss` is cheaper.
+  (DeepSeek-V3.2, eq. 4). In fp32. Its gradient with respect to I is exactly
+  softmax(I) - p, times that of the result. No gradient flows into `q`, `kv` and
+  `lse`. Work is O(T K); memory is the gradients and one tile of queries, or
+  with a kernel the target, except for `reference`'s gathered copy. Where the
+  attention runs in the same step, `sparse_mla_with_loss` is cheaper.
 
   Args:
-    q_index: Index queries, as given to `indexer_topk`.
+    q_index: Index queries, as passed to `indexer_topk`.
     k_index: Index keys.
     w: Head weights.
-    indices: The chosen keys, each at most once; outside [0, S) is ignored.
-    q: Absorbed queries, as given to `sparse_mla`.
+    indices: Selected keys, each at most once; entries outside [0, S) are
+      ignored.
+    q: Absorbed queries, as passed to `sparse_mla`.
     kv: Latents and rotated keys.
-    lse: What `sparse_mla` returned for them.
-    scale: As given to `sparse_mla`.
+    lse: Logsumexp that `sparse_mla` returned for them.
+    scale: Softmax scale, as passed to `sparse_mla`.
     heads_axis: The mesh axes that shard N, inside a shard_map: the target is
       summed over them.
-    measure: Whether to compute the result. If not, it is 0, and the gradient,
-      which does not need it, is the same. May be decided as the program runs.
+    measure: Whether to compute the result. If not, it is 0; the gradient, which
+      does not need it, is the same. May be a traced value.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 

@@ -1,11 +1,11 @@
-"""Gathers the chosen keys for one tile of queries at a time: O(T K) work.
+"""Gathers the selected keys for one tile of queries at a time: O(T K) work.
 
-Of the loss, only the value needs the forward pass, and only if it is measured.
-The backward pass computes both distributions again from the inputs, and from
+Only the loss's value needs the forward pass, and only if it is measured. The
+backward pass recomputes both distributions from the inputs, and from
 
   d scores = (softmax(I) - p) * d loss
 
-what follows for the index queries, keys and weights.
+the gradients of the index queries, keys and weights.
 """
 
 import functools
@@ -49,7 +49,7 @@ def _loss(*args):
 
 
 def _compare(indices, q_index, w, q, lse, k_index, kv, scale, heads_axis):
-  """Both distributions of a tile of queries, and what they were made from."""
+  """Computes both distributions of a tile of queries and their inputs."""
   f32 = jnp.float32
   valid_TK = (indices >= 0) & (indices < kv.shape[0])
   safe_TK = jnp.where(valid_TK, indices, 0)

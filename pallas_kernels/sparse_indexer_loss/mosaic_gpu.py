@@ -1,9 +1,9 @@
-"""Hopper: gathers the chosen keys of each query, in three kernels.
+"""Loss of sparse attention on Hopper: three kernels over the selected keys.
 
-  mosaic_gpu_target    what the heads attend to, summed over them
-  mosaic_gpu_compare   the scores' softmax against it: the divergence, and gap =
-                       softmax - target, which is its gradient to the scores
-  mosaic_gpu_gradient  what follows from gap * d loss
+  mosaic_gpu_target    attention weights, summed over heads
+  mosaic_gpu_compare   the divergence of the scores' softmax, and gap = softmax
+                       - target, its gradient with respect to the scores
+  mosaic_gpu_gradient  gradients from gap * d loss
 
 Memory: target and gap, [B, T, K] in f32.
 """
@@ -19,7 +19,7 @@ from pallas_kernels.sparse_indexer_loss import mosaic_gpu_compare
 from pallas_kernels.sparse_indexer_loss import mosaic_gpu_gradient
 from pallas_kernels.sparse_indexer_loss import mosaic_gpu_target
 
-# Heads, their width, and what divides the number of keys: of the kernels.
+# Heads, their width, and divisor of the number of keys, in the kernels.
 _M: Final = 64
 _I: Final = 128
 _bK: Final = 256
@@ -41,7 +41,7 @@ def sparse_indexer_loss(
 ) -> Float[Array, "B T"]:
   """See `api.sparse_indexer_loss`.
 
-  The sums in k_index's gradient come in any order, so that its last bits differ
+  k_index's gradient is summed in no fixed order, so that its last bits differ
   from run to run.
   """
   check(q_index, k_index, indices)
@@ -59,7 +59,7 @@ def check(
   k_index: Float[Array, "B S I"],
   indices: Int[Array, "B T K"],
 ) -> None:
-  """Raises NotImplementedError for what `compare` and `gradient` cannot do."""
+  """Raises NotImplementedError for inputs that the indexer's kernels lack."""
   (M, I), K = q_index.shape[2:], indices.shape[2]
   for name, x in (("q_index", q_index), ("k_index", k_index)):
     if x.dtype != jnp.bfloat16:
@@ -77,7 +77,7 @@ def check(
 def check_attention(
   q: Float[Array, "B T N CR"], kv: Float[Array, "B S CR"]
 ) -> None:
-  """Raises NotImplementedError for what `target` cannot do."""
+  """Raises NotImplementedError for inputs that `target` does not support."""
   N, CR = q.shape[2:]
   for name, x in (("q", q), ("kv", kv)):
     if x.dtype != jnp.bfloat16:
@@ -96,7 +96,7 @@ def target(
   lse: Float[Array, "B T N"],
   scale: float,
 ) -> Float[Array, "B T K"]:
-  """What these heads together give each chosen key; 0 for ignored ones."""
+  """Sum over these heads of each selected key's weight; 0 if ignored."""
   K = indices.shape[2]
   padded = _pad_keys(indices, -1)
   return mosaic_gpu_target.target(q, kv, padded, lse, scale)[..., :K]
@@ -111,7 +111,7 @@ def compare(
 ) -> tuple[
   Float[Array, "B T"], tuple[Float[Array, "B T X"], Int[Array, "B T"]]
 ]:
-  """The loss, from the target of all heads; and what `gradient` needs of it."""
+  """Computes the loss from all heads' target, and `gradient`'s residuals."""
   loss, gap, count = mosaic_gpu_compare.compare(
     _pad_heads(q_index, 2),
     k_index,
@@ -132,7 +132,7 @@ def gradient(
 ) -> tuple[
   Float[Array, "B T M I"], Float[Array, "B S I"], Float[Array, "B T M"]
 ]:
-  """To q_index, k_index and w."""
+  """Computes the gradients of q_index, k_index and w."""
   M = w.shape[2]
   d_q, d_k, d_w = mosaic_gpu_gradient.gradient(
     _pad_heads(q_index, 2),
@@ -152,7 +152,7 @@ def _pad_keys(x, fill):
 
 
 def _pad_heads(x, axis):
-  """Heads without weight."""
+  """Pads with heads of zero weight."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, _M - x.shape[axis])
   return jnp.pad(x, widths)
@@ -167,7 +167,7 @@ def _loss(q_index, k_index, w, indices, q, kv, lse, measure, scale, heads_axis):
 
 
 def measured(measure, loss, indices) -> Float[Array, "B T"]:
-  """loss(), or 0 unless it is to be measured; `measure` None: always."""
+  """Returns loss() if `measure` is true or None, else zeros."""
   if measure is None:
     return loss()
   nothing = lambda: jnp.zeros(indices.shape[:2], jnp.float32)
@@ -187,7 +187,7 @@ def _vjp_forward(
   inputs = q_index, k_index, w, indices, q, kv, lse
   loss, gap = _compared(*inputs, scale, heads_axis)
   if measure is not None:
-    # Apart, so that under remat the first forward pass computes nothing of it.
+    # Separate, so that under remat the first forward pass skips it.
     loss = _loss(*inputs, measure, scale, heads_axis)
   return loss, (q_index, k_index, w, indices, gap)
 

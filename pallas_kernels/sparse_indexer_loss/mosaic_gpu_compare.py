@@ -1,4 +1,4 @@
-"""Index scores against the attention's probabilities, on Hopper.
+"""Divergence of index scores from the attention's probabilities, on Hopper.
 
 A warpgroup has one query and gathers its keys, 64 at a time. Keys are the rows
 of the product with the query's heads, so that a score is a sum over a row; the
@@ -27,18 +27,18 @@ def compare(
   indices: Int[Array, "B T K"],
   p: Float[Array, "B T K"],
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T K"], Int[Array, "B T"]]:
-  """The divergence of each query; what its gradient to the scores is.
+  """Computes each query's divergence and its gradient to the scores.
 
   Args:
     q_index: Index queries.
     k_index: Index keys.
     w: Head weights.
-    indices: The chosen keys; outside [0, S) is ignored. K a multiple of 256.
-    p: What the attention gives each of them, at least 0, to be normalised.
+    indices: Selected keys; outside [0, S) is ignored. K a multiple of 256.
+    p: Attention weight of each of them, at least 0, to be normalised.
 
   Returns:
-    KL(p || softmax(scores)); softmax(scores) - p, 0 for ignored keys; and how
-    many of the first keys hold all that are not ignored.
+    KL(p || softmax(scores)); softmax(scores) - p, 0 for ignored keys; and the
+    length of a prefix of the keys that has all that are not ignored.
   """
   (B, T, M, I), S, K = q_index.shape, k_index.shape[1], indices.shape[2]
   f32 = jnp.float32
@@ -51,7 +51,7 @@ def compare(
     plgpu.copy_gmem_to_smem(q.at[t], q_s, loaded)
 
     def fold(n, f, init):
-      """f(the place of `span` keys, what came of those before), n times."""
+      """Folds f(slice of `span` keys, carry) over n steps."""
       return lax.fori_loop(
         0, n, lambda i, carry: f(pl.ds(i * span, span), carry), init
       )

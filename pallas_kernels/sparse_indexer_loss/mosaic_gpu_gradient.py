@@ -1,4 +1,4 @@
-"""From d scores to d index queries, keys and weights, on Hopper.
+"""Gradients of index queries, keys and weights from d scores, on Hopper.
 
 A warpgroup has one query and gathers its keys, 64 at a time. With g[k, m] =
 d scores[k] where head m is active at key k, else 0:
@@ -7,9 +7,9 @@ d scores[k] where head m is active at key k, else 0:
   d w[m] = q[m] . sum_k g[k, m] key[k]
   d key[k] = d scores[k] sum_m (w[m] where active, else 0) q[m]
 
-d w comes for nothing, as relu(q . key) = q . (key where active, else 0). What
-bounds it is how fast device memory adds up d key, 512 bytes for each pair of a
-query and a key.
+d w comes for free, as relu(q . key) = q . (key where active, else 0). The speed
+is bound by the accumulation of d key in device memory, 512 bytes for each pair
+of a query and a key.
 """
 
 from typing import Final
@@ -30,8 +30,8 @@ from pallas_kernels.sparse_indexer_loss import mosaic_gpu_rows as rows_lib
 
 _bK: Final = rows_lib.ROWS
 _STAGES: Final = 2
-# What d key is made of at once: with more, the registers of a multiprocessor
-# do not hold three queries.
+# Part of d key that is computed at once: with larger ones, an SM's registers do
+# not hold three queries.
 _COLUMNS: Final = 64
 _BY_KEY: Final = plgpu.Layout.WGMMA.reduce(1)
 _BY_HEAD: Final = plgpu.Layout.WGMMA.reduce(0)
@@ -50,16 +50,16 @@ def gradient(
   Float[Array, "B S 128"],
   Float[Array, "B T 64"],
 ]:
-  """d q_index, d k_index (added up in f32, in any order) and d w.
+  """Computes d q_index, d k_index (summed in f32, in no fixed order) and d w.
 
   Args:
     q_index: Index queries.
     k_index: Index keys.
     w: Head weights.
-    indices: The chosen keys, as given to `compare`.
-    gap: What that returned: d loss / d scores.
-    count: Likewise: the first keys, which hold all that are not ignored.
-    d_loss: Of each query.
+    indices: Selected keys, as passed to `compare`.
+    gap: Result of `compare`: d loss / d scores.
+    count: Result of `compare`: length of the prefix of keys to read.
+    d_loss: Cotangent of each query's loss.
   """
   (B, T, M, I), S, K = q_index.shape, k_index.shape[1], indices.shape[2]
   f32, bf16 = jnp.float32, jnp.bfloat16
@@ -74,7 +74,7 @@ def gradient(
       part = q.at[t, :, pl.ds(column, _COLUMNS)]
       plgpu.copy_gmem_to_smem(part, q_s.at[i], loaded)
     first_row, d = lax.div(t, T) * S, d_loss[t]
-    # A query that counts for nothing reads nothing.
+    # A query without a gradient reads nothing.
     last = jnp.where(d == 0.0, 0, count[t])
     num_tiles = lax.div(last + (_bK - 1), _bK)
 
@@ -129,7 +129,7 @@ def gradient(
         d_key_KI *= lax.broadcast_in_dim(d_K, shape, (0,))
         rows_lib.add(d_k, rows_s, d_key_KI, i * _bK, part * _COLUMNS)
 
-      # A loop, so that one part's registers serve the next.
+      # A loop, so that the parts reuse the same registers.
       lax.fori_loop(0, I // _COLUMNS, add_part, None)
 
     def walk(sum_MI):
@@ -191,9 +191,9 @@ def _where_active(
   d_K: Float[Array, "64"],
   w_M: BFloat16[Array, " heads"],
 ) -> tuple[BFloat16[Array, "64 heads"], BFloat16[Array, "64 heads"]]:
-  """d_K and w_M where the similarity is positive, else 0.
+  """Masks d_K and w_M with 0 where the similarity is not positive.
 
-  Two at a time: a comparison of a pair gives the bits of a mask.
+  Two at a time: comparing a pair gives a bit mask.
   """
   result = plgpu.ShapeDtypeStruct(
     similarity_KM.shape, jnp.dtype("bfloat16"), layout=plgpu.Layout.WGMMA

@@ -1,7 +1,7 @@
-"""Rows of a matrix in device memory that a warpgroup reads or adds to.
+"""Gathers and scatter-adds rows of device memory with one warpgroup.
 
 TMA on Hopper moves boxes of neighbouring rows only. Here each thread copies, or
-adds, its own few bytes of rows that stand anywhere.
+adds, its own few bytes of arbitrary rows.
 """
 
 import math
@@ -20,22 +20,22 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import ptx
 
-# How tiles of bf16 stand in shared memory for WGMMA: 8 rows of 128 bytes each
-# make an atom, whose 16-byte chunks are permuted within their row.
+# Layout of bf16 tiles in shared memory for WGMMA: 8 rows of 128 bytes each form
+# an atom, whose 16-byte chunks are permuted within their row.
 SWIZZLED: Final = (
   plgpu.TilingTransform((8, 64)),
   plgpu.SwizzleTransform(128),
 )
 ROWS: Final = 64
-"""Rows of a tile."""
+"""Rows per tile."""
 SHARED_MEMORY: Final = 224 * 1024
-"""Bytes that a block may have, less what the compiler takes for itself."""
+"""Shared memory of a block in bytes, less the compiler's share."""
 _CHUNK: Final = 16
 _DYNAMIC: Final = -(2**31)
 
 
 def _extended(value: ir.Value) -> ir.Value:
-  """In 64 bits."""
+  """Extends to 64 bits."""
   return arith.extui(ir.IntegerType.get_signless(64), value)
 
 
@@ -62,14 +62,14 @@ def _load_row_number(rows: ir.Value, i: ir.Value) -> ir.Value:
 
 
 def tile(shape: tuple[int, ...]) -> Any:
-  """Room in shared memory for bf16 tiles."""
+  """Shared memory for bf16 tiles."""
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
 
 def numbers(
   indices: Int[Array, "*K"], num_rows: int, first: Int[Array, ""]
 ) -> Int[Array, "*K"]:
-  """The rows that indices stand for, where the first is `first`; else -1."""
+  """Row numbers of indices, counted from `first`; -1 if out of range."""
   real = (indices >= 0) & (indices < num_rows)
   return jnp.where(real, indices + first, -1)
 
@@ -81,14 +81,14 @@ def start_copy(
   first: Int[Array, ""],
   column: int = 0,
 ) -> None:
-  """Begins to copy rows to a tile; those of number -1 become 0.
+  """Starts copying rows to a tile; rows of number -1 become 0.
 
   Args:
     source: [rows, columns] in device memory, bf16.
     rows: Numbers of rows, in shared memory, Int32.
     tile: [64, columns] in shared memory, `SWIZZLED`.
     first: Copy from `rows[first]` on.
-    column: The first one to copy.
+    column: First column to copy.
   """
 
   @plgpu.inline_mgpu(
@@ -143,7 +143,7 @@ def start_copy(
 
 
 def commit_copies() -> None:
-  """Closes a group of copies, which may be empty."""
+  """Commits a group of copies, which may be empty."""
 
   @plgpu.inline_mgpu()
   def commit(ctx):
@@ -154,9 +154,9 @@ def commit_copies() -> None:
 
 
 def wait_copies(in_flight: int) -> None:
-  """Waits until at most so many groups are on the way, and for other threads.
+  """Waits until at most `in_flight` groups are pending, in all threads.
 
-  Then every thread's copies are there, for WGMMA too.
+  Afterwards every thread's copies are visible, also to WGMMA.
   """
 
   @plgpu.inline_mgpu()
@@ -175,14 +175,14 @@ def add(
   first: Int[Array, ""],
   column: Int[Array, ""],
 ) -> None:
-  """Adds a tile to rows in device memory; nothing for those of number -1.
+  """Adds a tile to rows in device memory; rows of number -1 are skipped.
 
-  The order in which warpgroups come is left open.
+  The order of the warpgroups' additions is not fixed.
 
   Args:
     target: [rows, columns] in device memory, f32.
     rows: Numbers of rows, in shared memory, Int32.
-    tile: What to add, as WGMMA leaves it.
+    tile: Accumulator to add, in the WGMMA layout.
     first: Add to `rows[first]` and those after it.
     column: Add to this column and those after it.
   """
@@ -215,7 +215,7 @@ def add(
       for x in (1, 4)
     )
     # They swap until eight lanes hold 128 bytes of a row, which is the fastest
-    # to add: first with the lane beside, to have four columns in succession,
+    # to add: first with the adjacent lane, to have four consecutive columns,
     # then with a lane of the row above or below.
     for bit, shift in ((1, 5), (2, 3), (4, 4)):
       part = arith.shli(arith.andi(lane, ptx.i32(bit)), ptx.i32(shift))
@@ -262,8 +262,8 @@ def _elements(register: ir.Value) -> list[ir.Value]:
 def _swap(
   x: list[Any], y: list[Any], second: ir.Value, distance: int
 ) -> tuple[list[Any], list[Any]]:
-  """What both of two lanes have as x to the first, what they have as y to the
-  `second`; in the order of the lanes."""
+  """Swaps between two lanes: the first gets both x, the `second` both y, in the
+  order of the lanes."""
   theirs = [
     mgpu_utils.shfl_bfly(arith.select(second, a, b), distance)
     for a, b in zip(x, y, strict=True)

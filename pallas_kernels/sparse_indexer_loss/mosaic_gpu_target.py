@@ -1,10 +1,10 @@
-"""What the heads together give each chosen key, on Hopper.
+"""Target of the sparse loss: weights summed over heads, on Hopper.
 
 A block has one query and keeps all its heads. Each of two warpgroups has half
-of the keys and goes through them 64 at a time, by columns of 64: a ring of such
-pieces is all that shared memory has room for beside the query. While one takes
-exponentials, the other multiplies. Keys are the rows of the product, so that
-the sum over heads stays within a row.
+of the keys and loops over them 64 at a time, by columns of 64: a ring of such
+pieces is all that shared memory has room for beside the query. While one
+computes exponentials, the other multiplies. Keys are the rows of the product,
+so that the sum over heads stays within a row.
 """
 
 import math
@@ -34,13 +34,13 @@ def target(
   lse: Float[Array, "B T N"],
   scale: float,
 ) -> Float[Array, "B T K"]:
-  """sum_n exp(scale q[t, n] . kv[i] - lse[t, n]); 0 for keys outside [0, S).
+  """Computes sum_n exp(scale q[t, n] . kv[i] - lse[t, n]); 0 outside [0, S).
 
   Args:
     q: Absorbed queries. C+R a multiple of 64; N one of 16, and at most 128.
     kv: Latents and rotated keys.
-    indices: The chosen keys. K a multiple of 256.
-    lse: Of the attention over them.
+    indices: Selected keys. K a multiple of 256.
+    lse: Logsumexp of the attention over them.
     scale: Multiplies the logits.
   """
   (B, T, N, D), S, K = q.shape, kv.shape[1], indices.shape[2]
@@ -79,10 +79,10 @@ def target(
 
       rows_lib.commit_copies()
 
-    # One piece is on the way less than there is room for: the piece before the
-    # last may still be read, as its product runs on beside the next one's.
-    ahead = stages - 2
-    for part in range(ahead):
+    # One piece less is prefetched than there is room for: the piece before the
+    # last may still be read, as its product overlaps with the next one's.
+    prefetched = stages - 2
+    for part in range(prefetched):
       start(jnp.int32(0), part)
     plgpu.barrier_wait(loaded)
     log2e = math.log2(math.e)
@@ -91,8 +91,8 @@ def target(
     def step(tile, _):
       def multiply(acc):
         for part in range(parts):
-          rows_lib.wait_copies(ahead - 1)
-          start(tile, part + ahead)
+          rows_lib.wait_copies(prefetched - 1)
+          start(tile, part + prefetched)
           slot = lax.rem(tile * parts + part, stages)
           q_DN = q_s.at[part].transpose((1, 0))
           plgpu.wgmma(acc, kv_s.at[slot], q_DN)

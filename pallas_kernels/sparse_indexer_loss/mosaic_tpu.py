@@ -1,10 +1,10 @@
-"""TPU: reads the chosen keys of a block of queries, in two kernels.
+"""Loss of sparse attention on TPUs: two kernels over blocks of queries.
 
-  distributions  what the heads attend to, summed over them, and the scores
-  gradients      what follows from d scores = (softmax - target) d loss
+  distributions  attention weights summed over heads, and the scores
+  gradients      gradients from d scores = (softmax - target) d loss
 
-Between them lie arrays of T x 3 K numbers: the target may be summed over
-devices, and d scores needs the sums over all of a query's keys.
+They exchange arrays of T x 3 K numbers: the target may be summed over devices,
+and d scores needs the sums over all of a query's keys.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pallas_kernels.sparse_indexer_loss import mosaic_tpu_walk as walk_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 
-# How many times one query's keys a union may have.
+# Largest size of a union, in multiples of one query's keys.
 LONGEST_UNION: Final = 3
 _SMEM: Final = 3 << 18  # bytes, of 1 MiB
 
@@ -62,8 +62,8 @@ def sparse_indexer_loss(
 
 
 def pick_tiles(T: int, K: int, N: int) -> plan_lib.Tiles:
-  """Those of `sparse_mla`, which may then share its plan; but the longest union
-  is what bounds the arrays between the kernels."""
+  """Tiles of `sparse_mla`, so that the plan can be shared, but with a union
+  limited to what bounds the arrays between the kernels."""
   tiles = plan_lib.tiles(T, K, N)
   longest_union = min(tiles.longest_union, LONGEST_UNION)
   return dataclasses.replace(tiles, longest_union=longest_union)
@@ -81,7 +81,7 @@ def _check(q_index, k_index, indices, q, kv, tiles):
   S = kv.shape[1]
   if (S + tiles.bK) << tiles.bQ > jnp.iinfo(jnp.int32).max:
     raise NotImplementedError(f"{S=} keys: a plan has no bits for so many.")
-  listed = tiles.bQ * -(-K // tiles.bK) + rows_lib.AHEAD
+  listed = tiles.bQ * -(-K // tiles.bK) + rows_lib.PREFETCHED
   if (scalars := 2 * 4 * listed * tiles.bK) > _SMEM:
     raise NotImplementedError(
       f"{K=} keys of a query take {scalars} bytes of SMEM; {_SMEM} at most."
@@ -96,7 +96,7 @@ def _check(q_index, k_index, indices, q, kv, tiles):
 
 
 def _more_heads(x):
-  """Heads without weight that fill the registers of [B, T, heads, width]."""
+  """Pads [B, T, heads, width] to whole registers with heads of zero weight."""
   return -x.shape[2] % (32 // x.dtype.itemsize)
 
 
@@ -111,7 +111,7 @@ def _loss(*args):
 
 
 def _compared(walk, inputs, scale, heads_axis):
-  """The loss, [B, nQ, bQ], and softmax - target by place, its gradient."""
+  """Computes the loss [B, nQ, bQ] and its gradient by place, the gap."""
   q_index, k_index, w, _, q, kv, lse = inputs
   # A dead row weighs nothing.
   bias_BTN = jnp.where(jnp.isneginf(lse), -jnp.inf, -lse * math.log2(math.e))
@@ -120,7 +120,7 @@ def _compared(walk, inputs, scale, heads_axis):
   )
   if heads_axis is not None:
     target = jax.lax.psum(target, heads_axis)
-  keys = 2, 4  # of a query
+  keys = 2, 4  # axes of a query's keys
   mass = target.sum(keys, keepdims=True)
   target /= jnp.where(mass > 0, mass, 1.0)
   chosen = ~jnp.isneginf(scores)

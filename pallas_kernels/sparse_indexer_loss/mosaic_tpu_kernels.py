@@ -1,4 +1,4 @@
-"""The two kernels of a TPU.
+"""Kernels of the sparse loss on TPUs.
 
 Heads lie along sublanes and keys along lanes: a sum over heads adds whole
 registers.
@@ -27,7 +27,7 @@ _TN: Final = ((0,), (0,)), ((), ())
 def vmem_bytes(
   N: int, D: int, M: int, I: int, K: int, tiles: plan_lib.Tiles
 ) -> int:
-  """What the largest kernel takes, in bf16; inputs and outputs twice."""
+  """Bytes of VMEM of the largest kernel, in bf16, with double buffering."""
   bQ, bK = tiles.bQ, tiles.bK
   places = 4 * walk_lib.places(K, tiles) * bQ * bK
   codes = 4 * bQ * -(-K // bK) * bK
@@ -51,14 +51,14 @@ def distributions(
   bias: Float[Array, "B T N"],
   scale: float,
 ) -> tuple[Float[Array, "B nQ P bQ bK"], Float[Array, "B nQ P bQ bK"]]:
-  """Of the chosen keys, the target and the scores; 0 and -inf at other places.
+  """Computes target and scores of the selected keys; 0 and -inf elsewhere.
 
   The target is the sum over heads of exp2(scale log2(e) q.kv + bias).
   """
   (B, _, N, D), (M, I) = q.shape, q_index.shape[2:]
   bQ, bK = walk.tiles.bQ, walk.tiles.bK
   scale *= math.log2(math.e)
-  # One row has both: to copy it takes as long as to copy one of them.
+  # One row has both: copying it takes as long as copying one of them.
   first_I = _whole(D)
   kv = jnp.pad(kv, [(0, 0), (0, 0), (0, first_I - D)])
   keys = jnp.concatenate([kv, k_index], -1)
@@ -101,7 +101,7 @@ def gradients(
   k_index: Float[Array, "B S I"],
   d_scores: Float[Array, "B nQ P bQ bK"],
 ) -> tuple[Float[Array, "B T M I"], Float[Array, "B S I"]]:
-  """Sums over keys, of each head that is active there; and over queries.
+  """Computes the sums over keys and over queries, of active heads.
 
   With d scores rounded as q_index is:
 
@@ -129,7 +129,7 @@ def gradients(
       rows_lib.wait(before, semaphores.at[int(write)])
 
     def read(tile):
-      # A row may be one that the tile before has changed.
+      # A row may have been changed by the previous tile.
       pl.when(tile > 0)(lambda: wait_rows(write=True))
       d_rows[...] = jnp.zeros_like(d_rows)
 

@@ -1,11 +1,11 @@
-"""How the kernels of a TPU walk over what neighbouring queries chose.
+"""Loop of the TPU kernels over the keys selected by neighbouring queries.
 
 They read rows of keys as `sparse_mla` does: a block of bQ queries has a list,
-whose tiles are a union of what they chose, or one query's own keys. A tile is
-copied while those before are computed with.
+whose tiles are a union of their selected keys, or one query's own keys. A tile
+is prefetched during the computation of the previous ones.
 
 Between the kernels, a block has `places` tiles [bQ, bK], one for each tile of a
-union. Where the keys are apart, a query's tiles are its rows of the first ones.
+union. Without a union, a query's tiles are its rows of the first ones.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ from pallas_kernels import tpu
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 
-# Products (queries x heads) with a tile of keys that are made at once, at most.
+# Most products (queries x heads) with a tile of keys that are computed at once.
 _AT_ONCE = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-  """What the kernels have in common.
+  """Context shared by the kernels.
 
   Attributes:
-    plan: What the blocks read, [B, nQ, ...].
-    tiles: What it was made with.
+    plan: Keys that the blocks read, [B, nQ, ...].
+    tiles: Tile sizes of the plan.
     places: Tiles that a block has between the kernels.
-    cores: How many share the blocks of a batch row, in turn.
+    cores: Cores that share the blocks of a batch row.
   """
 
   plan: plan_lib.Plan
@@ -44,7 +44,7 @@ class Walk:
   cores: int
 
   def split(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B nQ bQ ..."]:
-    """By block."""
+    """Splits queries into blocks."""
     return x.reshape(x.shape[0], -1, self.tiles.bQ, *x.shape[2:])
 
   def run(
@@ -57,17 +57,17 @@ class Walk:
     scratch: Sequence[Any] = (),
     sums: bool = False,
   ) -> Sequence[jax.Array]:
-    """`body(tiles, *refs)` for each block.
+    """Runs `body(tiles, *refs)` for each block.
 
     Args:
       name: The kernel's name.
       body: Gets a `Tiles` and then references, to the block's part of `blocks`
         and `outs`, to each core's sums [cores, pieces, 1, 128], and to
         `scratch`.
-      keys: Whose rows are read.
-      blocks: What is given by block.
-      outs: What is returned by block, [B, nQ, ...].
-      scratch: Memory of the body.
+      keys: Keys whose rows are read.
+      blocks: Inputs by block.
+      outs: Outputs by block, [B, nQ, ...].
+      scratch: Scratch memory of the body.
       sums: Whether the body adds something to rows, float32, that begin as 0.
         They are in HBM, at the same pieces as the keys' rows.
 
@@ -123,7 +123,7 @@ class Walk:
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
         vmem_limit_bytes=tpu.chip().vmem,
-        # A check for each of the copies would cost more than the copies.
+        # A check for each copy would cost more than the copies.
         disable_bounds_checks=True,
       ),
       interpret=interpret,
@@ -138,13 +138,13 @@ class Walk:
 
 
 def places(K: int, tiles: plan_lib.Tiles) -> int:
-  """`Walk.places`."""
+  """Number of tiles of a block between the kernels, see `Walk.places`."""
   longest = min(tiles.longest_union, tiles.bQ)
-  return max(-(-longest * K // tiles.bK), rows_lib.AHEAD)
+  return max(-(-longest * K // tiles.bK), rows_lib.PREFETCHED)
 
 
 def walk(indices: Int[Array, "B T K"], S: int, tiles: plan_lib.Tiles) -> Walk:
-  """T is a multiple of bQ times the cores."""
+  """Plans the loop; T is a multiple of bQ times the cores."""
   plan = plan_lib.plan(indices, S, tiles)
   return Walk(plan, tiles, places(indices.shape[2], tiles), tpu.chip().cores)
 
@@ -155,7 +155,7 @@ class Tiles:
 
   Attributes:
     stream: The rows of keys, and which they are.
-    codes: Keys and who chose them, as a vector.
+    codes: Keys and bits of the queries that selected them, as a vector.
   """
 
   stream: rows_lib.Stream
@@ -173,13 +173,12 @@ class Tiles:
     """Calls `compute(tile, place, first, n)` with each tile of keys.
 
     Args:
-      heads: What a query has.
+      heads: Heads of a query.
       bQ: Queries of the block.
-      compute: Does what `n` queries, from `first` on, do with the tile `tile`;
-        of the tiles between the kernels, theirs is `place`.
+      compute: Computes the tile `tile` for `n` queries from `first` on; `place`
+        is their tile between the kernels.
       read: Called before a tile.
-      start: Called before each `compute`, to start a part of what is copied
-        meanwhile.
+      start: Called before each `compute`, to start part of the prefetch.
       end: Called after a tile.
     """
     stream = self.stream
@@ -211,7 +210,7 @@ class Tiles:
     stream.close()
 
   def chosen(self, tile: Any, first: Any, n: int) -> Any:
-    """Whether each of the `n` queries chose each key of the tile: [n, bK]."""
+    """Mask [n, bK] of the tile's keys that each of `n` queries selected."""
     shape = n, self.codes.shape[1]
     query = first + jax.lax.broadcasted_iota(self.codes.dtype, shape, 0)
     return (self.codes[pl.ds(tile, 1)] >> query & 1) == 1

@@ -1,4 +1,4 @@
-"""The definition. Everything else in this folder must agree with it."""
+"""Definition of the op; every implementation must agree with it."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ def sparse_indexer_loss(
   heads_axis: str | tuple[str, ...] | None = None,
   measure: Bool[Array, ""] | bool = True,
 ) -> Float[Array, "B T"]:
-  """See `api.sparse_indexer_loss`. Holds [B, T, K, C+R] in memory."""
+  """See `api.sparse_indexer_loss`. Materialises [B, T, K, C+R]."""
   f32, S = jnp.float32, kv.shape[1]
   q, kv, lse = jax.lax.stop_gradient((q, kv, lse))
   valid_BTK = (indices >= 0) & (indices < S)
   safe_BTK = jnp.where(valid_BTK, indices, 0)
   take = jax.vmap(lambda rows, chosen: rows[chosen])
 
-  # The target: what the heads together attend to.
+  # The target: attention weights summed over heads.
   logits_BTNK = scale * jnp.einsum(
     "BTND,BTKD->BTNK", q, take(kv, safe_BTK), preferred_element_type=f32
   )
@@ -41,7 +41,7 @@ def sparse_indexer_loss(
   similarity_BTMK = jnp.einsum(
     "BTMI,BTKI->BTMK",
     q_index,
-    # From fp32, so that the gradient of a key is summed in fp32.
+    # Cast from fp32, so that the gradient of a key is summed in fp32.
     take(k_index.astype(f32), safe_BTK).astype(q_index.dtype),
     preferred_element_type=f32,
   )

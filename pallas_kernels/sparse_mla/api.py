@@ -1,4 +1,4 @@
-"""Public entry point: picks an implementation."""
+"""Public entry point: selects an implementation."""
 
 import functools
 from typing import Final, Literal
@@ -33,7 +33,7 @@ def sparse_mla(
   deterministic: bool = False,
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
-  """Attention of each query to the keys chosen for it, in absorbed MLA form.
+  """Attention of each query to its selected keys, in absorbed MLA form.
 
   All heads share one key row `[c; kr]` of width C+R, whose first C values are
   the value too: `out[t, n] = sum_j softmax_j(scale q[t, n] . kv[i_j]) c[i_j]`.
@@ -43,19 +43,20 @@ def sparse_mla(
   Args:
     q: Absorbed queries `[q_nope Wuk^T; q_rope]`.
     kv: Latents and rotated keys `[c; kr]`.
-    indices: The keys chosen for each query. Anything outside [0, S) is ignored,
-      wherever it stands. An index that occurs twice counts twice.
+    indices: Selected keys of each query. Entries outside [0, S) are ignored, at
+      any position. An index that occurs twice counts twice.
     latent_rank: C.
-    scale: Multiplies the logits: (H+R)^-1/2 m^2, which absorption leaves as is.
-    deterministic: Whether kv's gradient must have the same bits each time. On a
-      Hopper GPU that takes almost three times as long; elsewhere kernels are so
-      anyway. Plain XLA on a GPU wants --xla_gpu_deterministic_ops, too.
+    scale: Multiplies the logits: (H+R)^-1/2 m^2, as without absorption.
+    deterministic: Whether kv's gradient must be bitwise reproducible. On a
+      Hopper GPU it then takes almost three times as long; kernels elsewhere are
+      deterministic anyway. Plain XLA on a GPU also needs
+      --xla_gpu_deterministic_ops.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 
   Returns:
-    The mixed latents in q's dtype, and the logsumexp (natural, fp32) of the
-    scaled logits. A query without a valid key gives 0 and -inf.
+    The output, mixed latents in q's dtype, and the logsumexp (natural, fp32) of
+    the scaled logits. A query without a valid key gives 0 and -inf.
 
   Raises:
     ValueError: `latent_rank` exceeds the width of the rows.

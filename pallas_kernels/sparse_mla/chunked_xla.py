@@ -1,7 +1,7 @@
-"""Gathers the chosen rows for one tile of queries at a time: O(T K) work.
+"""Gathers the selected rows for one tile of queries at a time: O(T K) work.
 
 Residuals of the backward pass are the inputs, the output and lse: the weights
-are computed again from lse, tile by tile.
+are recomputed from lse, tile by tile.
 """
 
 import functools
@@ -39,7 +39,7 @@ def _query_tile(q, indices, query_tile):
 
 
 def _rows(kv, indices):
-  """The chosen rows [bT, K, C+R] and which of them there really are."""
+  """Gathers the selected rows [bT, K, C+R], and a mask of the valid ones."""
   valid_TK = (indices >= 0) & (indices < kv.shape[0])
   safe_TK = jnp.where(valid_TK, indices, 0)
   return kv.at[safe_TK].get(mode="promise_in_bounds"), valid_TK, safe_TK
@@ -77,7 +77,7 @@ def _forward(q, kv, indices, latent_rank, scale, query_tile):
   out, lse = tiles.map_rows(
     row, *(q, kv, indices), tile_bytes=_bytes_per_query(q, indices) * bT
   )
-  # Named, so that a remat policy may keep them instead of computing them again.
+  # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out, lse), "sparse_mla")
   return (out, lse), (q, kv, indices, out, lse)
 
@@ -93,8 +93,8 @@ def _vjp_backward(latent_rank, scale, query_tile, residuals, cotangents):
   bT = _query_tile(q, indices, query_tile)
   # d logits = weights * (d weights - delta), where d lse enters as -delta does.
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most
-  # functions of it send back no finite number.
+  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
+  # functions of it have no finite gradient.
   dead = jnp.isneginf(lse)
   delta = jnp.where(dead, 0.0, delta - d_lse)
   lse = jnp.where(dead, jnp.inf, lse)

@@ -1,4 +1,4 @@
-"""Sparse attention on Hopper: what the kernels take, and their derivative."""
+"""Sparse attention on Hopper: input checks, and the kernels' derivative."""
 
 import functools
 
@@ -20,7 +20,7 @@ def check(
   indices: Int[Array, "B T K"],
   latent_rank: int,
 ) -> None:
-  """Raises NotImplementedError for what the kernels cannot do."""
+  """Raises NotImplementedError for inputs that the kernels do not support."""
   N, width, K = *q.shape[2:], indices.shape[2]
   if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
     raise NotImplementedError(
@@ -51,7 +51,7 @@ def sparse_mla(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
   """See `api.sparse_mla`.
 
-  The sums in kv's gradient come in any order, so that its last bits differ from
+  kv's gradient is summed in no fixed order, so that its last bits differ from
   run to run, unless `deterministic`, which is slower.
   """
   del deterministic
@@ -61,7 +61,7 @@ def sparse_mla(
 def _forward(q, kv, indices, latent_rank, scale):
   check(q, kv, indices, latent_rank)
   out, lse = mosaic_gpu_forward.forward(q, kv, indices, scale)
-  # Named, so that a remat policy may keep them instead of computing them again.
+  # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out, lse), "sparse_mla")
   return (out, lse), (q, kv, indices, out, lse)
 

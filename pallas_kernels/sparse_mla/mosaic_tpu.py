@@ -1,4 +1,4 @@
-"""Sparse attention on TPUs: what the kernels take, and their derivative."""
+"""Sparse attention on TPUs: input checks, and the kernels' derivative."""
 
 import functools
 from typing import Final
@@ -14,7 +14,9 @@ from pallas_kernels.sparse_mla import mosaic_tpu_forward
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 
-MOST_KEYS: Final = 8192  # a block's list of them is in SMEM, of 1 MiB, twice
+MOST_KEYS: Final = (
+  8192  # a block's list of them is double-buffered in 1 MiB of SMEM
+)
 
 
 def check(
@@ -24,7 +26,7 @@ def check(
   latent_rank: int,
   tiles: plan_lib.Tiles,
 ) -> None:
-  """Raises NotImplementedError for what the kernels cannot do."""
+  """Raises NotImplementedError for inputs that the kernels do not support."""
   N, D, S, K = *q.shape[2:], kv.shape[1], indices.shape[2]
   if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(
@@ -68,7 +70,7 @@ def sparse_mla(
 
 
 def _pad(x, tiles, fill=0):
-  """Queries of whole blocks, the same number for each core."""
+  """Pads queries to whole blocks, the same number for each core."""
   T, multiple = x.shape[1], tiles.bQ * tpu.chip().cores
   padding = [(0, 0), (0, -T % multiple)] + [(0, 0)] * (x.ndim - 2)
   return jnp.pad(x, padding, constant_values=fill)
@@ -82,7 +84,7 @@ def _forward(q, kv, indices, latent_rank, scale, tiles):
   out, lse = mosaic_tpu_forward.forward(
     _pad(q, tiles), kv, plan, latent_rank, scale, tiles
   )
-  # Named, so that a remat policy may keep them instead of computing them again.
+  # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out[:, :T], lse[:, :T]), "sparse_mla")
   return (out, lse), (q, kv, indices, out, lse)
 
@@ -95,8 +97,8 @@ def _vjp_backward(latent_rank, scale, tiles, residuals, cotangents):
   tiles = tiles or plan_lib.tiles(T, K, q.shape[2])
   # d logits = weights * (d weights - delta), where d lse enters as -delta does.
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most
-  # functions of it send back no finite number.
+  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
+  # functions of it have no finite gradient.
   dead = jnp.isneginf(lse)
   delta = jnp.where(dead, 0.0, delta - d_lse)
   lse = jnp.where(dead, jnp.inf, lse)

@@ -1,11 +1,11 @@
-"""Sparse attention's gradients on a TPU: the same tiles as forward, once more.
+"""Sparse attention's gradients on a TPU, over the same tiles as forward.
 
-Weights are computed again from lse, keys along sublanes, so that only dq takes
-a transposed operand. What all queries of the block send back to a row is summed
-before it meets the row's sum in HBM: those rows are read while the products are
-computed, added to, and written back before the next tile reads its own. One
-core does so for all of its blocks in turn: no atomics, and the sums always come
-in the same order. Each core has sums of its own.
+Weights are recomputed from lse, keys along sublanes, so that only dq takes a
+transposed operand. The gradients that all queries of a block send to a row are
+summed before they are added to the row's sum in HBM: those rows are read while
+the products are computed, added to, and written back before the next tile reads
+its own. One core does so for all of its blocks in turn: without atomics, in a
+fixed order. Each core has its own sums.
 """
 
 import functools
@@ -26,7 +26,7 @@ from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 def vmem_bytes(
   N: int, D: int, C: int, n_tiles: int, itemsize: int, tiles: plan_lib.Tiles
 ) -> int:
-  """What the kernel holds in VMEM, inputs and outputs twice."""
+  """Bytes of VMEM of the kernel, with double-buffered inputs and outputs."""
   bQ, bK, lanes = tiles.bQ, tiles.bK, rows_lib.LANES
   wide = pl.cdiv(D, lanes) * lanes
   rows = bQ * N
@@ -51,14 +51,15 @@ def backward(
   scale: float,
   tiles: plan_lib.Tiles,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B S D"]]:
-  """`tiles` are what the plan was made with; T is a multiple of cores x bQ.
+  """Computes the gradients of q and kv; kv's is float32.
 
-  lse is inf where no gradient goes. kv's gradient is float32.
+  `tiles` are those of the plan; T is a multiple of cores x bQ. lse is inf for
+  queries without a gradient.
   """
   (B, T, N, D), C, (bQ, bK) = q.shape, d_out.shape[3], (tiles.bQ, tiles.bK)
   S, nK, cores = kv.shape[1], plan.codes.shape[2], tpu.chip().cores
   n_chunks, lanes = pl.cdiv(D, rows_lib.LANES), rows_lib.LANES
-  # A key's row and its sum stand at the same place, so one list serves both.
+  # A key's row and its sum have the same place, so one list serves both.
   rows = rows_lib.pack(kv, bK, n_chunks)
   steps = T // bQ // cores
   listed = lambda rows, columns, space: pl.BlockSpec(
@@ -82,7 +83,7 @@ def backward(
     grid=(cores, B, steps),
     in_specs=[
       listed(1, 3, pltpu.SMEM),
-      listed(nK + rows_lib.AHEAD, bK, pltpu.SMEM),
+      listed(nK + rows_lib.PREFETCHED, bK, pltpu.SMEM),
       listed(nK, bK, pltpu.VMEM),
       block(N, D),
       block(N, C),
@@ -197,7 +198,7 @@ def _kernel(
     rows_lib.wait(sums, sums_semaphores.at[int(write)])
 
   def attend(first, n):
-    """The gradients of the `n` queries from `first` on, and theirs to keys."""
+    """Adds the gradients of `n` queries from `first` on, and of their keys."""
     some = pl.ds(first, n)
     q = q_ref[some].reshape(n * N, D)
     d_out = d_out_ref[some].reshape(n * N, C)
@@ -208,7 +209,7 @@ def _kernel(
     chosen = jnp.concatenate([queries[...]] * pl.cdiv(n * N, lanes), 1)
     chosen = chosen[:, : n * N] >> shift & 1
     logits = dot(keys[:, :D], q, ((1,), (1,)))
-    # Powers of two are what the hardware computes.
+    # The hardware computes powers of two.
     weights = jnp.exp2(logits * (scale * math.log2(math.e)) - lse)
     weights = jnp.where(chosen == 1, weights, 0.0)
     d_weights = dot(keys[:, :C], d_out, ((1,), (1,)))
@@ -217,8 +218,8 @@ def _kernel(
     d_rows[:, :D] += dot(d_logits, q, ((1,), (0,)))
     d_rows[:, :C] += dot(weights.astype(q.dtype), d_out, ((1,), (0,)))
 
-  # Where a window is, the scalar unit computes, and products would wait for it
-  # while it starts copies. Scratch does not move.
+  # The scalar unit computes a window's address, and products would wait for it
+  # while it starts copies. Scratch has a fixed address.
   q_ref[...] = q_window[...]
   d_out_ref[...] = d_out_window[...]
   lse_ref[...] = lse_window[...]
@@ -234,7 +235,7 @@ def _kernel(
     queries[...] = jnp.broadcast_to(codes, (lanes, bK)).T
     d_rows[...] = jnp.zeros_like(d_rows)
 
-    # A row may be one that the tile before has changed.
+    # A row may have been changed by the previous tile.
     pl.when(tile > 0)(lambda: wait_sums(write=True))
 
     @pl.when(is_union == 1)
@@ -250,7 +251,7 @@ def _kernel(
 
     @pl.when(twice == 1)
     def _():
-      # All entries of a key get, and then write, the sum over all of them.
+      # All entries of a key receive, and then write, the sum over all of them.
       key = codes >> bQ
       same = jnp.broadcast_to(key, (bK, bK))
       same = (same == same.T).astype(jnp.float32)

@@ -1,9 +1,10 @@
 """Sparse attention on a TPU: out and lse, a block of queries at a time.
 
-While tiles of rows are attended to, the next ones are copied, be they the next
-block's. All queries of the block, with all their heads, are multiplied with a
-tile of the union; the bits of its codes say which of them chose the key. A tile
-that is one query's own is multiplied with its heads alone.
+While tiles of rows are attended to, the next ones are prefetched, also those of
+the next block. All queries of the block, with all their heads, are multiplied
+with a tile of the union; the bits of its codes mask the queries that did not
+select the key. A tile that is one query's own is multiplied with its heads
+alone.
 """
 
 import functools
@@ -19,15 +20,17 @@ from pallas_kernels import tpu
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 from pallas_kernels.sparse_mla import mosaic_tpu_rows as rows_lib
 
-# Rows of logits (queries x heads) that are computed at once, at most.
+# Most rows of logits (queries x heads) that are computed at once.
 _LOGIT_ROWS = 512
-_LOWEST = -1e30  # of a running maximum: finite, so that differences are numbers
+_LOWEST = (
+  -1e30
+)  # initial running maximum: finite, so that differences are not NaN
 
 
 def vmem_bytes(
   N: int, D: int, C: int, n_tiles: int, itemsize: int, tiles: plan_lib.Tiles
 ) -> int:
-  """What the kernel holds in VMEM, inputs and outputs twice."""
+  """Bytes of VMEM of the kernel, with double-buffered inputs and outputs."""
   bQ, bK, lanes = tiles.bQ, tiles.bK, rows_lib.LANES
   wide = pl.cdiv(D, lanes) * lanes
   rows = bQ * N
@@ -39,7 +42,7 @@ def vmem_bytes(
 
 
 def queries_at_once(bQ: int, N: int) -> int:
-  """How many queries of a union are multiplied at once: a divisor of bQ."""
+  """Queries of a union that are multiplied at once: a divisor of bQ."""
   return min(bQ, 1 << max(_LOGIT_ROWS // N, 1).bit_length() - 1)
 
 
@@ -51,7 +54,7 @@ def forward(
   scale: float,
   tiles: plan_lib.Tiles,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
-  """`tiles` are what the plan was made with; T is a multiple of cores x bQ."""
+  """Computes out and lse, with the plan's `tiles`; cores x bQ divides T."""
   (B, T, N, D), C, (bQ, bK) = q.shape, latent_rank, (tiles.bQ, tiles.bK)
   nK, cores = plan.codes.shape[2], tpu.chip().cores
   steps = T // bQ // cores
@@ -71,7 +74,7 @@ def forward(
     grid=(cores, B, steps),
     in_specs=[
       listed(1, 3, pltpu.SMEM),
-      listed(nK + rows_lib.AHEAD, bK, pltpu.SMEM),
+      listed(nK + rows_lib.PREFETCHED, bK, pltpu.SMEM),
       listed(nK, bK, pltpu.VMEM),
       block(N, D),
       pl.BlockSpec(memory_space=pl.ANY),
@@ -90,7 +93,7 @@ def forward(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=tpu.chip().vmem,
-      # A check for each of the copies would cost more than the copies.
+      # A check for each copy would cost more than the copies.
       disable_bounds_checks=True,
     ),
     interpret=interpret,
@@ -141,10 +144,10 @@ def _kernel(
   total[...] = jnp.zeros_like(total)
 
   def attend(tile, first, n):
-    """The `n` queries from `first` on attend to the tile's keys."""
+    """Attends with `n` queries from `first` on to the tile's keys."""
     some = pl.ds(first, n)
     q = q_ref[some].reshape(n * N, D)
-    # Powers of two are what the hardware computes.
+    # The hardware computes powers of two.
     logits = dot(q, keys[:, :D], (((1,), (1,)), ((), ())))
     logits = logits.reshape(n, N, bK) * (scale * math.log2(math.e))
     shift = first + jax.lax.broadcasted_iota(jnp.int32, (n, 1, bK), 0)

@@ -1,10 +1,10 @@
-"""Which rows a block of neighbouring queries reads on a TPU, and for whom.
+"""Plan of the rows that a block of neighbouring queries reads on a TPU.
 
-Neighbours choose nearly the same keys. A block of `bQ` of them reads the union
-of what they chose, each key once, as a list of codes: the key, and below it a
-bit for each query that chose it. Where they have too little in common, the
-list is what each of them chose, one query after another. A key that a query
-chose twice stands in the list twice.
+Neighbours select nearly the same keys. A block of `bQ` of them reads the union
+of their keys, each once, as a list of codes: the key, and in the bits below it
+the queries that selected it. Where they have too little in common, the list
+holds each query's own keys, one query after another. A key that a query
+selected twice is in the list twice.
 """
 
 import dataclasses
@@ -16,32 +16,31 @@ from jaxtyping import Array, Int
 from pallas_kernels import tpu
 from pallas_kernels import tuned
 
-# Queries whose lists are sorted at once: bounds what sorting holds in memory.
+# Queries whose lists are sorted at once: bounds the memory of sorting.
 _SORTED_QUERIES = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-  """Sizes of the tiles."""
+  """Tile sizes."""
 
   bQ: int
-  """Queries of a block: a power of two, but not 1."""
+  """Queries per block: a power of two, but not 1."""
   bK: int
-  """Rows that are read, and multiplied, at once."""
+  """Rows that are read and multiplied at once."""
   longest_union: int
-  """How many times one query's keys a union may have."""
+  """Largest size of a union, in multiples of one query's keys."""
 
 
 def tiles(T: int, K: int, N: int) -> Tiles:
-  """What serves every chip, as far as static schedules tell.
+  """Tiles that suit every chip, as far as static schedules tell.
 
-  A block of 8 takes most of what there is to share, and is the least that lse
-  can be written for: fewer queries are filled up with some that read nothing.
-  The longer a tile, the less
-  often are running sums scaled; one longer than a query's keys would be mostly
-  empty. Beyond its longest, a union's products of all queries with keys that
-  few of them chose cost more than to read a key for each: with few heads, it is
-  reading that takes the time.
+  A block of 8 exploits most of the sharing, and is the smallest that lse can be
+  written for: fewer queries are padded with some that read nothing. The longer
+  a tile, the less often are running sums scaled; one longer than a query's keys
+  would be mostly empty. Beyond its largest size, a union's products of all
+  queries with keys that few of them selected cost more than reading a key for
+  each: with few heads, reading takes the time.
   """
   heuristic = {
     "bQ": 8,
@@ -54,18 +53,18 @@ def tiles(T: int, K: int, N: int) -> Tiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """What the blocks of queries read."""
+  """Lists of the rows that blocks of queries read."""
 
   codes: Int[Array, "B nQ nK bK"]
-  """Of each tile of rows: `key << bQ | queries`. A key of S or more is no key,
-  and no two of them in a tile are the same row."""
+  """Codes of each tile of rows, `key << bQ | queries`. A key of S or more is no
+  key, and no two of them in a tile are the same row."""
   blocks: Int[Array, "B nQ 1 3"]
-  """Of each block: how many tiles it has, whether they are a union, and whether
-  a key may stand twice in a tile."""
+  """For each block, its number of tiles, whether they are a union, and whether
+  a key may occur twice in a tile."""
 
 
 def plan(indices: Int[Array, "B T K"], S: int, tiles: Tiles) -> Plan:
-  """Sorts what each block chose: O(T K) work and memory."""
+  """Sorts the selected keys of each block: O(T K) work and memory."""
   bQ, bK = tiles.bQ, tiles.bK
   B, T, K = indices.shape
   padding = (0, 0), (0, -T % bQ), (0, -K % bK)
@@ -85,7 +84,7 @@ def plan(indices: Int[Array, "B T K"], S: int, tiles: Tiles) -> Plan:
 def _block(
   chosen_L: Int[Array, " L"], K: int, S: int, tiles: Tiles
 ) -> tuple[Int[Array, " L"], Int[Array, " 3"]]:
-  """One block's list and what `Plan.blocks` says of it."""
+  """Makes one block's list and its entry in `Plan.blocks`."""
   bQ, bK = tiles.bQ, tiles.bK
   last = jnp.iinfo(jnp.int32).max
   L = chosen_L.shape[0]
@@ -99,7 +98,7 @@ def _block(
   twice_L = (pairs_L == before_L) & (pairs_L != last)
   first_L = (pairs_L // bQ != before_L // bQ) | twice_L
   first_L &= pairs_L != last
-  # A first one is followed by the other queries that chose the same key.
+  # A first one is followed by the other queries that selected the same key.
   queries_L = jnp.zeros_like(pairs_L)
   same_L = jnp.full_like(first_L, True)
   for distance in range(bQ):

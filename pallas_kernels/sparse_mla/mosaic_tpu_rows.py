@@ -1,10 +1,10 @@
-"""How rows of keys come from HBM into the VMEM of a TPU: one copy for each.
+"""Gathers rows of keys from HBM into a TPU's VMEM, with one copy per row.
 
 A copy may start anywhere along a dimension only if that dimension has no tiles.
-So a row lies in HBM as [W, 1, 128], whose tiles are of 1 x 128 numbers, one
-after another; and in VMEM each of its W parts goes to a plane of its own, where
-parts that follow each other are what an array [bK, 128] is made of. Two
-bfloat16 numbers travel as one of 32 bits.
+So a row is stored in HBM as [W, 1, 128], in tiles of 1 x 128 numbers, one after
+another; in VMEM each of its W parts goes to a plane of its own, where
+consecutive parts form an array [bK, 128]. Two bfloat16 numbers are copied as
+one of 32 bits.
 """
 
 from collections.abc import Callable
@@ -21,18 +21,18 @@ from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
 
 LANES: Final = 128
 _UNROLLED: Final = 32  # copies in the body of the loop that starts them
-AHEAD: Final = 2  # tiles
+PREFETCHED: Final = 2  # tiles
 
 
 def parts(width: int, itemsize: int) -> int:
-  """W: how many times 128 numbers of 32 bits a row takes."""
+  """W, the number of parts of a row, of 128 numbers of 32 bits each."""
   return pl.cdiv(pl.cdiv(width, LANES), 4 // itemsize)
 
 
 def pack(
   kv: Float[Array, "B S D"], bK: int, pitch: int
 ) -> Shaped[Array, "pieces 1 128"]:
-  """Rows as they are copied from, one each `pitch` pieces of 128 numbers.
+  """Packs rows into the layout for copies, `pitch` pieces of 128 numbers apart.
 
   After the rows of each batch row come `bK` of zeros. Part w of a bfloat16 row
   holds the numbers from 128 w on in its lower bits, those from 128 (w + W) on
@@ -54,24 +54,24 @@ def pack(
 def listed(
   plan: plan_lib.Plan, S: int, tiles: plan_lib.Tiles, cores: int, pitch: int
 ) -> Int[Array, "B nQ nL bK"]:
-  """The first piece of each row that a block reads, with `pack`'s rows.
+  """First piece, in the layout of `pack`, of each row that a block reads.
 
-  The last two tiles are the first ones of the block that comes next on the same
-  core; after the last of all, rows of zeros. The scalar unit, which starts the
-  copies, has no time to spare for computing any of this.
+  The last two tiles are the first ones of the next block on the same core;
+  after the last of all, rows of zeros. Computed in advance, since the scalar
+  unit, which starts the copies, has no time to spare for it.
   """
   bK = tiles.bK
   B, nQ, nK, _ = plan.codes.shape
   batch = jnp.arange(B, dtype=jnp.int32)[:, None, None, None]
   pieces = ((plan.codes >> tiles.bQ) + (S + bK) * batch) * pitch
-  # A core has blocks that follow each other, of each batch row.
-  begin = pieces[:, :, :AHEAD].reshape(B, cores, -1, AHEAD, bK)
-  begin = begin.swapaxes(0, 1).reshape(cores, -1, AHEAD, bK)
+  # A core has consecutive blocks of each batch row.
+  begin = pieces[:, :, :PREFETCHED].reshape(B, cores, -1, PREFETCHED, bK)
+  begin = begin.swapaxes(0, 1).reshape(cores, -1, PREFETCHED, bK)
   zeros = (S + jnp.arange(bK, dtype=jnp.int32)) * pitch
-  zeros = jnp.broadcast_to(zeros, (cores, 1, AHEAD, bK))
+  zeros = jnp.broadcast_to(zeros, (cores, 1, PREFETCHED, bK))
   following = jnp.concatenate([begin[:, 1:], zeros], 1)
-  following = following.reshape(cores, B, -1, AHEAD, bK).swapaxes(0, 1)
-  return jnp.concatenate([pieces, following.reshape(B, nQ, AHEAD, bK)], 2)
+  following = following.reshape(cores, B, -1, PREFETCHED, bK).swapaxes(0, 1)
+  return jnp.concatenate([pieces, following.reshape(B, nQ, PREFETCHED, bK)], 2)
 
 
 def start(
@@ -83,11 +83,11 @@ def start(
 ) -> None:
   """Starts `copy(piece, place)` for a part of a tile's list, pieces[bK].
 
-  bfloat16 rows come to lie in pairs, the second in the upper bits: the first of
-  each pair is copied to the first half of a plane, the second to the other.
+  bfloat16 rows are paired, the second in the upper bits: the first of each pair
+  is copied to the first half of a plane, the second to the other.
 
-  There is no loop: as instructions of the same block, starting copies and
-  computing are scheduled together.
+  There is no loop, so that starting copies and computing are scheduled together
+  in one basic block.
   """
   bK, pair = pieces.shape[0], 4 // itemsize
   size = bK // n_parts
@@ -104,7 +104,7 @@ def start(
 def start_all(
   copy: Callable[[Any, Any], Any], pieces: Any, itemsize: int
 ) -> None:
-  """`start` where there is nothing else to do."""
+  """Starts all copies at once, where there is no computation to overlap."""
   n_parts = max(pieces.shape[0] // _UNROLLED, 1)
 
   @pl.loop(0, n_parts)
@@ -118,14 +118,14 @@ def wait(buffer: Any, semaphore: Any) -> None:
 
 
 def planes(buffer: Any, interpret: Any) -> Any:
-  """A buffer [W, bK, 1, 128] as [W, bK, 128]: the same bytes."""
+  """Views a buffer [W, bK, 1, 128] as [W, bK, 128]."""
   W, bK, _, lanes = buffer.shape
-  # Interpret mode knows no reshaped references; it does not need them either.
+  # Interpret mode does not support reshaped references, nor need them.
   return buffer.at[:, :, 0] if interpret else buffer.reshape(W, bK, lanes)
 
 
 def unpack(planes: Any, keys: Any) -> None:
-  """Writes the rows that were copied as keys [bK, nD 128]."""
+  """Unpacks copied rows into keys [bK, nD 128]."""
   W, bK, _ = planes.shape
   n_chunks = keys.shape[1] // LANES
 
@@ -145,13 +145,13 @@ def unpack(planes: Any, keys: Any) -> None:
 
 
 def scratch(D: int, dtype: Any, bK: int) -> list[Any]:
-  """What a kernel holds for a `Stream` of rows of D numbers."""
+  """Scratch of a `Stream` of rows of D numbers."""
   W = parts(D, dtype.itemsize)
   return [
     pltpu.VMEM(
-      (AHEAD, W, bK, 1, LANES), jnp.int32 if dtype.itemsize == 2 else dtype
+      (PREFETCHED, W, bK, 1, LANES), jnp.int32 if dtype.itemsize == 2 else dtype
     ),
-    pltpu.SemaphoreType.DMA((AHEAD,)),
+    pltpu.SemaphoreType.DMA((PREFETCHED,)),
     pltpu.SMEM((1,), jnp.int32),
     pltpu.VMEM((bK, pl.cdiv(D, LANES) * LANES), dtype),
   ]
@@ -159,71 +159,73 @@ def scratch(D: int, dtype: Any, bK: int) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """A block's tiles of rows, which are copied while those before are used.
+  """Stream of a block's tiles of rows, each prefetched two tiles in advance.
 
   The copies of the second next tile start when a tile has left its buffer, so
-  that none is waited for right after it was started; the second next may be one
-  of the next block.
+  that none is waited for right after its start; that tile may be one of the
+  next block.
   """
 
   block: Any
-  """`Plan.blocks` of the block."""
+  """Entry of `Plan.blocks` of the block."""
   pieces: Any
-  """`listed` of the block, as scalars: [nK + 2, bK]."""
+  """Result of `listed` for the block, as scalars: [nK + 2, bK]."""
   rows: Any
-  """`pack`, in HBM."""
+  """Result of `pack`, in HBM."""
   buffers: Any
-  """Two tiles as they are copied."""
+  """Buffers of two tiles, as copied."""
   semaphores: Any
-  """Of the copies."""
+  """Semaphores of the copies."""
   turn: Any
-  """The buffer of the block's first tile."""
+  """Buffer of the block's first tile."""
   keys: Any
-  """The tile that is computed with: [bK, D], D filled up."""
+  """Current tile, [bK, D], D padded to whole registers."""
   interpret: Any
 
   @property
   def n_tiles(self) -> Any:
-    """At least as many as are started ahead; those have no keys then."""
-    return jnp.maximum(self.block[0, 0], AHEAD)
+    """Number of tiles, at least the prefetched ones, which may have no keys."""
+    return jnp.maximum(self.block[0, 0], PREFETCHED)
 
   def open(self) -> None:
-    """Called first, by each block."""
+    """Begins the block; called first."""
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
       self.turn[0] = 0
-      for tile in range(AHEAD):
+      for tile in range(PREFETCHED):
         copy = self._copy(tile)
         start_all(copy, self.pieces.at[tile], self.keys.dtype.itemsize)
 
   def read(self, tile: Any) -> None:
-    """Writes a tile's rows to `keys`. Then `start` must be called."""
+    """Writes a tile's rows to `keys`; `start` must be called next."""
     slot = self._slot(tile)
     wait(self.buffers.at[slot], self.semaphores.at[slot])
     unpack(planes(self.buffers.at[slot], self.interpret), self.keys)
 
   def start(self, tile: Any, part: Any = 0, n_parts: int = 1) -> None:
-    """Starts a part of the copies of what comes two after `tile`."""
-    ahead, n_tiles = tile + AHEAD, self.n_tiles
-    nK = self.pieces.shape[0] - AHEAD
-    ahead = jnp.where(ahead < n_tiles, ahead, nK + ahead - n_tiles)
+    """Starts part of the copies of the second tile after `tile`."""
+    prefetched, n_tiles = tile + PREFETCHED, self.n_tiles
+    nK = self.pieces.shape[0] - PREFETCHED
+    prefetched = jnp.where(
+      prefetched < n_tiles, prefetched, nK + prefetched - n_tiles
+    )
     itemsize = self.keys.dtype.itemsize
     copy = self._copy(self._slot(tile))
-    start(copy, self.pieces.at[ahead], itemsize, part, n_parts)
+    start(copy, self.pieces.at[prefetched], itemsize, part, n_parts)
 
   def close(self) -> None:
-    """Called last, by each block."""
+    """Ends the block; called last."""
     self.turn[0] = self._slot(self.n_tiles)
     ends = [pl.program_id(i) == pl.num_programs(i) - 1 for i in (1, 2)]
 
     @pl.when(ends[0] & ends[1])
     def _():
-      for slot in range(AHEAD):
+      for slot in range(PREFETCHED):
         wait(self.buffers.at[slot], self.semaphores.at[slot])
 
   def _slot(self, tile):
-    return (self.turn[0] + tile) % AHEAD
+    return (self.turn[0] + tile) % PREFETCHED
 
   def _copy(self, slot):
     W = self.buffers.shape[1]

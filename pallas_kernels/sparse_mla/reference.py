@@ -1,4 +1,4 @@
-"""The definition. Everything else in this folder must agree with it."""
+"""Definition of the op; every implementation must agree with it."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ def sparse_mla(
   latent_rank: int,
   scale: float,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
-  """See `api.sparse_mla`. Holds [B, T, K, C+R] in memory."""
+  """See `api.sparse_mla`. Materialises [B, T, K, C+R]."""
   f32, S = jnp.float32, kv.shape[1]
   valid_BTK = (indices >= 0) & (indices < S)
   safe_BTK = jnp.where(valid_BTK, indices, 0)
   take = jax.vmap(lambda rows, chosen: rows[chosen])
-  # From fp32, so that the gradient of a key is summed in fp32.
+  # Cast from fp32, so that the gradient of a key is summed in fp32.
   kv_BTKD = take(kv.astype(f32), safe_BTK).astype(kv.dtype)
   logits_BTNK = scale * jnp.einsum(
     "BTND,BTKD->BTNK", q, kv_BTKD, preferred_element_type=f32

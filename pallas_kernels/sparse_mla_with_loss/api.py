@@ -1,4 +1,4 @@
-"""Public entry point: picks an implementation."""
+"""Public entry point: selects an implementation."""
 
 from typing import Final, Literal
 
@@ -34,35 +34,36 @@ def sparse_mla_with_loss(
   *,
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"], Float[Array, "B T"]]:
-  """`sparse_mla`, and the `sparse_indexer_loss` of what it does.
+  """Computes `sparse_mla` and the `sparse_indexer_loss` of its attention.
 
-  One op, as the gradients of both need the same thing: the attention's weights.
-  A kernel computes them once; other implementations are the two ops in turn.
+  Fused, since the gradients of both need the attention's weights: a kernel
+  computes them once; other implementations run the two ops one by one.
 
   Args:
     q: Absorbed queries.
     kv: Latents and rotated keys.
-    indices: The chosen keys, each at most once; outside [0, S) is ignored.
-    q_index: Index queries, as given to `indexer_topk`.
+    indices: Selected keys, each at most once; entries outside [0, S) are
+      ignored.
+    q_index: Index queries, as passed to `indexer_topk`.
     k_index: Index keys.
     w: Head weights.
     latent_rank: C.
     scale: Multiplies the attention's logits.
-    heads_axis: The mesh axes that shard N, inside a shard_map: what the heads
-      attend to is summed over them.
-    measure: Whether to compute the loss. If not, it is 0, and the gradient,
-      which does not need it, is the same. May be decided as the program runs.
+    heads_axis: The mesh axes that shard N, inside a shard_map: the target is
+      summed over them.
+    measure: Whether to compute the loss. If not, it is 0; the gradient, which
+      does not need it, is the same. May be a traced value.
     implementation: `None` takes the fastest that supports these inputs on this
       backend. A name takes that one, or raises `NotImplementedError`.
 
   Returns:
-    As of `sparse_mla`, the mixed latents and the logsumexp, differentiable in
-    `q` and `kv`; as of `sparse_indexer_loss`, the divergence of each query,
+    The mixed latents and the logsumexp of `sparse_mla`, differentiable in `q`
+    and `kv`; the divergence of each query of `sparse_indexer_loss`,
     differentiable in `q_index`, `k_index` and `w`.
   """
   implementations = dict(IMPLEMENTATIONS)
   if implementation is None and dispatch.platform() != "cpu":
-    # Where no kernel does both, there may be one for each.
+    # Where no kernel fuses both, each op may still have its own.
     implementations[dispatch.PORTABLE] = composed.of(None)
   return dispatch.call(
     "sparse_mla_with_loss",

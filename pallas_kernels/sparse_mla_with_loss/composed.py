@@ -1,4 +1,4 @@
-"""The definition: one op after the other."""
+"""Definition of the op: one op after the other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from pallas_kernels.sparse_mla import api as sparse_mla
 
 
 def of(implementation: Any) -> Callable[..., Any]:
-  """The op whose two parts are both of this implementation; None: chosen."""
+  """Composes the two ops, both of `implementation`; None selects for each."""
 
   def sparse_mla_with_loss(
     q: Float[Array, "B T N CR"],

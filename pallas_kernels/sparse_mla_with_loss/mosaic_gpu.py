@@ -1,4 +1,4 @@
-"""Hopper: the attention's backward kernel gives the loss its target, too."""
+"""Fused op on Hopper: the attention's backward also computes the target."""
 
 import functools
 
@@ -27,7 +27,7 @@ def sparse_mla_with_loss(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"], Float[Array, "B T"]]:
   """See `api.sparse_mla_with_loss`.
 
-  The sums in the gradients of kv and k_index come in any order, so that their
+  The gradients of kv and k_index are summed in no fixed order, so that their
   last bits differ from run to run.
   """
   attention.check(q, kv, indices, latent_rank)
@@ -63,7 +63,7 @@ def _vjp_forward(
 ):
   del latent_rank  # the forward kernel has one
   out, lse = mosaic_gpu_forward.forward(q, kv, indices, scale)
-  # Named, so that a remat policy may keep them instead of computing them again.
+  # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out, lse), "sparse_mla")
 
   def loss():

@@ -1,8 +1,8 @@
-"""Tiles that were found best, by chip, op and shape: a table for each chip.
+"""Tuned tile sizes by chip, op and shape, with one table per chip.
 
 <chip>.json is {op: [{"shape": {"N": 128, "K": 2048}, "tiles": {"bQ": 8}}]}. An
-entry is for every shape that has its numbers, whatever the others are; the
-first that fits is taken. What no table has is left to the op's heuristic.
+entry applies to every shape with its sizes, whatever the others are; the first
+match counts. Without a match the op uses its heuristic.
 """
 
 import functools
@@ -12,12 +12,12 @@ from typing import Any
 
 
 def tiles(op: str, chip: str, **shape: int) -> dict[str, int] | None:
-  """The tiles of an op for a shape on a chip; None if no entry fits.
+  """Looks up the tiles of an op for a shape on a chip; None without a match.
 
   Args:
     op: The op's name.
-    chip: As `tpu.Chip.name` has it. One without a table has no entries.
-    **shape: Sizes by letter, at least those that the op's entries name.
+    chip: A `tpu.Chip.name`. A chip without a table has no entries.
+    **shape: Sizes by letter, at least those in the op's entries.
   """
   for entry in _table(chip).get(op, []):
     if all(shape[letter] == size for letter, size in entry["shape"].items()):

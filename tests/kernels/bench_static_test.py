@@ -266,9 +266,9 @@ def test_crossover_has_an_estimate(topology, tmp_path: pathlib.Path):
   values = json.loads(file.read_text(encoding="utf-8"))
   sparse, dense = values["programs"]
   assert {x["name"].partition("_q")[0] for x in dense["kernels"]} == {
-    "dense_mla_words",
-    "dense_mla_chosen_forward",
-    "dense_mla_chosen_backward",
+    "dense_mla_mask_bits",
+    "dense_mla_masked_forward",
+    "dense_mla_masked_backward",
   }
   # The last 4096 of 8192 tokens see 6144.5 keys, on an average, but for a few.
   expected = 6144.5 / 2048 * sparse["seconds"] / dense["seconds"]

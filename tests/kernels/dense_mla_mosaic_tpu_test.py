@@ -17,7 +17,7 @@ import pytest
 from pallas_kernels.dense_mla import api
 from pallas_kernels.dense_mla import mosaic_tpu
 from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
-from pallas_kernels.dense_mla import mosaic_tpu_words
+from pallas_kernels.dense_mla import mosaic_tpu_mask_bits
 from pallas_kernels.dense_mla import reference
 
 from . import inputs
@@ -151,7 +151,7 @@ class DenseMlaMosaicTpuTest(chex.TestCase):
     start, end = (np.asarray(x[:B]) for x in inputs.ranges("any", 35, S))
     start, end = start.clip(0, S), end.clip(0, S)
     start[:, 5], end[:, 5] = 0, S
-    words = jax.jit(functools.partial(mosaic_tpu_words.words, S=S))(
+    words = jax.jit(functools.partial(mosaic_tpu_mask_bits.from_indices, S=S))(
       *(jnp.asarray(x) for x in (indices, start, end))
     )
     self.assertEqual(words.shape, (B, 35, 2, 128))

@@ -1,7 +1,7 @@
-"""Two warpgroups that take turns: while one multiplies, the other reduces.
+"""Ping-pong barrier of two warpgroups: one multiplies while the other reduces.
 
-The order is kept by named barriers of the block, which cost less than those in
-shared memory. Pallas uses the lower ones.
+Implemented with the block's named barriers, which cost less than barriers in
+shared memory. Pallas uses the lower-numbered ones.
 """
 
 from typing import Final
@@ -18,17 +18,17 @@ _THREADS: Final = 256
 
 
 def start(wg: Int[Array, ""]) -> None:
-  """Gives warpgroup 0 the first turn; called by both."""
-  pl.when(wg == 1)(lambda: give(0))
+  """Lets warpgroup 0 go first; both warpgroups call it."""
+  pl.when(wg == 1)(lambda: signal(0))
 
 
-def take(wg: Int[Array, ""]) -> None:
-  """Waits until the other warpgroup has given the turn to `wg`."""
+def wait(wg: Int[Array, ""]) -> None:
+  """Waits, as warpgroup `wg`, until the other has signalled it."""
   _barrier("bar.sync", wg)
 
 
-def give(wg: Int[Array, ""] | int) -> None:
-  """Gives the turn to `wg`, and goes on."""
+def signal(wg: Int[Array, ""] | int) -> None:
+  """Signals that `wg` may proceed, without waiting."""
   _barrier("bar.arrive", wg)
 
 

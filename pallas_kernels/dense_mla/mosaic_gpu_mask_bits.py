@@ -1,8 +1,8 @@
-"""Words of chosen columns, in the layout of a WGMMA accumulator.
+"""Masks logits by bits, in the layout of a WGMMA accumulator.
 
-A thread holds two rows of a tile, 8 apart, and of each 8 columns two that are
-adjacent, the same in all. It reads the words of its rows from device memory and
-shifts them once; what it tests then are the same bits in all threads.
+A thread holds two rows of a tile, 8 apart, and two adjacent columns of every 8.
+It reads the words of its rows from device memory and shifts them once, so that
+all threads then test the same bit positions.
 """
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -24,13 +24,13 @@ def _layout(n):
   return plgpu.Layout.WG_STRIDED((2 * n * 128,), n)
 
 
-def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
-  """Begins to read the words of 64 rows, as the threads want them.
+def load(mask_bits, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
+  """Loads the mask bits of 64 rows into the threads that need them.
 
   Args:
-    words: In device memory, int32[rows, n].
+    mask_bits: In device memory, int32[rows, n].
     row: The first row.
-    n: Words of a row, 2 or 4.
+    n: Words per row, 2 or 4.
   """
 
   @plgpu.inline_mgpu(
@@ -39,7 +39,7 @@ def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
       (2 * n * 128,), jnp.dtype(jnp.int32), layout=_layout(n)
     ),
   )
-  def emit(ctx, words, row):
+  def emit(ctx, mask_bits, row):
     del ctx
     i32, i64 = (ir.IntegerType.get_signless(x) for x in (32, 64))
     thread = ptx.thread()
@@ -49,7 +49,7 @@ def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
     mine = arith.addi(mine, arith.shli(warp, ptx.i32(4)))
     mine = arith.addi(mine, row.registers.item())
     bytes_ = arith.muli(arith.extui(i64, mine), ptx.i64(4 * n))
-    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(words))
+    base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(mask_bits))
     address = arith.addi(base, bytes_)
     outputs = ", ".join(f"${i}" for i in range(n))
     registers = np.empty(2, object)
@@ -59,7 +59,8 @@ def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
         [address],
         f"ld.global.nc.v{n}.b32 {{{outputs}}}, [${n} + {half * 8 * 4 * n}];",
         ",".join(["=r"] * n + ["l"]),
-        # It stays where it stands: ahead of what hides its latency.
+        # Not to be moved: it is a prefetch, issued before the work that hides
+        # its latency.
         has_side_effects=True,
       )
       assert isinstance(loaded, ir.Value)
@@ -73,13 +74,13 @@ def load(words, row: Int[Array, ""], n: int) -> Int[Array, " threads"]:
       _is_signed=True,
     )
 
-  return emit(words, jnp.asarray(row, jnp.int32))
+  return emit(mask_bits, jnp.asarray(row, jnp.int32))
 
 
-def keep(
-  logits: Float[Array, "64 columns"], words: Int[Array, " threads"]
+def apply(
+  logits: Float[Array, "64 columns"], bits: Int[Array, " threads"]
 ) -> Float[Array, "64 columns"]:
-  """-inf where a column is not chosen; `words` as of `load`."""
+  """Masks logits with -inf where the bit is clear; `bits` come from `load`."""
   columns = logits.shape[1]
   n = columns // 32
 
@@ -89,7 +90,7 @@ def keep(
       logits.shape, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA
     ),
   )
-  def emit(ctx, logits, words):
+  def emit(ctx, logits, bits):
     del ctx
     f32 = ir.F32Type.get()
     never = arith.constant(f32, ir.FloatAttr.get(f32, -np.inf))
@@ -97,7 +98,7 @@ def keep(
     shift = arith.shli(shift, ptx.i32(1))
     shifted = [
       [arith.shrui(_element(register, i), shift) for i in range(n)]
-      for register in words.registers
+      for register in bits.registers
     ]
     registers = np.empty_like(logits.registers)
     for at, (index, pair) in enumerate(np.ndenumerate(logits.registers)):
@@ -113,7 +114,7 @@ def keep(
       _registers=registers, _layout=logits.layout, _is_signed=None
     )
 
-  return emit(logits, words)
+  return emit(logits, bits)
 
 
 def _element(x, i):

@@ -1,12 +1,12 @@
-"""Which keys a query reads, a bit each, in the order in which TPUs unpack them.
+"""Attention mask of the selected keys, in the bit order that TPUs unpack.
 
-Bit b of word [w, l] is key 4096 w + 128 b + l: 128 words say of 128 keys that
-lie side by side, by one shift, whether they are read.
+Bit b of word [w, l] is key 4096 w + 128 b + l, so that one shift of 128 words
+unpacks the mask of 128 adjacent keys.
 
-Bits are set without a scatter. A chosen key is a column with one number, the
-power of two of its bit at its half of a word, times a row with a one at its
-lane: the product of two matrices adds these up for all chosen keys. It is
-exact: bfloat16 has the powers of two, and sums stay below 2^16.
+Bits are set without a scatter. A selected key is the outer product of a column,
+which holds the power of two of its bit at its half of a word, and a row, which
+holds a one at its lane; one matrix product sums these over all selected keys.
+It is exact: bfloat16 represents powers of two, and sums stay below 2^16.
 """
 
 from typing import Final
@@ -22,16 +22,16 @@ from pallas_kernels import tpu
 
 LANES: Final = 128
 _HALF: Final = 16  # bits
-_QUERIES: Final = 32  # of a step
+_QUERIES: Final = 32  # per grid step
 
 
-def words(
+def from_indices(
   indices: Int[Array, "B T K"],
   start: Int[Array, "B T"],
   end: Int[Array, "B T"],
   S: int,
 ) -> Int[Array, "B T nW 128"]:
-  """Bits of the indices in [start, end), of which none occurs twice."""
+  """Sets the bits of the indices in [start, end); none may occur twice."""
   B, T, K = indices.shape
   nW = -(-S // (2 * _HALF * LANES))
   rows = -(-nW // 8) * 8
@@ -55,14 +55,14 @@ def words(
       dimension_semantics=("parallel", "parallel")
     ),
     interpret=tpu.interpret(),
-    name=f"dense_mla_words_q{_QUERIES}",
+    name=f"dense_mla_mask_bits_q{_QUERIES}",
   )(indices)
   return packed[:, :T, :nW]
 
 
 def _kernel(indices, packed):
   rows, K = packed.shape[1], indices.shape[1]
-  # First the lower half of each word, then the upper ones.
+  # First the lower halves of all words, then the upper halves.
   row = lax.broadcasted_iota(jnp.int32, (2 * rows, K), 0)
   half_of_row = jnp.where(row < rows, 2 * row, 2 * (row - rows) + 1)
   column = lax.broadcasted_iota(jnp.int32, (LANES, K), 0)
@@ -85,18 +85,18 @@ def _kernel(indices, packed):
     packed[t] = sums[:rows] | (sums[rows:] << _HALF)
 
 
-def chosen(
-  words: Int[Array, "X Y"], first_key: Int[Array, ""], keys: int, axis: int
+def unpack(
+  mask_bits: Int[Array, "X Y"], first_key: Int[Array, ""], keys: int, axis: int
 ) -> Bool[Array, "..."]:
-  """Whether keys from `first_key` on are read.
+  """Unpacks the mask of the `keys` keys from `first_key` on.
 
   Args:
-    words: Those that have the keys; 128 along `axis`.
+    mask_bits: The words that hold these keys; 128 along `axis`.
     first_key: A multiple of `keys`.
-    keys: How many; a multiple of 128.
-    axis: Along which they are in the result.
+    keys: Number of keys; a multiple of 128.
+    axis: Axis of the keys in the result.
   """
   bit = first_key // LANES % 32
   # The bit becomes the sign.
-  parts = [words << (31 - bit - x) < 0 for x in range(keys // LANES)]
+  parts = [mask_bits << (31 - bit - x) < 0 for x in range(keys // LANES)]
   return jnp.concatenate(parts, axis)
