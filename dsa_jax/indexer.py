@@ -20,6 +20,7 @@ from dsa_jax import rope
 from dsa_jax import sharding
 from dsa_jax import zigzag
 import pallas_kernels
+from pallas_kernels import checkpoint_names
 
 
 @jax.tree_util.register_dataclass
@@ -172,4 +173,4 @@ class Indexer(nnx.Module):
     )
     indices = select(scoring.q_BTMI, scoring.k_BSI, scoring.w_BTM, start, end)
     # Kept by remat: choosing again could choose otherwise.
-    return checkpoint_name(indices, "indexer_topk")
+    return checkpoint_name(indices, checkpoint_names.INDEXER_TOPK)

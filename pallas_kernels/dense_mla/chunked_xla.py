@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels import tiles
 from pallas_kernels.dense_mla import chosen as chosen_lib
 
@@ -107,7 +108,7 @@ def _vjp_forward(q, k, v, start, end, scale, indices, query_tile, key_tile):
     row, *(q, k, v, start, end, chosen), tile_bytes=4 * bT * bS * q.shape[2]
   )
   # Named, so that a remat policy may keep them instead of computing them again.
-  out, lse = checkpoint_name((out, lse), "dense_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.DENSE_MLA)
   return (out, lse), (q, k, v, start, end, chosen, out, lse)
 
 

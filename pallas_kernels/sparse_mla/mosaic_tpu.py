@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels import tpu
 from pallas_kernels.sparse_mla import mosaic_tpu_backward
 from pallas_kernels.sparse_mla import mosaic_tpu_forward
@@ -82,8 +83,9 @@ def _forward(q, kv, indices, latent_rank, scale, tiles):
   out, lse = mosaic_tpu_forward.forward(
     _pad(q, tiles), kv, plan, latent_rank, scale, tiles
   )
+  out, lse = out[:, :T], lse[:, :T]
   # Named, so that a remat policy may keep them instead of computing them again.
-  out, lse = checkpoint_name((out[:, :T], lse[:, :T]), "sparse_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.SPARSE_MLA)
   return (out, lse), (q, kv, indices, out, lse)
 
 
