@@ -81,7 +81,8 @@ class Block(nnx.Module):
     if isinstance(self.ffn, moe.MoE):
       y, stats = self.ffn(self.ffn_norm(x), frame.valid)
     else:
-      y = self.ffn(self.ffn_norm(x))
+      with jax.named_scope("mlp"):
+        y = self.ffn(self.ffn_norm(x))
     output = LayerOutput(
       attended.cache,
       attended.indexed.selected,

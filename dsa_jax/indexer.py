@@ -61,6 +61,7 @@ class Indexer(nnx.Module):
       rngs, cfg, (D, M), ("embed", "index_heads"), "float32"
     )
 
+  @jax.named_scope("indexer")
   def __call__(
     self,
     x: Float[Array, "B T D"],
@@ -150,6 +151,7 @@ class Indexer(nnx.Module):
       return own()
     return jax.lax.cond(full, own, lambda: (shared, cached))
 
+  @jax.named_scope("select")
   def select(
     self,
     scoring: Scoring,
