@@ -19,12 +19,17 @@ from dsa_jax import indexer
 from dsa_jax import mla
 from dsa_jax import moe
 from dsa_jax import norms
+from pallas_kernels import checkpoint_names
 
 # What each kind of remat keeps of a layer. The selection always stays: chosen
 # again, it could be another one.
 _KEPT: dict[config_lib.Remat, tuple[str, ...]] = {
-  "attention": ("indexer_topk", "sparse_mla", "dense_mla"),
-  "selection": ("indexer_topk",),
+  "attention": (
+    checkpoint_names.INDEXER_TOPK,
+    checkpoint_names.SPARSE_MLA,
+    checkpoint_names.DENSE_MLA,
+  ),
+  "selection": (checkpoint_names.INDEXER_TOPK,),
 }
 
 
@@ -76,7 +81,8 @@ class Block(nnx.Module):
     if isinstance(self.ffn, moe.MoE):
       y, stats = self.ffn(self.ffn_norm(x), frame.valid)
     else:
-      y = self.ffn(self.ffn_norm(x))
+      with jax.named_scope("mlp"):
+        y = self.ffn(self.ffn_norm(x))
     output = LayerOutput(
       attended.cache,
       attended.indexed.selected,

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 """
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +21,7 @@ class Embed(nnx.Module):
       rngs, cfg, (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
     )
 
+  @jax.named_scope("embed")
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     out = self.cfg.rules("batch", "seq", None)
     rows = self.table_VD[...].astype(self.cfg.dtype).at[tokens]
@@ -35,6 +37,7 @@ class Head(nnx.Module):
       rngs, cfg, (cfg.embed_dim, cfg.vocab_size), ("embed", "vocab")
     )
 
+  @jax.named_scope("head")
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Logits in fp32."""
     return jnp.einsum(

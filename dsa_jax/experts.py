@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax import exchange
-from dsa_jax import grouped_matmul
+import pallas_kernels
 
 type Axis = str | tuple[str, ...] | None
 
@@ -108,7 +108,7 @@ def _expert_of_slots(mine_GE, R):
 
 
 def _mlp(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD):
-  matmul = grouped_matmul.grouped_matmul
+  matmul = pallas_kernels.grouped_matmul
   h_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E))
   h_RF = h_RF * matmul(x_RD, up_EDF, sizes_E)
   return matmul(h_RF, down_EFD, sizes_E)

@@ -20,6 +20,7 @@ from dsa_jax import rope
 from dsa_jax import sharding
 from dsa_jax import zigzag
 import pallas_kernels
+from pallas_kernels import checkpoint_names
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +61,7 @@ class Indexer(nnx.Module):
       rngs, cfg, (D, M), ("embed", "index_heads"), "float32"
     )
 
+  @jax.named_scope("indexer")
   def __call__(
     self,
     x: Float[Array, "B T D"],
@@ -149,6 +151,7 @@ class Indexer(nnx.Module):
       return own()
     return jax.lax.cond(full, own, lambda: (shared, cached))
 
+  @jax.named_scope("select")
   def select(
     self,
     scoring: Scoring,
@@ -172,4 +175,4 @@ class Indexer(nnx.Module):
     )
     indices = select(scoring.q_BTMI, scoring.k_BSI, scoring.w_BTM, start, end)
     # Kept by remat: choosing again could choose otherwise.
-    return checkpoint_name(indices, "indexer_topk")
+    return checkpoint_name(indices, checkpoint_names.INDEXER_TOPK)

@@ -25,6 +25,7 @@ def has_target(
   return (segment_ids > 0) & (shift(segment_ids, ahead) == segment_ids)
 
 
+@jax.named_scope("cross_entropy")
 def cross_entropy(
   head: embed.Head, x: Float[Array, "B T D"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:

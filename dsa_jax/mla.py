@@ -86,6 +86,7 @@ class MLA(nnx.Module):
     self.out_NUD = weight((N, U, D), "heads", None, "embed")
     self.indexer = indexer_lib.Indexer(cfg, rngs=rngs)
 
+  @jax.named_scope("mla")
   def __call__(
     self,
     x: Float[Array, "B T D"],
@@ -189,7 +190,8 @@ class MLA(nnx.Module):
       ),
       out_specs=(queries, per_head),
     )
-    out_BTNU, lse_BTN = attend(q_BTNX, k_BSNX, v_BSNU, *ranges, *selected)
+    with jax.named_scope("attend"):
+      out_BTNU, lse_BTN = attend(q_BTNX, k_BSNX, v_BSNU, *ranges, *selected)
     if not frame.index_loss:
       return out_BTNU, None
     index_specs, index = self._scoring(scoring)
@@ -212,7 +214,8 @@ class MLA(nnx.Module):
     )
     # The target is a constant: the trunk learns nothing from the indexer.
     attention = jax.lax.stop_gradient((q_BTNX, k_BSNX, lse_BTN))
-    index_loss_BT = compare(frame.measure, *index, *read, *attention)
+    with jax.named_scope("index_loss"):
+      index_loss_BT = compare(frame.measure, *index, *read, *attention)
     return out_BTNU, index_loss_BT
 
   def _keys(self, kv_BSX: Float[Array, "B S CR"]) -> Float[Array, "B S N HR"]:
@@ -263,16 +266,18 @@ class MLA(nnx.Module):
         in_specs=(rules(), queries, keys, per_query, *index_specs),
         out_specs=(queries, per_head, rules("batch", "seq")),
       )
-      out_BTNC, _, index_loss_BT = attend(
-        frame.measure, q_BTNX, kv_BSX, selected_BTK, *index
-      )
+      with jax.named_scope("attend_and_index_loss"):
+        out_BTNC, _, index_loss_BT = attend(
+          frame.measure, q_BTNX, kv_BSX, selected_BTK, *index
+        )
     else:
       attend = sharding.local(
         lambda *inputs: pallas_kernels.sparse_mla(*inputs, C, scale),
         in_specs=(queries, keys, per_query),
         out_specs=(queries, per_head),
       )
-      out_BTNC, _ = attend(q_BTNX, kv_BSX, selected_BTK)
+      with jax.named_scope("attend"):
+        out_BTNC, _ = attend(q_BTNX, kv_BSX, selected_BTK)
     out_BTNU = jnp.einsum(
       "BTNC,CNU->BTNU",
       out_BTNC,
@@ -301,6 +306,7 @@ class MLA(nnx.Module):
     )
     return specs, (scoring.q_BTMI, scoring.k_BSI, scoring.w_BTM)
 
+  @jax.named_scope("recall")
   def _recall(
     self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
   ):

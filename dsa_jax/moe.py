@@ -69,6 +69,7 @@ class Router(nnx.Module):
     )
     self.bias_E = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
 
+  @jax.named_scope("router")
   def __call__(
     self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
   ) -> tuple[Int[Array, "B T J"], Float[Array, "B T J"], RouterStats]:
@@ -143,7 +144,11 @@ class MoE(nnx.Module):
       out_specs=per_token,
     )
     weights = (self.gate_EDF, self.up_EDF, self.down_EFD)
-    y_BTD = routed(
-      x, experts_BTJ, weights_BTJ, *(w[...].astype(dtype) for w in weights)
-    )
-    return y_BTD if self.shared is None else y_BTD + self.shared(x), stats
+    with jax.named_scope("experts"):
+      y_BTD = routed(
+        x, experts_BTJ, weights_BTJ, *(w[...].astype(dtype) for w in weights)
+      )
+    if self.shared is not None:
+      with jax.named_scope("shared_expert"):
+        y_BTD = y_BTD + self.shared(x)
+    return y_BTD, stats

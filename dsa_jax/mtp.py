@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D model width.
 """
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -32,6 +33,7 @@ class MTP(nnx.Module):
     self.block = block.Block(cfg, experts=True, rngs=rngs)
     self.final_norm = norms.RMSNorm(D, cfg)
 
+  @jax.named_scope("mtp")
   def __call__(
     self,
     embedded: Float[Array, "B T D"],

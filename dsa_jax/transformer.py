@@ -218,23 +218,24 @@ class Transformer(nnx.Module):
     cfg, x, shared = self.config, self._embed(tokens), None
     outputs: list[block.LayerOutput] = []
     hidden, first = [x[None]], 0
-    for stack, length in (
-      (self.dense_layers, cfg.num_dense_layers),
-      (self.moe_layers, cfg.num_moe_layers),
+    for name, stack, length in (
+      ("dense_layers", self.dense_layers, cfg.num_dense_layers),
+      ("moe_layers", self.moe_layers, cfg.num_moe_layers),
     ):
       if stack is None:
         continue
       layers = slice(first, first + length)
-      x, output, after, shared = block.run_stack(
-        stack,
-        x,
-        frame,
-        jax.tree.map(lambda cached: cached[layers], caches),  # noqa: B023
-        shared,
-        cfg.has_indexer[layers] if cfg.shares_index else None,
-        remat=cfg.remat,
-        keep_hidden=keep_hidden,
-      )
+      with jax.named_scope(name):
+        x, output, after, shared = block.run_stack(
+          stack,
+          x,
+          frame,
+          jax.tree.map(lambda cached: cached[layers], caches),  # noqa: B023
+          shared,
+          cfg.has_indexer[layers] if cfg.shares_index else None,
+          remat=cfg.remat,
+          keep_hidden=keep_hidden,
+        )
       outputs.append(output)
       if after is not None:
         hidden.append(after)

@@ -14,6 +14,7 @@ from pallas_kernels.dense_indexer_loss import (
   dense_indexer_loss as dense_indexer_loss,
 )
 from pallas_kernels.dense_mla import dense_mla as dense_mla
+from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from pallas_kernels.indexer_topk import indexer_topk as indexer_topk
 from pallas_kernels.sparse_indexer_loss import (
   sparse_indexer_loss as sparse_indexer_loss,

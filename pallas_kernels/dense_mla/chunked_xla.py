@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels import tiles
 from pallas_kernels.dense_mla import mask_bits as mask_bits_lib
 
@@ -109,7 +110,7 @@ def _vjp_forward(q, k, v, start, end, scale, indices, query_tile, key_tile):
     row, *(q, k, v, start, end, mask_bits), tile_bytes=4 * bT * bS * q.shape[2]
   )
   # Named, so that a remat policy may keep them instead of computing them again.
-  out, lse = checkpoint_name((out, lse), "dense_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.DENSE_MLA)
   return (out, lse), (q, k, v, start, end, mask_bits, out, lse)
 
 

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels.dense_mla import mask_bits as mask_bits_lib
 from pallas_kernels.dense_mla import mosaic_gpu_backward
 from pallas_kernels.dense_mla import mosaic_gpu_forward
@@ -132,7 +133,7 @@ def _vjp_forward(q, k, v, start, end, scale, indices):
   )
   out, lse = out[:, :T], lse_BNT[..., :T].swapaxes(1, 2)
   # Named, so that a remat policy can save them instead of recomputing them.
-  out, lse = checkpoint_name((out, lse), "dense_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.DENSE_MLA)
   return (out, lse), (q, k, v, start, end, mask_bits, out, lse)
 
 

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels import tpu
 from pallas_kernels.dense_mla import mosaic_tpu_backward
 from pallas_kernels.dense_mla import mosaic_tpu_forward
@@ -190,7 +191,7 @@ def _vjp_forward(q, k, v, start, end, mask_bits, scale, tiles):
   out = out_BNTU[:, :, :T].swapaxes(1, 2)
   lse = lse_BN1T[:, :, 0, :T].swapaxes(1, 2)
   # Named, so that a remat policy can save them instead of recomputing them.
-  out, lse = checkpoint_name((out, lse), "dense_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.DENSE_MLA)
   return (out, lse), (q, k, v, start, end, mask_bits, out, lse)
 
 

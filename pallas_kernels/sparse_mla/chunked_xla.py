@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels import tiles
 
 
@@ -78,7 +79,7 @@ def _forward(q, kv, indices, latent_rank, scale, query_tile):
     row, *(q, kv, indices), tile_bytes=_bytes_per_query(q, indices) * bT
   )
   # Named, so that a remat policy can save them instead of recomputing them.
-  out, lse = checkpoint_name((out, lse), "sparse_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.SPARSE_MLA)
   return (out, lse), (q, kv, indices, out, lse)
 
 

@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels.sparse_mla import mosaic_gpu_backward
 from pallas_kernels.sparse_mla import mosaic_gpu_forward
 
@@ -62,7 +63,7 @@ def _forward(q, kv, indices, latent_rank, scale):
   check(q, kv, indices, latent_rank)
   out, lse = mosaic_gpu_forward.forward(q, kv, indices, scale)
   # Named, so that a remat policy can save them instead of recomputing them.
-  out, lse = checkpoint_name((out, lse), "sparse_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.SPARSE_MLA)
   return (out, lse), (q, kv, indices, out, lse)
 
 

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels import tpu
 from pallas_kernels.sparse_mla import mosaic_tpu_backward
 from pallas_kernels.sparse_mla import mosaic_tpu_forward
@@ -85,7 +86,9 @@ def _forward(q, kv, indices, latent_rank, scale, tiles):
     _pad(q, tiles), kv, plan, latent_rank, scale, tiles
   )
   # Named, so that a remat policy can save them instead of recomputing them.
-  out, lse = checkpoint_name((out[:, :T], lse[:, :T]), "sparse_mla")
+  out, lse = checkpoint_name(
+    (out[:, :T], lse[:, :T]), checkpoint_names.SPARSE_MLA
+  )
   return (out, lse), (q, kv, indices, out, lse)
 
 

@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import checkpoint_names
 from pallas_kernels.sparse_indexer_loss import mosaic_gpu as loss_lib
 from pallas_kernels.sparse_mla import mosaic_gpu as attention
 from pallas_kernels.sparse_mla import mosaic_gpu_backward
@@ -64,7 +65,7 @@ def _vjp_forward(
   del latent_rank  # the forward kernel has one
   out, lse = mosaic_gpu_forward.forward(q, kv, indices, scale)
   # Named, so that a remat policy can save them instead of recomputing them.
-  out, lse = checkpoint_name((out, lse), "sparse_mla")
+  out, lse = checkpoint_name((out, lse), checkpoint_names.SPARSE_MLA)
 
   def loss():
     p = _summed(loss_lib.target(q, kv, indices, lse, scale), heads_axis)

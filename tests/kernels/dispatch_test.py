@@ -106,6 +106,10 @@ CALLS = {
     },
     f32((B, T)),
   ),
+  "grouped_matmul": (
+    {"x": f32((T, C)), "w": f32((N, C, U)), "sizes": i32((N,))},
+    f32((T, U)),
+  ),
 }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from pallas_kernels import checkpoint_names
 from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
 from pallas_kernels.sparse_mla_with_loss import api
 from pallas_kernels.sparse_mla_with_loss import mosaic_gpu
@@ -129,7 +130,9 @@ class SparseMLAWithLossMosaicGPUTest(chex.TestCase):
     self.assertGreaterEqual(text.count("mosaic_gpu_v2"), 6)
 
   def test_remat_keeps_what_the_attention_returned(self):
-    policy = jax.checkpoint_policies.save_only_these_names("sparse_mla")
+    policy = jax.checkpoint_policies.save_only_these_names(
+      checkpoint_names.SPARSE_MLA
+    )
     f = jax.checkpoint(
       lambda *args: mosaic_gpu.sparse_mla_with_loss(*args, 512, SCALE)[0],
       policy=policy,

@@ -3,14 +3,12 @@
 import dataclasses
 
 from absl.testing import absltest
-from absl.testing import parameterized
 import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsa_jax import grouped_matmul
 from dsa_jax import moe
 from tests.model import models
 
@@ -105,32 +103,6 @@ class MoETest(chex.TestCase):
     h = silu(self.x @ w[0]) * (self.x @ w[1])
     expected = cfg.routed_scale * (h @ np.asarray(layer.down_EFD[...][7]))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-
-
-class GroupedMatmulTest(chex.TestCase):
-  @parameterized.parameters(
-    ([5, 0, 7, 1], 4),
-    ([13, 0, 0, 0], 4),
-    ([0, 0, 0, 13], 64),
-    ([4, 4, 4, 1], 1),
-  )
-  def test_blocks_match_a_loop(self, sizes, block):
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(13, 6)), rng.normal(size=(4, 6, 5))
-    group = np.repeat(np.arange(4), sizes)
-    expected = np.stack([x[r] @ w[group[r]] for r in range(13)])
-    args = jnp.float32(x), jnp.float32(w), jnp.asarray(sizes)
-    matmuls = (
-      lambda x, w, s: grouped_matmul.blocked_matmul(x, w, s, block),
-      jax.lax.ragged_dot,
-    )
-    target = jnp.float32(rng.normal(size=(13, 5)))
-    grads = []
-    for matmul in matmuls:
-      np.testing.assert_allclose(matmul(*args), expected, rtol=1e-5, atol=1e-5)
-      loss = lambda x, w: jnp.sum(matmul(x, w, args[2]) * target)  # noqa: B023
-      grads.append(jax.grad(loss, (0, 1))(*args[:2]))
-    chex.assert_trees_all_close(*grads, rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":

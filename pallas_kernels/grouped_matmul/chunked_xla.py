@@ -1,4 +1,8 @@
-"""Rows times the matrix of their group, for the experts' MLPs.
+"""Blocks of equal rows, each times the matrix of its group; see `api`.
+
+On a CPU 19 times faster than `jax.lax.ragged_dot` with 8 groups of 1024 rows,
+D 128, F 64: but for TPUs, XLA multiplies there every row by every group's
+matrix and masks.
 
 Letters: R rows, sorted by group, E groups, D and F widths, G blocks of rows.
 """
@@ -18,18 +22,8 @@ _BLOCK = {"cpu": 64, "gpu": 512}  # rows of one product
 def grouped_matmul(
   x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-  """`y[r] = x[r] @ w[group of r]`.
-
-  Rows beyond the sum of the groups' `sizes` are in none: they cost nothing, and
-  what they give is finite and has no gradient to `w`.
-
-  `jax.lax.ragged_dot` where it multiplies each row once, on TPUs. Elsewhere XLA
-  multiplies every row by every group's matrix and masks: there, blocks of equal
-  rows (on a CPU 19 times faster with 8 groups of 1024 rows, D 128, F 64).
-  """
-  block = _BLOCK.get(dispatch.platform())
-  if block is None:
-    return jax.lax.ragged_dot(x, w, sizes)
+  """See `api.grouped_matmul`."""
+  block = _BLOCK.get(dispatch.platform(), _BLOCK["gpu"])
   return blocked_matmul(x, w, sizes, block)
 
 
