@@ -3,8 +3,7 @@
 import ast
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = ("configs", "train", "dsa_jax", "pallas_kernels")  # top to bottom
@@ -29,39 +28,42 @@ def upward_imports(layer: str, source: str) -> list[str]:
   return found
 
 
-class LayeringTest(parameterized.TestCase):
-  @parameterized.parameters(*LAYERS)
-  def test_imports_point_down(self, layer):
-    files = sorted((ROOT / layer).rglob("*.py"))
-    self.assertNotEmpty(files, f"no Python file in {ROOT / layer}")
-    violations = {
-      str(file.relative_to(ROOT)): found
-      for file in files
-      if (found := upward_imports(layer, file.read_text(encoding="utf-8")))
-    }
-    self.assertEmpty(violations)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_point_down(layer):
+  files = sorted((ROOT / layer).rglob("*.py"))
+  assert files, f"no Python file in {ROOT / layer}"
+  violations = {
+    str(file.relative_to(ROOT)): found
+    for file in files
+    if (found := upward_imports(layer, file.read_text(encoding="utf-8")))
+  }
+  assert not violations
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "layer, source",
+  [
     ("pallas_kernels", "import dsa_jax"),
     ("pallas_kernels", "import jax, train.step as step"),
     ("pallas_kernels", "from configs import tiny"),
     ("dsa_jax", "from train.config import TrainConfig"),
     ("dsa_jax", "def f():\n  from configs import tiny\n  return tiny"),
     ("train", "if True:\n  import configs.tiny"),
-  )
-  def test_finds_an_upward_import(self, layer, source):
-    self.assertLen(upward_imports(layer, source), 1)
+  ],
+)
+def test_finds_an_upward_import(layer, source):
+  assert len(upward_imports(layer, source)) == 1
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "layer, source",
+  [
     ("pallas_kernels", "import jax\nfrom pallas_kernels import dispatch"),
     ("dsa_jax", "from pallas_kernels import sparse_mla"),
     ("dsa_jax", "from . import train"),  # dsa_jax.train, not train
     ("train", "import dsa_jax, pallas_kernels\nimport training"),
     ("configs", "from configs import tiny\nfrom train import config"),
-  )
-  def test_allows_the_rest(self, layer, source):
-    self.assertEmpty(upward_imports(layer, source))
-
-
-if __name__ == "__main__":
-  absltest.main()
+  ],
+)
+def test_allows_the_rest(layer, source):
+  assert not upward_imports(layer, source)
