@@ -20,6 +20,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
   )
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+  """Sizes and options are shown as they are: `T=95,S=300`, `300x330x1`."""
+  match val:
+    case dict():
+      return ",".join(f"{k}={_shown(x)}" for k, x in val.items()) or "default"
+    case tuple() | list() if val:
+      between = "x" if all(isinstance(x, int) for x in val) else " "
+      return between.join(map(_shown, val))
+  return None  # pytest's own
+
+
+def _shown(value: object) -> str:
+  return getattr(value, "__name__", None) or str(value)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(
   tmp_path_factory: pytest.TempPathFactory, worker_id: str

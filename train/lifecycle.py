@@ -18,7 +18,7 @@ import numpy as np
 from train import config as config_lib
 from train import loop
 from train import main as main_lib
-from train import stage
+from train import stage as stage_lib
 from train.run import read_run
 
 
@@ -204,7 +204,7 @@ def main() -> None:
     runs = cfg, control(cfg)
     if not all(map(_train, runs)):
       return
-  except (ValueError, OSError, ImportError, stage.Diverged) as e:
+  except (ValueError, OSError, ImportError, stage_lib.Diverged) as e:
     sys.exit(f"error: {e}")
   text = table(model_rows(cfg), stage_rows(cfg))
   file = pathlib.Path(cfg.run_dir) / "lifecycle.md"

@@ -7,15 +7,13 @@ import inspect
 from unittest import mock
 import warnings
 
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
+import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
-
-from . import inputs
+from tests.kernels import inputs
 
 B, T, S, K, N = inputs.B, inputs.T, inputs.S, inputs.K, inputs.N
 C, R, HR, U = inputs.C, inputs.R, inputs.H + inputs.R, inputs.U
@@ -126,122 +124,133 @@ def backend(name, kind="NVIDIA H200"):
     yield
 
 
-class DispatchTest(chex.TestCase):
-  def setUp(self):
-    super().setUp()
-    dispatch._warn_portable.cache_clear()
-    names = "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
-    self.ops = {name: mock.Mock(return_value=name) for name in names}
+@pytest.fixture
+def ops():
+  """Implementations that return their name; none has warned yet."""
+  dispatch._warn_portable.cache_clear()
+  names = "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+  return {name: mock.Mock(return_value=name) for name in names}
 
-  def call(self, implementation=None):
-    return dispatch.call("op", self.ops, implementation, 1, two=2)
 
-  def assert_silent(self, expected, implementation=None):
+def call(ops, implementation=None):
+  return dispatch.call("op", ops, implementation, 1, two=2)
+
+
+def assert_silent(ops, expected, implementation=None):
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert call(ops, implementation) == expected
+
+
+@pytest.mark.parametrize("name", ["mosaic_tpu", "mosaic_gpu", "reference"])
+def test_a_name_takes_that_one_on_any_backend(ops, name):
+  assert_silent(ops, name, implementation=name)
+  ops.pop(name).assert_called_once_with(1, two=2)
+  for other in ops.values():
+    other.assert_not_called()
+
+
+def test_an_unknown_name_is_told_the_known_ones(ops):
+  names = "mosaic_tpu, mosaic_gpu, chunked_xla, reference"
+  with pytest.raises(ValueError, match=f"op.*'triton'.*{names}"):
+    call(ops, "triton")
+
+
+def test_a_refusal_of_the_one_named_reaches_the_caller(ops):
+  ops["mosaic_tpu"].side_effect = refuse
+  with backend("tpu"), pytest.raises(NotImplementedError, match="shape"):
+    call(ops, "mosaic_tpu")
+
+
+@pytest.mark.parametrize(
+  "name, expected",
+  [("tpu", "mosaic_tpu"), ("gpu", "mosaic_gpu"), ("cpu", "chunked_xla")],
+)
+def test_each_backend_takes_its_own(ops, name, expected):
+  with backend(name):
+    assert_silent(ops, expected)
+  ops.pop(expected).assert_called_once_with(1, two=2)
+  for other in ops.values():
+    other.assert_not_called()
+
+
+@pytest.mark.parametrize(
+  "name, kernel", [("tpu", "mosaic_tpu"), ("gpu", "mosaic_gpu")]
+)
+def test_a_refusal_falls_back_and_says_so_once(ops, name, kernel):
+  ops[kernel].side_effect = refuse
+  with backend(name):
+    with pytest.warns(UserWarning, match=f"op .*{kernel}: no such shape"):
+      assert call(ops) == "chunked_xla"
+    assert_silent(ops, "chunked_xla")
+  assert ops[kernel].call_count == 2
+  ops["reference"].assert_not_called()
+
+
+def test_a_backend_without_a_kernel_says_so_once(ops):
+  with backend("rocm"):
+    with pytest.warns(UserWarning, match="op .*rocm.*there is none"):
+      assert call(ops) == "chunked_xla"
+    assert_silent(ops, "chunked_xla")
+
+
+def test_a_warning_names_the_shapes_once_each(ops):
+  ops["mosaic_gpu"].side_effect = refuse
+
+  def call(length):
+    return dispatch.call("op", ops, None, jnp.zeros((2, length)), 3)
+
+  with backend("gpu"):
+    with pytest.warns(UserWarning, match=r"float32\[2,5\]. .*chunked_xla"):
+      call(5)
+    with pytest.warns(UserWarning, match=r"float32\[2,6\]"):
+      call(6)
     with warnings.catch_warnings():
       warnings.simplefilter("error")
-      self.assertEqual(self.call(implementation), expected)
+      call(5)
 
-  @parameterized.parameters("mosaic_tpu", "mosaic_gpu", "reference")
-  def test_a_name_takes_that_one_on_any_backend(self, name):
-    self.assert_silent(name, implementation=name)
-    self.ops.pop(name).assert_called_once_with(1, two=2)
-    for other in self.ops.values():
-      other.assert_not_called()
 
-  def test_an_unknown_name_is_told_the_known_ones(self):
-    names = "mosaic_tpu, mosaic_gpu, chunked_xla, reference"
-    with self.assertRaisesRegex(ValueError, f"op.*'triton'.*{names}"):
-      self.call("triton")
+@pytest.mark.parametrize("name", ["tpu", "gpu", "cpu"])
+def test_no_kernel_is_chosen_where_none_is_allowed(ops, name):
+  with backend(name), dispatch.kernels(False):
+    assert_silent(ops, "chunked_xla")
+    assert_silent(ops, "mosaic_gpu", implementation="mosaic_gpu")
 
-  def test_a_refusal_of_the_one_named_reaches_the_caller(self):
-    self.ops["mosaic_tpu"].side_effect = refuse
-    with backend("tpu"), self.assertRaisesRegex(NotImplementedError, "shape"):
-      self.call("mosaic_tpu")
 
-  @parameterized.parameters(
-    ("tpu", "mosaic_tpu"), ("gpu", "mosaic_gpu"), ("cpu", "chunked_xla")
+def test_a_gpu_that_is_no_hopper_is_told_so(ops):
+  with backend("gpu", kind="NVIDIA A100-SXM4-80GB"):
+    with pytest.warns(UserWarning, match="op .*A100"):
+      assert call(ops) == "chunked_xla"
+  ops["mosaic_gpu"].assert_not_called()
+
+
+def test_an_error_is_no_refusal(ops):
+  ops["mosaic_tpu"].side_effect = ValueError("a bug")
+  with backend("tpu"), pytest.raises(ValueError, match="a bug"):
+    call(ops)
+
+
+@pytest.mark.parametrize("op", [*CALLS])
+@pytest.mark.parametrize("implementation", [None, "chunked_xla", "reference"])
+def test_hands_each_argument_to_the_parameter_of_its_name(op, implementation):
+  arguments, results = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x,
+    CALLS[op],
   )
-  def test_each_backend_takes_its_own(self, name, expected):
-    with backend(name):
-      self.assert_silent(expected)
-    self.ops.pop(expected).assert_called_once_with(1, two=2)
-    for other in self.ops.values():
-      other.assert_not_called()
 
-  @parameterized.parameters(("tpu", "mosaic_tpu"), ("gpu", "mosaic_gpu"))
-  def test_a_refusal_falls_back_and_says_so_once(self, name, kernel):
-    self.ops[kernel].side_effect = refuse
-    with backend(name):
-      with self.assertWarnsRegex(UserWarning, f"op .*{kernel}: no such shape"):
-        self.assertEqual(self.call(), "chunked_xla")
-      self.assert_silent("chunked_xla")
-    self.assertEqual(self.ops[kernel].call_count, 2)
-    self.ops["reference"].assert_not_called()
-
-  def test_a_backend_without_a_kernel_says_so_once(self):
-    with backend("rocm"):
-      with self.assertWarnsRegex(UserWarning, "op .*rocm.*there is none"):
-        self.assertEqual(self.call(), "chunked_xla")
-      self.assert_silent("chunked_xla")
-
-  def test_a_warning_names_the_shapes_once_each(self):
-    self.ops["mosaic_gpu"].side_effect = refuse
-
-    def call(length):
-      return dispatch.call("op", self.ops, None, jnp.zeros((2, length)), 3)
-
-    with backend("gpu"):
-      with self.assertWarnsRegex(UserWarning, r"float32\[2,5\]. .*chunked_xla"):
-        call(5)
-      with self.assertWarnsRegex(UserWarning, r"float32\[2,6\]"):
-        call(6)
-      with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(5)
-
-  @parameterized.parameters("tpu", "gpu", "cpu")
-  def test_no_kernel_is_chosen_where_none_is_allowed(self, name):
-    with backend(name), dispatch.kernels(False):
-      self.assert_silent("chunked_xla")
-      self.assert_silent("mosaic_gpu", implementation="mosaic_gpu")
-
-  def test_a_gpu_that_is_no_hopper_is_told_so(self):
-    with backend("gpu", kind="NVIDIA A100-SXM4-80GB"):
-      with self.assertWarnsRegex(UserWarning, "op .*A100"):
-        self.assertEqual(self.call(), "chunked_xla")
-    self.ops["mosaic_gpu"].assert_not_called()
-
-  def test_an_error_is_no_refusal(self):
-    self.ops["mosaic_tpu"].side_effect = ValueError("a bug")
-    with backend("tpu"), self.assertRaisesRegex(ValueError, "a bug"):
-      self.call()
-
-
-class ApiTest(chex.TestCase):
-  @parameterized.product(
-    op=[*CALLS], implementation=[None, "chunked_xla", "reference"]
-  )
-  def test_hands_each_argument_to_the_parameter_of_its_name(
-    self, op, implementation
-  ):
-    arguments, results = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x,
-      CALLS[op],
+  api = importlib.import_module(f"pallas_kernels.{op}.api")
+  taken = implementation or "chunked_xla"
+  signature = inspect.signature(api.IMPLEMENTATIONS[taken])
+  spies = {
+    name: mock.Mock(return_value=results) for name in api.IMPLEMENTATIONS
+  }
+  with mock.patch.dict(api.IMPLEMENTATIONS, spies):
+    actual = getattr(pallas_kernels, op)(
+      **arguments, implementation=implementation
     )
-
-    api = importlib.import_module(f"pallas_kernels.{op}.api")
-    taken = implementation or "chunked_xla"
-    signature = inspect.signature(api.IMPLEMENTATIONS[taken])
-    spies = {
-      name: mock.Mock(return_value=results) for name in api.IMPLEMENTATIONS
-    }
-    with mock.patch.dict(api.IMPLEMENTATIONS, spies):
-      actual = getattr(pallas_kernels, op)(
-        **arguments, implementation=implementation
-      )
-    self.assertIs(actual, results)
-    call = spies[taken].call_args
-    received = signature.bind(*call.args, **call.kwargs).arguments
-    self.assertSameElements(received, arguments)
-    for name, value in arguments.items():
-      self.assertIs(received[name], value)
+  assert actual is results
+  call = spies[taken].call_args
+  received = signature.bind(*call.args, **call.kwargs).arguments
+  assert set(received) == set(arguments)
+  for name, value in arguments.items():
+    assert received[name] is value

@@ -3,11 +3,10 @@
 No CPU can run it: its arithmetic is PTX.
 """
 
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import shapes
 from pallas_kernels.indexer_topk import mosaic_gpu_scores
@@ -46,58 +45,63 @@ def visits(shares, groups):
     yield mine
 
 
-class ShareOutTest(chex.TestCase):
-  @parameterized.parameters("causal", "any", "dead", "one")
-  def test_each_visible_tile_once(self, kind):
-    bT, T, S = 8, 96, 1000
-    rng = np.random.default_rng(0)
-    if kind == "causal":
-      start, end = np.zeros(T, int), np.arange(1, T + 1) * S // T
-    else:
-      start = rng.integers(0, S, T)
-      end = np.minimum(start + rng.integers(-50, S, T), S)
-      start[16:24], end[16:24] = 70, 60  # a group that sees nothing
-    if kind == "dead":
-      end[:] = start
-    if kind == "one":
-      end[:] = start
-      start[50], end[50] = 130, 131
-    seen = set()
-    for t in range(T):
-      if start[t] < end[t]:
-        group = slice(t // bT * bT, t // bT * bT + bT)
-        alive = start[group] < end[group]
-        first, last = start[group][alive].min(), end[group][alive].max()
-        tiles = range(first // bS, -(-last // bS))
-        seen |= {(t // bT, tile) for tile in tiles}
+@pytest.mark.parametrize("kind", ["causal", "any", "dead", "one"])
+def test_each_visible_tile_once(kind):
+  bT, T, S = 8, 96, 1000
+  rng = np.random.default_rng(0)
+  if kind == "causal":
+    start, end = np.zeros(T, int), np.arange(1, T + 1) * S // T
+  else:
+    start = rng.integers(0, S, T)
+    end = np.minimum(start + rng.integers(-50, S, T), S)
+    start[16:24], end[16:24] = 70, 60  # a group that sees nothing
+  if kind == "dead":
+    end[:] = start
+  if kind == "one":
+    end[:] = start
+    start[50], end[50] = 130, 131
+  seen = set()
+  for t in range(T):
+    if start[t] < end[t]:
+      group = slice(t // bT * bT, t // bT * bT + bT)
+      alive = start[group] < end[group]
+      first, last = start[group][alive].min(), end[group][alive].max()
+      tiles = range(first // bS, -(-last // bS))
+      seen |= {(t // bT, tile) for tile in tiles}
 
-    start, end = (jnp.asarray(x, jnp.int32) for x in (start, end))
-    shares, groups = mosaic_gpu_scores.share_out(start, end, bT)
-    visited = list(visits(shares, groups))
-    self.assertEqual(sum(visited, []), sorted(seen))
-    sizes = [len(mine) for mine in visited]
-    self.assertLessEqual(max(sizes) - min(sizes), 1)
+  start, end = (jnp.asarray(x, jnp.int32) for x in (start, end))
+  shares, groups = mosaic_gpu_scores.share_out(start, end, bT)
+  visited = list(visits(shares, groups))
+  assert sum(visited, []) == sorted(seen)
+  sizes = [len(mine) for mine in visited]
+  assert max(sizes) - min(sizes) <= 1
 
 
-class LoweringTest(chex.TestCase):
-  @parameterized.parameters(
+@pytest.mark.parametrize(
+  "kwargs",
+  [
     *(dict(T=2048, S=shapes.SHAPES[name].S) for name in ("32k", "128k")),
     dict(T=512, S=32_768, dtype=jnp.float8_e4m3fn),
     dict(T=3, S=95),
     dict(T=100, S=1000, M=32),
     dict(T=100, S=1000, M=16, I=64),
-  )
-  def test_lowers_for_cuda(self, **kwargs):
-    self.assertIn("mosaic_gpu", lower(**kwargs).as_text())
+  ],
+)
+def test_lowers_for_cuda(kwargs):
+  assert "mosaic_gpu" in lower(**kwargs).as_text()
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "kwargs, reason",
+  [
     (dict(M=24), "M=24"),
     (dict(I=96), "I=96"),
     (dict(I=64, dtype=jnp.float8_e4m3fn), "I=64"),
     (dict(dtype=jnp.float32), "float32"),
     (dict(dtype=jnp.float8_e4m3fn, scaled=False), "scales"),
     (dict(scaled=True), "scales"),
-  )
-  def test_refusals_name_their_reason(self, kwargs, reason):
-    with self.assertRaisesRegex(NotImplementedError, reason):
-      jax.eval_shape(mosaic_gpu_scores.scores, *inputs(8, 64, **kwargs))
+  ],
+)
+def test_refusals_name_their_reason(kwargs, reason):
+  with pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(mosaic_gpu_scores.scores, *inputs(8, 64, **kwargs))

@@ -3,16 +3,14 @@
 import functools
 from unittest import mock
 
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.indexer_topk import mosaic_gpu
 from pallas_kernels.indexer_topk import mosaic_gpu_select
-
-from . import simulated_threads as threads
+from tests.kernels import simulated_threads as threads
 
 S, K = 20000, 1000
 INF = np.inf
@@ -83,104 +81,121 @@ def rows():
   return rows | {"denormal": tiny}
 
 
-class SelectTest(chex.TestCase):
-  def assert_exact(self, scores, start=3, end=S - 5, top_k=K):
-    indices, chosen = simulate(scores, start, end, top_k)
-    expected_indices, expected_scores = choose(scores, start, end, top_k)
-    np.testing.assert_array_equal(indices, expected_indices)
-    np.testing.assert_array_equal(chosen, expected_scores)
+def assert_exact(scores, start=3, end=S - 5, top_k=K):
+  indices, chosen = simulate(scores, start, end, top_k)
+  expected_indices, expected_scores = choose(scores, start, end, top_k)
+  np.testing.assert_array_equal(indices, expected_indices)
+  np.testing.assert_array_equal(chosen, expected_scores)
 
-  @parameterized.parameters(*rows())
-  def test_scores(self, name):
-    self.assert_exact(rows()[name])
 
-  @parameterized.parameters(
+@pytest.mark.parametrize("name", rows())
+def test_scores(name):
+  assert_exact(rows()[name])
+
+
+@pytest.mark.parametrize(
+  "start, end",
+  [
     *((0, 0), (S, S), (7, 8), (7, K + 6), (7, K + 7), (7, K + 8)),
     *((31, 4096 + 31), (31, 4096 + 32), (33, 4096 + 34), (0, S)),
-  )
-  def test_ranges(self, start, end):
-    for name in ("normal", "few values"):
-      self.assert_exact(rows()[name], start, end)
+  ],
+)
+def test_ranges(start, end):
+  for name in ("normal", "few values"):
+    assert_exact(rows()[name], start, end)
 
-  @parameterized.parameters(1, 2, 64, 2048, 5000, mosaic_gpu_select.LARGEST_K)
-  def test_numbers_of_keys(self, top_k):
-    for name in ("normal", "few values"):
-      self.assert_exact(rows()[name], top_k=top_k)
 
-  @parameterized.parameters(
+@pytest.mark.parametrize(
+  "top_k", [1, 2, 64, 2048, 5000, mosaic_gpu_select.LARGEST_K]
+)
+def test_numbers_of_keys(top_k):
+  for name in ("normal", "few values"):
+    assert_exact(rows()[name], top_k=top_k)
+
+
+@pytest.mark.parametrize(
+  "name, times",
+  [
     *(("normal", 1), ("clustered", 1), ("all tied", 2)),
     *(("better than the sample", 2), ("worse than the sample", 2)),
-  )
-  def test_reads_most_rows_once(self, name, times):
-    """A guess that is bad, or many ties, and the row is read again."""
-    read = mock.Mock(wraps=mosaic_gpu_select.Row._row)
-    row = lambda self, loads: read(self, loads)
-    with mock.patch.object(mosaic_gpu_select.Row, "_row", row):
-      self.assert_exact(rows()[name])
-    self.assertEqual(read.call_count, times)
-
-  def test_long_rows(self):
-    self.assert_exact(np.tile(rows()["normal"], 9), end=9 * S, top_k=2048)
+  ],
+)
+def test_reads_most_rows_once(name, times):
+  """A guess that is bad, or many ties, and the row is read again."""
+  read = mock.Mock(wraps=mosaic_gpu_select.Row._row)
+  row = lambda self, loads: read(self, loads)
+  with mock.patch.object(mosaic_gpu_select.Row, "_row", row):
+    assert_exact(rows()[name])
+  assert read.call_count == times
 
 
-class LoweringTest(chex.TestCase):
-  @parameterized.parameters(
+def test_long_rows():
+  assert_exact(np.tile(rows()["normal"], 9), end=9 * S, top_k=2048)
+
+
+@pytest.mark.parametrize(
+  "T, S, score_dtype",
+  [
     (4096, 32768, None),
     (4096, 131072, "float8_e4m3fn"),
     (1, 4096, None),
-  )
-  def test_lowers_at_real_shapes(self, T, S, score_dtype):
-    B, M, I = 1, 64, 128
-    args = [
-      jax.ShapeDtypeStruct(shape, dtype)
-      for shape, dtype in (
-        ((B, T, M, I), jnp.bfloat16),
-        ((B, S, I), jnp.bfloat16),
-        ((B, T, M), jnp.float32),
-        ((B, T), jnp.int32),
-        ((B, T), jnp.int32),
+  ],
+)
+def test_lowers_at_real_shapes(T, S, score_dtype):
+  B, M, I = 1, 64, 128
+  args = [
+    jax.ShapeDtypeStruct(shape, dtype)
+    for shape, dtype in (
+      ((B, T, M, I), jnp.bfloat16),
+      ((B, S, I), jnp.bfloat16),
+      ((B, T, M), jnp.float32),
+      ((B, T), jnp.int32),
+      ((B, T), jnp.int32),
+    )
+  ]
+
+  def step(q, k, w, start, end):
+    def op(q, k, w):
+      indices, scores = mosaic_gpu.indexer_topk(
+        q, k, w, start, end, 2048, score_dtype=score_dtype
       )
-    ]
+      return jnp.sum(scores), indices
 
-    def step(q, k, w, start, end):
-      def op(q, k, w):
-        indices, scores = mosaic_gpu.indexer_topk(
-          q, k, w, start, end, 2048, score_dtype=score_dtype
-        )
-        return jnp.sum(scores), indices
+    return jax.value_and_grad(op, argnums=(0, 1, 2), has_aux=True)(q, k, w)
 
-      return jax.value_and_grad(op, argnums=(0, 1, 2), has_aux=True)(q, k, w)
+  lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text()
 
-    lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",))
-    self.assertIn("mosaic_gpu", lowered.as_text())
 
-  def test_refuses(self):
-    start = end = jnp.zeros(8, jnp.int32)
-    for dtype, S, K, reason in (
-      (jnp.bfloat16, 64, 8, "float32"),
-      (jnp.float32, 65, 8, "multiple"),
-      (jnp.float32, 64, mosaic_gpu_select.LARGEST_K + 1, "top_k"),
-    ):
-      with self.assertRaisesRegex(NotImplementedError, reason):
-        select = functools.partial(mosaic_gpu_select.select, top_k=K)
-        jax.eval_shape(select, jax.ShapeDtypeStruct((8, S), dtype), start, end)
+def test_refuses():
+  start = end = jnp.zeros(8, jnp.int32)
+  for dtype, S, K, reason in (
+    (jnp.bfloat16, 64, 8, "float32"),
+    (jnp.float32, 65, 8, "multiple"),
+    (jnp.float32, 64, mosaic_gpu_select.LARGEST_K + 1, "top_k"),
+  ):
+    with pytest.raises(NotImplementedError, match=reason):
+      select = functools.partial(mosaic_gpu_select.select, top_k=K)
+      jax.eval_shape(select, jax.ShapeDtypeStruct((8, S), dtype), start, end)
 
-  def test_the_op_refuses_what_its_kernels_cannot_do(self):
-    ranges = jnp.zeros((1, 8), jnp.int32)
-    for dtype, M, K in (
-      (jnp.float32, 64, 8),
-      (jnp.bfloat16, 5, 8),
-      (jnp.bfloat16, 64, mosaic_gpu_select.LARGEST_K + 1),
-    ):
-      q_BTMI = jax.ShapeDtypeStruct((1, 8, M, 128), dtype)
-      k_BSI = jax.ShapeDtypeStruct((1, 9000, 128), dtype)
-      w_BTM = jax.ShapeDtypeStruct((1, 8, M), jnp.float32)
-      op = functools.partial(mosaic_gpu.indexer_topk, top_k=K)
-      with self.assertRaises(NotImplementedError):
-        jax.eval_shape(op, q_BTMI, k_BSI, w_BTM, ranges, ranges)
 
-  def test_chunks_keep_the_memory_law(self):
-    for T, S in ((4096, 131072), (1, 1), (5000, 32768), (8192, 1000)):
-      chunk = mosaic_gpu.chunk_size(T, S)
-      self.assertLessEqual(4 * chunk * S, 256 << 20)
-      self.assertLess(-(-T // chunk) * chunk, T + 8 * (1 + T // chunk))
+def test_the_op_refuses_what_its_kernels_cannot_do():
+  ranges = jnp.zeros((1, 8), jnp.int32)
+  for dtype, M, K in (
+    (jnp.float32, 64, 8),
+    (jnp.bfloat16, 5, 8),
+    (jnp.bfloat16, 64, mosaic_gpu_select.LARGEST_K + 1),
+  ):
+    q_BTMI = jax.ShapeDtypeStruct((1, 8, M, 128), dtype)
+    k_BSI = jax.ShapeDtypeStruct((1, 9000, 128), dtype)
+    w_BTM = jax.ShapeDtypeStruct((1, 8, M), jnp.float32)
+    op = functools.partial(mosaic_gpu.indexer_topk, top_k=K)
+    with pytest.raises(NotImplementedError):
+      jax.eval_shape(op, q_BTMI, k_BSI, w_BTM, ranges, ranges)
+
+
+def test_chunks_keep_the_memory_law():
+  for T, S in ((4096, 131072), (1, 1), (5000, 32768), (8192, 1000)):
+    chunk = mosaic_gpu.chunk_size(T, S)
+    assert 4 * chunk * S <= 256 << 20
+    assert -(-T // chunk) * chunk < T + 8 * (1 + T // chunk)

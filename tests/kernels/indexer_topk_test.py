@@ -3,21 +3,20 @@
 import functools
 from unittest import mock
 
-from absl.testing import parameterized
 import chex
 import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.indexer_topk import api
 from pallas_kernels.indexer_topk import chunked_xla
 from pallas_kernels.indexer_topk import fp8
 from pallas_kernels.indexer_topk import reference
-
-from . import inputs
-from . import oracles
-from . import rows
+from tests.kernels import inputs
+from tests.kernels import oracles
+from tests.kernels import rows
 
 B, T, S, K = inputs.B, inputs.T, inputs.S, inputs.K
 M, I = inputs.M, inputs.I
@@ -77,204 +76,227 @@ def inputs_of_scores(scores, start=0):
   )
 
 
-class IndexerTopkTest(chex.TestCase):
-  def assert_choice(self, actual, expected):
-    indices, scores = (np.asarray(x) for x in actual)
-    self.assertEqual(indices.dtype, np.int32)
-    self.assertEqual(scores.dtype, np.float32)
-    np.testing.assert_array_equal(indices, expected[0])
-    np.testing.assert_array_equal(scores, expected[1])
+def assert_choice(actual, expected):
+  indices, scores = (np.asarray(x) for x in actual)
+  assert indices.dtype == np.int32
+  assert scores.dtype == np.float32
+  np.testing.assert_array_equal(indices, expected[0])
+  np.testing.assert_array_equal(scores, expected[1])
 
-  @parameterized.parameters(*OPS, *TILED)
-  def test_chooses_what_the_loops_choose(self, op):
-    for kind in inputs.RANGES:
-      with self.subTest(kind):
-        args = exact_inputs(kind)
-        self.assert_choice(compiled(op)(*args), loops(*args))
 
-  @parameterized.parameters(
+@pytest.mark.parametrize("op", [*OPS, *TILED])
+@pytest.mark.parametrize("kind", inputs.RANGES)
+def test_chooses_what_the_loops_choose(op, kind):
+  args = exact_inputs(kind)
+  assert_choice(compiled(op)(*args), loops(*args))
+
+
+@pytest.mark.parametrize(
+  "op, dtype",
+  [
     *((op, jnp.float32) for op in (*OPS, *TILED)),
     *((op, jnp.bfloat16) for op in OPS),
-  )
-  def test_chooses_by_scores_that_round(self, op, dtype):
-    q_BTMI = inputs.normal(0, B, T, M, I, dtype=dtype)
-    k_BSI = inputs.normal(1, B, S, I, dtype=dtype)
-    args = q_BTMI, k_BSI, inputs.normal(2, B, T, M), *inputs.ranges("any")
-    # No score left out is within rounding of one kept, but for ties at 0.
-    last_two_BT2 = np.sort(loops(*args, K + 1)[1])[..., :2]
-    left_out_BT, kept_BT = np.moveaxis(last_two_BT2, -1, 0)
-    apart = kept_BT > left_out_BT + 1e-5
-    self.assertTrue((apart | (kept_BT == left_out_BT)).all())
-    expected = loops(*args)
-    indices, scores = compiled(op)(*args)
-    np.testing.assert_array_equal(indices, expected[0])
-    rows.assert_close(scores, expected[1], rtol=1e-6)
-    again = compiled(op)(*args)
-    chex.assert_trees_all_equal(again, (indices, scores), strict=True)
+  ],
+)
+def test_chooses_by_scores_that_round(op, dtype):
+  q_BTMI = inputs.normal(0, B, T, M, I, dtype=dtype)
+  k_BSI = inputs.normal(1, B, S, I, dtype=dtype)
+  args = q_BTMI, k_BSI, inputs.normal(2, B, T, M), *inputs.ranges("any")
+  # No score left out is within rounding of one kept, but for ties at 0.
+  last_two_BT2 = np.sort(loops(*args, K + 1)[1])[..., :2]
+  left_out_BT, kept_BT = np.moveaxis(last_two_BT2, -1, 0)
+  apart = kept_BT > left_out_BT + 1e-5
+  assert (apart | (kept_BT == left_out_BT)).all()
+  expected = loops(*args)
+  indices, scores = compiled(op)(*args)
+  np.testing.assert_array_equal(indices, expected[0])
+  rows.assert_close(scores, expected[1], rtol=1e-6)
+  again = compiled(op)(*args)
+  chex.assert_trees_all_equal(again, (indices, scores), strict=True)
 
-  @parameterized.parameters(*OPS)
-  def test_scores_in_8_bits(self, op):
-    """They are those of what the rounding leaves, found by loops."""
-    q_BTMI = inputs.normal(0, B, T, M, 16)
-    k_BSI = inputs.normal(1, B, S, 16)
-    w_BTM, ranges = inputs.normal(2, B, T, M), inputs.ranges("any")
-    run = functools.partial(OPS[op], top_k=K, score_dtype="float8_e4m3fn")
-    indices, scores = jax.jit(run)(q_BTMI, k_BSI, w_BTM, *ranges)
-    rounded = fp8.rounded(q_BTMI), fp8.rounded(k_BSI)
-    expected = loops(*rounded, w_BTM, *ranges)
-    np.testing.assert_array_equal(indices, expected[0])
-    rows.assert_close(scores, expected[1], rtol=1e-6)
-    exact = compiled(op)(q_BTMI, k_BSI, w_BTM, *ranges)
-    self.assertGreater(np.mean(indices == exact[0]), 0.3)
-    self.assertFalse(np.array_equal(indices, exact[0]))
 
-  @parameterized.parameters(
+@pytest.mark.parametrize("op", OPS)
+def test_scores_in_8_bits(op):
+  """They are those of what the rounding leaves, found by loops."""
+  q_BTMI = inputs.normal(0, B, T, M, 16)
+  k_BSI = inputs.normal(1, B, S, 16)
+  w_BTM, ranges = inputs.normal(2, B, T, M), inputs.ranges("any")
+  run = functools.partial(OPS[op], top_k=K, score_dtype="float8_e4m3fn")
+  indices, scores = jax.jit(run)(q_BTMI, k_BSI, w_BTM, *ranges)
+  rounded = fp8.rounded(q_BTMI), fp8.rounded(k_BSI)
+  expected = loops(*rounded, w_BTM, *ranges)
+  np.testing.assert_array_equal(indices, expected[0])
+  rows.assert_close(scores, expected[1], rtol=1e-6)
+  exact = compiled(op)(q_BTMI, k_BSI, w_BTM, *ranges)
+  assert np.mean(indices == exact[0]) > 0.3
+  assert not np.array_equal(indices, exact[0])
+
+
+@pytest.mark.parametrize(
+  "op, top_k",
+  [
     ("reference", S + 7),
     *(("chunked", top_k) for top_k in (1, 32, S, S + 7)),
+  ],
+)
+def test_any_number_of_keys(op, top_k):
+  args = exact_inputs()
+  assert_choice(compiled(op, top_k)(*args), loops(*args, top_k))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+  "scores, expected",
+  [
+    pytest.param([3] * 70, [0, 1, 2, 3], id="all equal"),
+    pytest.param([0] * 70, [0, 1, 2, 3], id="all zero"),
+    pytest.param([2] * 60 + [5] + [2] * 9, [0, 1, 2, 60], id="one above"),
+    pytest.param([-2] * 33 + [-1] + [-2] * 36, [0, 1, 2, 33], id="negative"),
+    pytest.param(
+      [0] * 30 + [1] * 40, [30, 31, 32, 33], id="across words of 32 keys"
+    ),
+  ],
+)
+def test_ties_go_to_the_lowest_key(op, scores, expected):
+  indices, _ = compiled(op, 4)(*inputs_of_scores(scores))
+  np.testing.assert_array_equal(indices[0, 0], expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_zeros_of_both_signs_tie(op):
+  """The maximum of -0.0 and 0.0, and so relu, may be either."""
+  q_BTMI, w_BTM = jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1))
+  k_BSI = jnp.array([-1.0, 0.0] * 35)[None, :, None]
+  _, _, _, start, end = inputs_of_scores([0] * 70)
+  signed_relu = lambda x: jnp.where(x > 0, x, 0 * x)
+  with mock.patch.object(jax.nn, "relu", signed_relu):
+    run = jax.jit(functools.partial(OPS[op], top_k=4))
+    indices, _ = run(q_BTMI, k_BSI, w_BTM, start, end)
+  np.testing.assert_array_equal(indices[0, 0], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ties_of_zeros_that_relu_makes(op):
+  """All products are negative: weights of any sign score 0 or -0."""
+  q_BTMI, k_BSI, w_BTM, start, end = exact_inputs()
+  q_BTMI, k_BSI = -jnp.abs(q_BTMI) - 1, jnp.abs(k_BSI) + 1
+  args = q_BTMI, k_BSI, w_BTM, start, end
+  actual = compiled(op)(*args)
+  start_BT1 = np.clip(np.asarray(start), 0, S)[..., None]
+  first_BTK = start_BT1 + np.arange(K)
+  expected = np.where(first_BTK < np.minimum(end, S)[..., None], first_BTK, -1)
+  np.testing.assert_array_equal(actual[0], expected)
+  assert_choice(actual, loops(*args))
+
+
+# Six scores and the three keys to choose.
+SCORES_OF_ANY_SIZE = {
+  "huge": ([1, FLT_MAX, -FLT_MAX, 3e38, -3e38, 0], [0, 1, 3]),
+  "huge, negative": ([-FLT_MAX, -3e38, -2e38, -1, -3.3e38, -9], [2, 3, 5]),
+  "tiny": ([0, 2e-38, -2e-38, 3e-38, -1, 2.5e-38], [1, 3, 5]),
+  "denormal": ([1, -1, 1e-40, 2, -1e-40, -1], [0, 2, 3]),
+  # XLA takes denormals for 0 on CPUs. Then they tie with 0 everywhere.
+  "flushed": ([-1, -1e-40, -2e-38, 0, -2e-40, -3e-45], [1, 3, 4]),
+  "infinite": ([1, np.inf, -np.inf, 3, np.inf, -5], [1, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", SCORES_OF_ANY_SIZE)
+def test_scores_of_any_size(op, name):
+  scores, expected = SCORES_OF_ANY_SIZE[name]
+  indices, chosen = compiled(op, 3)(*inputs_of_scores(scores))
+  np.testing.assert_array_equal(indices[0, 0], expected)
+  assert not np.isnan(chosen).any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_key_that_is_seen_counts_even_if_its_score_is_minus_inf(op):
+  args = inputs_of_scores([1, 2, -np.inf, 3, -np.inf, -np.inf], start=1)
+  np.testing.assert_array_equal(compiled(op, 3)(*args)[0][0, 0], [1, 2, 3])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sees_nothing_of_other_documents(op):
+  """A document chooses the same keys alone as inside a packed row."""
+  q, k, w, _, _ = exact_inputs()
+  first, last = 13, 45
+  start = jnp.full((B, T), first, jnp.int32)
+  end = jnp.full((B, T), last, jnp.int32) - jnp.arange(T, dtype=jnp.int32)[None]
+  packed, packed_scores = compiled(op)(q, k, w, start, end)
+  alone, scores = compiled(op)(
+    q, k[:, first:last], w, start - first, end - first
   )
-  def test_any_number_of_keys(self, op, top_k):
-    args = exact_inputs()
-    self.assert_choice(compiled(op, top_k)(*args), loops(*args, top_k))
+  np.testing.assert_array_equal(packed, jnp.where(alone < 0, -1, alone + first))
+  np.testing.assert_array_equal(packed_scores, scores)
 
-  @parameterized.parameters(*OPS)
-  def test_ties_go_to_the_lowest_key(self, op):
-    for name, scores, expected in (
-      ("all equal", [3] * 70, [0, 1, 2, 3]),
-      ("all zero", [0] * 70, [0, 1, 2, 3]),
-      ("one above", [2] * 60 + [5] + [2] * 9, [0, 1, 2, 60]),
-      ("negative", [-2] * 33 + [-1] + [-2] * 36, [0, 1, 2, 33]),
-      ("across words of 32 keys", [0] * 30 + [1] * 40, [30, 31, 32, 33]),
-    ):
-      with self.subTest(name):
-        indices, _ = compiled(op, 4)(*inputs_of_scores(scores))
-        np.testing.assert_array_equal(indices[0, 0], expected)
 
-  @parameterized.parameters(*OPS)
-  def test_zeros_of_both_signs_tie(self, op):
-    """The maximum of -0.0 and 0.0, and so relu, may be either."""
-    q_BTMI, w_BTM = jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1))
-    k_BSI = jnp.array([-1.0, 0.0] * 35)[None, :, None]
-    _, _, _, start, end = inputs_of_scores([0] * 70)
-    signed_relu = lambda x: jnp.where(x > 0, x, 0 * x)
-    with mock.patch.object(jax.nn, "relu", signed_relu):
-      run = jax.jit(functools.partial(OPS[op], top_k=4))
-      indices, _ = run(q_BTMI, k_BSI, w_BTM, start, end)
-    np.testing.assert_array_equal(indices[0, 0], [0, 1, 2, 3])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("under", ["grad", "remat", "without jit", "vmap"])
+def test_same_under_jit_grad_remat_and_vmap(op, under):
+  args = exact_inputs()
+  q, k, w, start, end = args
+  expected = loops(*args)
+  run = functools.partial(OPS[op], top_k=K)
 
-  @parameterized.parameters(*OPS)
-  def test_ties_of_zeros_that_relu_makes(self, op):
-    """All products are negative: weights of any sign score 0 or -0."""
-    q_BTMI, k_BSI, w_BTM, start, end = exact_inputs()
-    q_BTMI, k_BSI = -jnp.abs(q_BTMI) - 1, jnp.abs(k_BSI) + 1
-    args = q_BTMI, k_BSI, w_BTM, start, end
-    actual = compiled(op)(*args)
-    start_BT1 = np.clip(np.asarray(start), 0, S)[..., None]
-    first_BTK = start_BT1 + np.arange(K)
-    expected = np.where(
-      first_BTK < np.minimum(end, S)[..., None], first_BTK, -1
-    )
-    np.testing.assert_array_equal(actual[0], expected)
-    self.assert_choice(actual, loops(*args))
+  def marks(x_BTS, q, k, w):
+    indices, scores = run(q, k, w, start, end)
+    chosen = jnp.take_along_axis(x_BTS, jnp.maximum(indices, 0), -1)
+    return jnp.sum(jnp.where(indices < 0, 0.0, chosen)), (indices, scores)
 
-  @parameterized.parameters(*OPS)
-  def test_scores_of_any_size(self, op):
-    inf = np.inf
-    for name, scores, expected in (
-      ("huge", [1, FLT_MAX, -FLT_MAX, 3e38, -3e38, 0], [0, 1, 3]),
-      ("huge, negative", [-FLT_MAX, -3e38, -2e38, -1, -3.3e38, -9], [2, 3, 5]),
-      ("tiny", [0, 2e-38, -2e-38, 3e-38, -1, 2.5e-38], [1, 3, 5]),
-      ("denormal", [1, -1, 1e-40, 2, -1e-40, -1], [0, 2, 3]),
-      # XLA takes denormals for 0 on CPUs. Then they tie with 0 everywhere.
-      ("flushed", [-1, -1e-40, -2e-38, 0, -2e-40, -3e-45], [1, 3, 4]),
-      ("infinite", [1, inf, -inf, 3, inf, -5], [1, 3, 4]),
-    ):
-      with self.subTest(name):
-        indices, chosen = compiled(op, 3)(*inputs_of_scores(scores))
-        np.testing.assert_array_equal(indices[0, 0], expected)
-        self.assertFalse(np.isnan(chosen).any())
-
-  @parameterized.parameters(*OPS)
-  def test_a_key_that_is_seen_counts_even_if_its_score_is_minus_inf(self, op):
-    args = inputs_of_scores([1, 2, -np.inf, 3, -np.inf, -np.inf], start=1)
-    np.testing.assert_array_equal(compiled(op, 3)(*args)[0][0, 0], [1, 2, 3])
-
-  @parameterized.parameters(*OPS)
-  def test_sees_nothing_of_other_documents(self, op):
-    """A document chooses the same keys alone as inside a packed row."""
-    q, k, w, _, _ = exact_inputs()
-    first, last = 13, 45
-    start = jnp.full((B, T), first, jnp.int32)
-    end = (
-      jnp.full((B, T), last, jnp.int32) - jnp.arange(T, dtype=jnp.int32)[None]
-    )
-    packed, packed_scores = compiled(op)(q, k, w, start, end)
-    alone, scores = compiled(op)(
-      q, k[:, first:last], w, start - first, end - first
-    )
-    np.testing.assert_array_equal(
-      packed, jnp.where(alone < 0, -1, alone + first)
-    )
-    np.testing.assert_array_equal(packed_scores, scores)
-
-  @parameterized.parameters(*OPS)
-  def test_same_under_jit_grad_remat_and_vmap(self, op):
-    args = exact_inputs()
-    q, k, w, start, end = args
-    expected = loops(*args)
-    run = functools.partial(OPS[op], top_k=K)
-
-    def marks(x_BTS, q, k, w):
-      indices, scores = run(q, k, w, start, end)
-      chosen = jnp.take_along_axis(x_BTS, jnp.maximum(indices, 0), -1)
-      return jnp.sum(jnp.where(indices < 0, 0.0, chosen)), (indices, scores)
-
-    # The gradient to x marks the keys of the *backward* pass.
-    marks_of = lambda f: jax.jit(jax.grad(f, has_aux=True))
+  if under in ("grad", "remat"):
+    f = jax.checkpoint(marks) if under == "remat" else marks
     x_BTS = inputs.normal(3, B, T, S)
+    # The gradient to x marks the keys of the *backward* pass.
+    grad = jax.jit(jax.grad(f, has_aux=True))
+    actual_marks, actual = grad(x_BTS, q, k, w)
     expected_marks = np.zeros((B, T, S + 1))
     np.put_along_axis(expected_marks, expected[0], 1, -1)
-    for name, f in (("grad", marks), ("remat", jax.checkpoint(marks))):
-      with self.subTest(name):
-        actual_marks, actual = marks_of(f)(x_BTS, q, k, w)
-        self.assert_choice(actual, expected)
-        np.testing.assert_array_equal(actual_marks, expected_marks[..., :S])
-    with self.subTest("without jit"):
-      self.assert_choice(run(*args), expected)
-    with self.subTest("vmap"):
-      both = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), args)
-      indices, scores = jax.jit(jax.vmap(run))(*both)
-      self.assert_choice((indices[0], scores[0]), expected)
-      self.assert_choice((indices[1, ::-1], scores[1, ::-1]), expected)
+    assert_choice(actual, expected)
+    np.testing.assert_array_equal(actual_marks, expected_marks[..., :S])
+  elif under == "without jit":
+    assert_choice(run(*args), expected)
+  else:
+    both = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), args)
+    indices, scores = jax.jit(jax.vmap(run))(*both)
+    assert_choice((indices[0], scores[0]), expected)
+    assert_choice((indices[1, ::-1], scores[1, ::-1]), expected)
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "of_queries, of_keys",
+  [
     (P("x"), P("x")),  # over the batch
     (P(None, "x"), P()),  # over queries: each device has all keys
-  )
-  def test_same_when_sharded(self, of_queries, of_keys):
-    specs = of_queries, of_keys, of_queries, of_queries, of_queries
-    args = exact_inputs("packed", B=8, T=40)
-    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
-      f = jax.shard_map(
-        functools.partial(OPS["chunked"], top_k=K),
-        in_specs=specs,
-        out_specs=of_queries,
-        check_vma=False,
-      )
-      actual = jax.jit(f)(*map(jax.device_put, args, specs))
-    self.assert_choice(actual, loops(*args))
+  ],
+)
+def test_same_when_sharded(of_queries, of_keys):
+  specs = of_queries, of_keys, of_queries, of_queries, of_queries
+  args = exact_inputs("packed", B=8, T=40)
+  with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+    f = jax.shard_map(
+      functools.partial(OPS["chunked"], top_k=K),
+      in_specs=specs,
+      out_specs=of_queries,
+      check_vma=False,
+    )
+    actual = jax.jit(f)(*map(jax.device_put, args, specs))
+  assert_choice(actual, loops(*args))
 
-  @parameterized.parameters(*OPS)
-  def test_has_no_gradient(self, op):
-    q, k, w, start, end = exact_inputs("packed")
 
-    def loss(q, k, w):
-      indices, scores = OPS[op](q, k, w, start, end, K)
-      return jnp.sum(jnp.where(indices < 0, 0.0, scores))
+@pytest.mark.parametrize("op", OPS)
+def test_has_no_gradient(op):
+  q, k, w, start, end = exact_inputs("packed")
 
-    for gradient in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, w):
-      np.testing.assert_array_equal(gradient, 0)
+  def loss(q, k, w):
+    indices, scores = OPS[op](q, k, w, start, end, K)
+    return jnp.sum(jnp.where(indices < 0, 0.0, scores))
 
-  @parameterized.parameters(0, -1)
-  def test_refuses_to_choose_no_key(self, top_k):
-    with self.assertRaisesRegex(ValueError, f"{top_k=}"):
-      api.indexer_topk(*exact_inputs(), top_k)
+  for gradient in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, w):
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_refuses_to_choose_no_key(top_k):
+  with pytest.raises(ValueError, match=f"{top_k=}"):
+    api.indexer_topk(*exact_inputs(), top_k)

@@ -3,10 +3,10 @@
 Their numbers are checked on a GPU: `python -m pallas_kernels.bench`.
 """
 
-from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 
 from pallas_kernels.sparse_indexer_loss import mosaic_gpu
 
@@ -40,25 +40,28 @@ def lowered(f, args) -> str:
   return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-class SparseIndexerLossMosaicGPUTest(chex.TestCase):
-  @parameterized.parameters(
-    {"K": 2048}, {"K": 8192}, {"B": 3, "K": 192}, {"N": 16, "M": 32}
-  )
-  def test_lowers_for_cuda_with_gradients(self, **sizes):
-    text = lowered(gradients, shapes(**sizes))
-    # Target, comparison, gradient.
-    self.assertEqual(text.count("mosaic_gpu_v2"), 3)
+@pytest.mark.parametrize(
+  "sizes", [{"K": 2048}, {"K": 8192}, {"B": 3, "K": 192}, {"N": 16, "M": 32}]
+)
+def test_lowers_for_cuda_with_gradients(sizes):
+  text = lowered(gradients, shapes(**sizes))
+  # Target, comparison, gradient.
+  assert text.count("mosaic_gpu_v2") == 3
 
-  def test_a_loss_that_is_not_measured_is_behind_a_condition(self):
-    def step(measure, *args):
-      return op(*args, SCALE, None, measure)
 
-    measure = jax.ShapeDtypeStruct((), bool)
-    text = lowered(step, [measure, *shapes()])
-    self.assertEqual(text.count("mosaic_gpu_v2"), 2)
-    self.assertIn("stablehlo.case", text)
+def test_a_loss_that_is_not_measured_is_behind_a_condition():
+  def step(measure, *args):
+    return op(*args, SCALE, None, measure)
 
-  @parameterized.parameters(
+  measure = jax.ShapeDtypeStruct((), bool)
+  text = lowered(step, [measure, *shapes()])
+  assert text.count("mosaic_gpu_v2") == 2
+  assert "stablehlo.case" in text
+
+
+@pytest.mark.parametrize(
+  "sizes, reason",
+  [
     ({"index": jnp.float32}, "q_index.dtype=float32"),
     ({"attention": jnp.float32}, "q.dtype=float32"),
     ({"M": 65}, "M=65"),
@@ -67,16 +70,18 @@ class SparseIndexerLossMosaicGPUTest(chex.TestCase):
     ({"N": 136}, "N=136"),
     ({"N": 20}, "N=20"),
     ({"CR": 512}, "CR=512"),
-  )
-  def test_refuses_before_it_compiles(self, sizes, reason):
-    with self.assertRaisesRegex(NotImplementedError, reason):
-      jax.eval_shape(lambda *args: op(*args, SCALE), *shapes(**sizes))
+  ],
+)
+def test_refuses_before_it_compiles(sizes, reason):
+  with pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(lambda *args: op(*args, SCALE), *shapes(**sizes))
 
-  def test_heads_without_weight_and_keys_without_place_are_added(self):
-    x = jnp.ones((2, 3, 5, 7))
-    heads = mosaic_gpu._pad_heads(x, 2)
-    self.assertEqual(heads.shape, (2, 3, 64, 7))
-    self.assertEqual(float(heads.sum()), x.size)
-    keys = mosaic_gpu._pad_keys(jnp.zeros((2, 3, 300), jnp.int32), -1)
-    self.assertEqual(keys.shape, (2, 3, 512))
-    self.assertEqual(int(keys.sum()), -2 * 3 * 212)
+
+def test_heads_without_weight_and_keys_without_place_are_added():
+  x = jnp.ones((2, 3, 5, 7))
+  heads = mosaic_gpu._pad_heads(x, 2)
+  chex.assert_shape(heads, (2, 3, 64, 7))
+  assert float(heads.sum()) == x.size
+  keys = mosaic_gpu._pad_keys(jnp.zeros((2, 3, 300), jnp.int32), -1)
+  chex.assert_shape(keys, (2, 3, 512))
+  assert int(keys.sum()) == -2 * 3 * 212

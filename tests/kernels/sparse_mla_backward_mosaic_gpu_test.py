@@ -6,11 +6,10 @@ not assembly computes what it should.
 
 from unittest import mock
 
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.sparse_mla import mosaic_gpu_backward
 from pallas_kernels.sparse_mla import mosaic_gpu_backward_rows
@@ -41,79 +40,87 @@ def backward(*args, latent_rank=C, **options):
   return jax.jit(f).trace(*args)
 
 
-class MosaicGpuBackwardTest(chex.TestCase):
-  @parameterized.parameters(
-    dict(N=128, T=4096, S=131072),
-    dict(N=16, B=2, K=8192),
-    dict(N=128, T=1, S=95, K=64, deterministic=True),
-    dict(N=32, B=2, T=300, S=1521, deterministic=True),
-  )
-  def test_lowers(self, deterministic=False, **sizes):
-    args = make_shapes(**sizes)
-    traced = backward(*args, deterministic=deterministic)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    self.assertIn("mosaic_gpu", text)
-    d_q, d_kv, p = traced.out_info
-    self.assertEqual((d_q.shape, d_q.dtype), (args[0].shape, jnp.bfloat16))
-    self.assertEqual((d_kv.shape, d_kv.dtype), (args[1].shape, jnp.bfloat16))
-    self.assertEqual((p.shape, p.dtype), (args[2].shape, jnp.float32))
+@pytest.mark.parametrize(
+  "sizes, deterministic",
+  [
+    (dict(N=128, T=4096, S=131072), False),
+    (dict(N=16, B=2, K=8192), False),
+    (dict(N=128, T=1, S=95, K=64), True),
+    (dict(N=32, B=2, T=300, S=1521), True),
+  ],
+)
+def test_lowers(sizes, deterministic):
+  args = make_shapes(**sizes)
+  traced = backward(*args, deterministic=deterministic)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "mosaic_gpu" in text
+  d_q, d_kv, p = traced.out_info
+  assert (d_q.shape, d_q.dtype) == (args[0].shape, jnp.bfloat16)
+  assert (d_kv.shape, d_kv.dtype) == (args[1].shape, jnp.bfloat16)
+  assert (p.shape, p.dtype) == (args[2].shape, jnp.float32)
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "reason, sizes",
+  [
     ("bfloat16", dict(dtype=jnp.float32)),
     ("heads", dict(N=192)),
     ("multiples of 64", dict(K=96)),
     ("multiples of 64", dict(K=0)),
     ("512 of 576", dict(D=544)),
     ("512 of 576", dict(latent_rank=448)),
-  )
-  def test_refuses(self, reason, sizes):
-    options = {k: sizes.pop(k) for k in ("latent_rank",) if k in sizes}
-    with self.assertRaisesRegex(NotImplementedError, reason):
-      backward(*make_shapes(**sizes), **options)
+  ],
+)
+def test_refuses(reason, sizes):
+  options = {k: sizes.pop(k) for k in ("latent_rank",) if k in sizes}
+  with pytest.raises(NotImplementedError, match=reason):
+    backward(*make_shapes(**sizes), **options)
 
-  def test_columns_are_four_neighbours_of_each_thread(self):
-    x = np.asarray(mosaic_gpu_backward_rows.permuted(jnp.arange(D)[None]))[0]
-    self.assertCountEqual(x, range(D))
-    for block in range(0, D, 16):
-      for quad in range(4):  # columns 8 j + 2 quad + e of an accumulator
-        mine = [x[block + 8 * j + 2 * quad + e] for j in (0, 1) for e in (0, 1)]
-        self.assertEqual(mine, [block + 4 * quad + i for i in range(4)])
 
-  @parameterized.parameters(1, 2, 3, 8)
-  def test_rows_are_summed_by_key(self, chunk):
-    """Chunks of queries, with a stand-in for each of the two kernels."""
-    B, T, S, K, width = 2, 3, 7, 4, 5
-    rng = np.random.default_rng(0)
-    indices = rng.integers(-2, S + 2, (B * T, K)).astype(np.int32)
-    rows = rng.standard_normal((B * T, K, width)).astype(np.float32)
+def test_columns_are_four_neighbours_of_each_thread():
+  x = np.asarray(mosaic_gpu_backward_rows.permuted(jnp.arange(D)[None]))[0]
+  assert sorted(x) == [*range(D)]
+  for block in range(0, D, 16):
+    for quad in range(4):  # columns 8 j + 2 quad + e of an accumulator
+      mine = [x[block + 8 * j + 2 * quad + e] for j in (0, 1) for e in (0, 1)]
+      assert mine == [block + 4 * quad + i for i in range(4)]
 
-    def kernel(first, rows, rows_ref, seen_ref):
-      n = min(chunk, B * T)
-      query = jnp.minimum(first[0] + jnp.arange(n), B * T - 1)
-      rows_ref[...] = rows[query].reshape(n * K, width)
-      seen_ref[query] = jnp.ones_like(query)
 
-    def add_up(order, ends, rows_ref, d_kv_ref):
-      key = jnp.searchsorted(ends, jnp.arange(len(order)), side="right") - 1
-      sums = jnp.zeros((B * S + 1, width)).at[key].add(rows_ref[...][order])
-      d_kv_ref[...] += sums[: B * S].reshape(B, S, width)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+def test_rows_are_summed_by_key(chunk):
+  """Chunks of queries, with a stand-in for each of the two kernels."""
+  B, T, S, K, width = 2, 3, 7, 4, 5
+  rng = np.random.default_rng(0)
+  indices = rng.integers(-2, S + 2, (B * T, K)).astype(np.int32)
+  rows = rng.standard_normal((B * T, K, width)).astype(np.float32)
 
-    def run(rows):
-      d_kv_ref = jax.new_ref(jnp.zeros((B, S, width)))
-      seen = jax.ShapeDtypeStruct((B * T,), jnp.int32)
-      with mock.patch.object(
-        mosaic_gpu_key_sums.plgpu, "kernel", lambda *_, **__: add_up
-      ):
-        (seen,) = mosaic_gpu_key_sums.by_chunk(
-          kernel, [rows], chunk, jnp.asarray(indices), T, d_kv_ref, [seen]
-        )
-      return d_kv_ref[...], seen
+  def kernel(first, rows, rows_ref, seen_ref):
+    n = min(chunk, B * T)
+    query = jnp.minimum(first[0] + jnp.arange(n), B * T - 1)
+    rows_ref[...] = rows[query].reshape(n * K, width)
+    seen_ref[query] = jnp.ones_like(query)
 
-    d_kv, seen = jax.jit(run)(rows)
-    expected = np.zeros((B, S, width), np.float32)
-    for query in range(B * T):
-      for j, key in enumerate(indices[query]):
-        if 0 <= key < S:
-          expected[query // T, key] += rows[query, j]
-    np.testing.assert_allclose(d_kv, expected, rtol=1e-5, atol=1e-6)
-    self.assertTrue((np.asarray(seen) > 0).all())
+  def add_up(order, ends, rows_ref, d_kv_ref):
+    key = jnp.searchsorted(ends, jnp.arange(len(order)), side="right") - 1
+    sums = jnp.zeros((B * S + 1, width)).at[key].add(rows_ref[...][order])
+    d_kv_ref[...] += sums[: B * S].reshape(B, S, width)
+
+  def run(rows):
+    d_kv_ref = jax.new_ref(jnp.zeros((B, S, width)))
+    seen = jax.ShapeDtypeStruct((B * T,), jnp.int32)
+    with mock.patch.object(
+      mosaic_gpu_key_sums.plgpu, "kernel", lambda *_, **__: add_up
+    ):
+      (seen,) = mosaic_gpu_key_sums.by_chunk(
+        kernel, [rows], chunk, jnp.asarray(indices), T, d_kv_ref, [seen]
+      )
+    return d_kv_ref[...], seen
+
+  d_kv, seen = jax.jit(run)(rows)
+  expected = np.zeros((B, S, width), np.float32)
+  for query in range(B * T):
+    for j, key in enumerate(indices[query]):
+      if 0 <= key < S:
+        expected[query // T, key] += rows[query, j]
+  np.testing.assert_allclose(d_kv, expected, rtol=1e-5, atol=1e-6)
+  assert (np.asarray(seen) > 0).all()

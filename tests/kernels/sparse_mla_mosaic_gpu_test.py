@@ -3,10 +3,10 @@
 What they compute is compared on a GPU: `python -m pallas_kernels.bench`.
 """
 
-from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 
 from pallas_kernels.sparse_mla import api
 from pallas_kernels.sparse_mla import mosaic_gpu
@@ -31,59 +31,67 @@ def lowered(f, *args):
   return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-class LoweringTest(chex.TestCase):
-  @parameterized.parameters(
+@pytest.mark.parametrize(
+  "sizes",
+  [
     {"N": 128, "S": 131072},
     {"N": 64, "K": 8192},
     {"N": 32, "K": 64, "B": 2},
     {"N": 16, "K": 192, "S": 95, "T": 1},
-  )
-  def test_forward(self, **sizes):
-    text = lowered(attend, *shapes(**sizes))
-    self.assertIn("sparse_mla_forward", text)
-
-  @parameterized.parameters(False, True)
-  def test_the_gradient_calls_both_kernels(self, deterministic):
-    def loss(q, kv, indices):
-      out, lse = api.sparse_mla(
-        *(q, kv, indices, C, 0.1),
-        deterministic=deterministic,
-        implementation="mosaic_gpu",
-      )
-      return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
-
-    text = lowered(jax.grad(loss, argnums=(0, 1)), *shapes())
-    self.assertIn("sparse_mla_forward", text)
-    self.assertIn("sparse_mla_backward", text)
-    self.assertEqual("sparse_mla_key_sums" in text, deterministic)
-
-  def test_heads_are_filled_up_and_cut_off_again(self):
-    out, lse = jax.eval_shape(attend, *shapes(N=16, T=3, B=2))
-    self.assertEqual(out.shape, (2, 3, 16, C))
-    self.assertEqual(lse.shape, (2, 3, 16))
-    self.assertEqual((out.dtype, lse.dtype), (jnp.bfloat16, jnp.float32))
+  ],
+)
+def test_forward(sizes):
+  text = lowered(attend, *shapes(**sizes))
+  assert "sparse_mla_forward" in text
 
 
-class RefusalTest(chex.TestCase):
-  @parameterized.parameters(
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_gradient_calls_both_kernels(deterministic):
+  def loss(q, kv, indices):
+    out, lse = api.sparse_mla(
+      *(q, kv, indices, C, 0.1),
+      deterministic=deterministic,
+      implementation="mosaic_gpu",
+    )
+    return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+  text = lowered(jax.grad(loss, argnums=(0, 1)), *shapes())
+  assert "sparse_mla_forward" in text
+  assert "sparse_mla_backward" in text
+  assert ("sparse_mla_key_sums" in text) == deterministic
+
+
+def test_heads_are_filled_up_and_cut_off_again():
+  out, lse = jax.eval_shape(attend, *shapes(N=16, T=3, B=2))
+  chex.assert_shape(out, (2, 3, 16, C))
+  chex.assert_shape(lse, (2, 3, 16))
+  assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
     ({"dtype": jnp.float32}, "float32"),
     ({"width": 512}, "C.R=512"),
     ({"N": 48}, "N=48"),
     ({"N": 96}, "N=96"),
     ({"K": 100}, "K=100"),
     ({"K": 8256}, "K=8256"),
-  )
-  def test_names_what_it_cannot_do(self, sizes, message):
-    with self.assertRaisesRegex(NotImplementedError, message):
-      jax.eval_shape(attend, *shapes(**sizes))
+  ],
+)
+def test_names_what_it_cannot_do(sizes, message):
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(attend, *shapes(**sizes))
 
-  def test_another_latent_rank(self):
-    with self.assertRaisesRegex(NotImplementedError, "C=256"):
-      jax.eval_shape(lambda *xs: attend(*xs, latent_rank=256), *shapes())
 
-  def test_the_api_reaches_it_by_name(self):
-    with self.assertRaisesRegex(NotImplementedError, "float32"):
-      jax.eval_shape(
-        lambda *xs: api.sparse_mla(*xs, C, 0.1, implementation="mosaic_gpu"),
-        *shapes(dtype=jnp.float32),
-      )
+def test_another_latent_rank():
+  with pytest.raises(NotImplementedError, match="C=256"):
+    jax.eval_shape(lambda *xs: attend(*xs, latent_rank=256), *shapes())
+
+
+def test_the_api_reaches_it_by_name():
+  with pytest.raises(NotImplementedError, match="float32"):
+    jax.eval_shape(
+      lambda *xs: api.sparse_mla(*xs, C, 0.1, implementation="mosaic_gpu"),
+      *shapes(dtype=jnp.float32),
+    )

@@ -4,20 +4,18 @@ import contextlib
 import io
 from unittest import mock
 
-from absl.testing import parameterized
-import chex
 import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import pallas_kernels
 from pallas_kernels import checkpoint_names
 from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
 from pallas_kernels.sparse_mla_with_loss import api
 from pallas_kernels.sparse_mla_with_loss import mosaic_gpu
-
-from . import inputs
+from tests.kernels import inputs
 
 B, T, S, N = inputs.B, inputs.T, inputs.S, inputs.N
 C, R, M, I, SCALE = inputs.C, inputs.R, inputs.M, inputs.I, inputs.SCALE
@@ -67,32 +65,33 @@ def value_and_vjp(op, measure, implementation):
   return results, pullback(cotangents)
 
 
-class SparseMLAWithLossTest(chex.TestCase):
-  @parameterized.parameters(
-    (True, None), (False, "chunked_xla"), (True, "reference")
+@pytest.mark.parametrize(
+  "measure, implementation",
+  [(True, None), (False, "chunked_xla"), (True, "reference")],
+)
+def test_is_one_op_after_the_other(measure, implementation):
+  expected, actual = (
+    value_and_vjp(op, measure, implementation) for op in (in_turn, at_once)
   )
-  def test_is_one_op_after_the_other(self, measure, implementation):
-    expected, actual = (
-      value_and_vjp(op, measure, implementation) for op in (in_turn, at_once)
-    )
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
-  def test_what_refuses_both_may_do_one(self):
-    kernel = mock.Mock(side_effect=NotImplementedError("no such shape"))
-    loss = mock.Mock(return_value=jnp.zeros((B, T)))
-    with (
-      mock.patch.dict(api.IMPLEMENTATIONS, mosaic_gpu=kernel),
-      mock.patch.dict(sparse_indexer_loss.IMPLEMENTATIONS, mosaic_gpu=loss),
-      mock.patch.object(jax, "default_backend", return_value="gpu"),
-      mock.patch.object(
-        pallas_kernels.dispatch, "device_kind", return_value="NVIDIA H200"
-      ),
-      mock.patch.object(pallas_kernels.dispatch, "_warn_portable"),
-      pallas_kernels.dispatch.record() as chosen,
-    ):
-      jax.eval_shape(lambda: value_and_vjp(at_once, True, None)[0])
-    self.assertEqual(chosen["sparse_mla"], ["chunked_xla"])
-    self.assertEqual(chosen["sparse_indexer_loss"], ["mosaic_gpu"])
+
+def test_what_refuses_both_may_do_one():
+  kernel = mock.Mock(side_effect=NotImplementedError("no such shape"))
+  loss = mock.Mock(return_value=jnp.zeros((B, T)))
+  with (
+    mock.patch.dict(api.IMPLEMENTATIONS, mosaic_gpu=kernel),
+    mock.patch.dict(sparse_indexer_loss.IMPLEMENTATIONS, mosaic_gpu=loss),
+    mock.patch.object(jax, "default_backend", return_value="gpu"),
+    mock.patch.object(
+      pallas_kernels.dispatch, "device_kind", return_value="NVIDIA H200"
+    ),
+    mock.patch.object(pallas_kernels.dispatch, "_warn_portable"),
+    pallas_kernels.dispatch.record() as chosen,
+  ):
+    jax.eval_shape(lambda: value_and_vjp(at_once, True, None)[0])
+  assert chosen["sparse_mla"] == ["chunked_xla"]
+  assert chosen["sparse_indexer_loss"] == ["mosaic_gpu"]
 
 
 def shapes(T=16, S=8192, K=2048, N=128, dtype=jnp.bfloat16, I=128):
@@ -120,33 +119,34 @@ def step(q, kv, indices, q_index, k_index, w, measure):
   return jax.value_and_grad(total, range(5))(q, kv, q_index, k_index, w)
 
 
-class SparseMLAWithLossMosaicGPUTest(chex.TestCase):
-  @parameterized.parameters({}, {"N": 16, "K": 192})
-  def test_lowers_for_cuda_with_gradients(self, **sizes):
-    traced = jax.jit(step).trace(*shapes(**sizes))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # The loss alone needs its target apart; it is behind a condition.
-    self.assertIn("stablehlo.case", text)
-    self.assertGreaterEqual(text.count("mosaic_gpu_v2"), 6)
+@pytest.mark.parametrize("sizes", [{}, {"N": 16, "K": 192}])
+def test_lowers_for_cuda_with_gradients(sizes):
+  traced = jax.jit(step).trace(*shapes(**sizes))
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  # The loss alone needs its target apart; it is behind a condition.
+  assert "stablehlo.case" in text
+  assert text.count("mosaic_gpu_v2") >= 6
 
-  def test_remat_keeps_what_the_attention_returned(self):
-    policy = jax.checkpoint_policies.save_only_these_names(
-      checkpoint_names.SPARSE_MLA
-    )
-    f = jax.checkpoint(
-      lambda *args: mosaic_gpu.sparse_mla_with_loss(*args, 512, SCALE)[0],
-      policy=policy,
-    )
-    with contextlib.redirect_stdout(io.StringIO()) as kept:
-      ad_checkpoint.print_saved_residuals(f, *shapes()[:-1])
-    named = [x for x in kept.getvalue().splitlines() if "named" in x]
-    self.assertLen(named, 2)
-    self.assertTrue(named[0].startswith("bf16[1,16,128,512]"), named)
-    self.assertTrue(named[1].startswith("f32[1,16,128]"), named)
 
-  @parameterized.parameters(
-    ({"dtype": jnp.float32}, "float32"), ({"I": 64}, "I=64")
+def test_remat_keeps_what_the_attention_returned():
+  policy = jax.checkpoint_policies.save_only_these_names(
+    checkpoint_names.SPARSE_MLA
   )
-  def test_refuses_before_it_compiles(self, sizes, reason):
-    with self.assertRaisesRegex(NotImplementedError, reason):
-      jax.eval_shape(step, *shapes(**sizes))
+  f = jax.checkpoint(
+    lambda *args: mosaic_gpu.sparse_mla_with_loss(*args, 512, SCALE)[0],
+    policy=policy,
+  )
+  with contextlib.redirect_stdout(io.StringIO()) as kept:
+    ad_checkpoint.print_saved_residuals(f, *shapes()[:-1])
+  named = [x for x in kept.getvalue().splitlines() if "named" in x]
+  assert len(named) == 2
+  assert named[0].startswith("bf16[1,16,128,512]"), named
+  assert named[1].startswith("f32[1,16,128]"), named
+
+
+@pytest.mark.parametrize(
+  "sizes, reason", [({"dtype": jnp.float32}, "float32"), ({"I": 64}, "I=64")]
+)
+def test_refuses_before_it_compiles(sizes, reason):
+  with pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(step, *shapes(**sizes))

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from absl.testing import absltest
-import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsa_jax import moe
 from tests.model import models
@@ -39,71 +38,73 @@ def route(x_D, w_DE, bias_E, cfg):
   return scores, experts, weights
 
 
-class MoETest(chex.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.layer = moe.MoE(CONFIG, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    bias = rng.normal(size=12).astype(np.float32)
-    self.layer.router.bias_E[...] = jnp.asarray(bias)
-    self.x = jnp.float32(rng.normal(size=(2, 9, 32)))
-    self.valid = jnp.ones((2, 9), bool).at[0, 6:].set(False)
-
-  def test_matches_a_loop_over_tokens(self):
-    y, stats = jax.jit(lambda m, x, v: m(x, v))(self.layer, self.x, self.valid)
-    arrays = nnx.to_pure_dict(nnx.state(self.layer))
-    w = jax.tree.map(lambda a: np.asarray(a, np.float64), arrays)
-    load, balance = np.zeros(12), np.zeros(2)
-    for b in range(2):
-      counts, share = np.zeros(12), np.zeros(12)
-      for t in range(9):
-        x = np.asarray(self.x[b, t], np.float64)
-        scores, experts, weights = route(
-          x, w["router"]["w_DE"], w["router"]["bias_E"], CONFIG
-        )
-        shared = w["shared"]
-        expected = (
-          silu(x @ shared["gate_DF"]) * (x @ shared["up_DF"])
-        ) @ shared["down_FD"]
-        for e, weight in zip(experts, weights):
-          h = silu(x @ w["gate_EDF"][e]) * (x @ w["up_EDF"][e])
-          expected += weight * (h @ w["down_EFD"][e])
-        np.testing.assert_allclose(y[b, t], expected, rtol=1e-4, atol=1e-4)
-        if self.valid[b, t]:
-          counts[experts] += 1
-          share += scores / scores.sum()
-      tokens = self.valid[b].sum()
-      frequency = counts * 12 / (3 * tokens)
-      balance[b] = (frequency * share / tokens).sum()
-      load += counts
-    np.testing.assert_array_equal(stats.load, load)
-    np.testing.assert_allclose(stats.balance_loss, balance, rtol=1e-5)
-
-  def test_the_bias_chooses_but_does_not_weigh(self):
-    router = self.layer.router
-    router.bias_E[...] = jnp.zeros(12).at[5].set(100.0)
-    experts, weights, _ = router(self.x, self.valid)
-    self.assertTrue((experts == 5).any(-1).all())
-    self.assertLess(weights.max(), CONFIG.routed_scale)
-    np.testing.assert_allclose(weights.sum(-1), CONFIG.routed_scale, rtol=1e-5)
-
-  def test_no_token_is_dropped_when_all_go_to_one_expert(self):
-    cfg = dataclasses.replace(
-      CONFIG,
-      experts_per_token=1,
-      expert_groups=1,
-      groups_per_token=1,
-      num_shared_experts=0,
-    )
-    layer = moe.MoE(cfg, rngs=nnx.Rngs(0))
-    layer.router.bias_E[...] = jnp.zeros(12).at[7].set(100.0)
-    y, stats = layer(self.x, self.valid)
-    self.assertEqual(stats.load[7], self.valid.sum())
-    w = [np.asarray(p[...][7]) for p in (layer.gate_EDF, layer.up_EDF)]
-    h = silu(self.x @ w[0]) * (self.x @ w[1])
-    expected = cfg.routed_scale * (h @ np.asarray(layer.down_EFD[...][7]))
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+@pytest.fixture
+def case():
+  """A layer with a bias, its input, and which tokens of that are valid."""
+  layer = moe.MoE(CONFIG, rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  bias = rng.normal(size=12).astype(np.float32)
+  layer.router.bias_E[...] = jnp.asarray(bias)
+  x = jnp.float32(rng.normal(size=(2, 9, 32)))
+  return layer, x, jnp.ones((2, 9), bool).at[0, 6:].set(False)
 
 
-if __name__ == "__main__":
-  absltest.main()
+def test_matches_a_loop_over_tokens(case):
+  layer, x_BTD, valid = case
+  y, stats = jax.jit(lambda m, x, v: m(x, v))(layer, x_BTD, valid)
+  arrays = nnx.to_pure_dict(nnx.state(layer))
+  w = jax.tree.map(lambda a: np.asarray(a, np.float64), arrays)
+  load, balance = np.zeros(12), np.zeros(2)
+  for b in range(2):
+    counts, share = np.zeros(12), np.zeros(12)
+    for t in range(9):
+      x = np.asarray(x_BTD[b, t], np.float64)
+      scores, experts, weights = route(
+        x, w["router"]["w_DE"], w["router"]["bias_E"], CONFIG
+      )
+      shared = w["shared"]
+      expected = (silu(x @ shared["gate_DF"]) * (x @ shared["up_DF"])) @ shared[
+        "down_FD"
+      ]
+      for e, weight in zip(experts, weights):
+        h = silu(x @ w["gate_EDF"][e]) * (x @ w["up_EDF"][e])
+        expected += weight * (h @ w["down_EFD"][e])
+      np.testing.assert_allclose(y[b, t], expected, rtol=1e-4, atol=1e-4)
+      if valid[b, t]:
+        counts[experts] += 1
+        share += scores / scores.sum()
+    tokens = valid[b].sum()
+    frequency = counts * 12 / (3 * tokens)
+    balance[b] = (frequency * share / tokens).sum()
+    load += counts
+  np.testing.assert_array_equal(stats.load, load)
+  np.testing.assert_allclose(stats.balance_loss, balance, rtol=1e-5)
+
+
+def test_the_bias_chooses_but_does_not_weigh(case):
+  layer, x, valid = case
+  router = layer.router
+  router.bias_E[...] = jnp.zeros(12).at[5].set(100.0)
+  experts, weights, _ = router(x, valid)
+  assert (experts == 5).any(-1).all()
+  assert weights.max() < CONFIG.routed_scale
+  np.testing.assert_allclose(weights.sum(-1), CONFIG.routed_scale, rtol=1e-5)
+
+
+def test_no_token_is_dropped_when_all_go_to_one_expert(case):
+  _, x, valid = case
+  cfg = dataclasses.replace(
+    CONFIG,
+    experts_per_token=1,
+    expert_groups=1,
+    groups_per_token=1,
+    num_shared_experts=0,
+  )
+  layer = moe.MoE(cfg, rngs=nnx.Rngs(0))
+  layer.router.bias_E[...] = jnp.zeros(12).at[7].set(100.0)
+  y, stats = layer(x, valid)
+  assert stats.load[7] == valid.sum()
+  w = [np.asarray(p[...][7]) for p in (layer.gate_EDF, layer.up_EDF)]
+  h = silu(x @ w[0]) * (x @ w[1])
+  expected = cfg.routed_scale * (h @ np.asarray(layer.down_EFD[...][7]))
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
