@@ -18,6 +18,7 @@ import numpy as np
 from train import config as config_lib
 from train import loop
 from train import main as main_lib
+from train import processes
 from train import record as record_lib
 
 
@@ -130,6 +131,7 @@ def _train(cfg: config_lib.TrainConfig) -> bool:
 
 
 def main() -> None:
+  processes.choose_platform()
   try:
     cfg = main_lib.parse(sys.argv[1:], "train.lifecycle", __doc__)
     runs = cfg, control(cfg)
