@@ -19,6 +19,7 @@ from train import config as config_lib
 from train import loop
 from train import main as main_lib
 from train import stage as stage_lib
+from train.host import processes
 from train.run import read_run
 
 
@@ -199,6 +200,7 @@ def _train(cfg: config_lib.TrainConfig) -> bool:
 
 
 def main() -> None:
+  processes.choose_platform()
   try:
     cfg = main_lib.parse(sys.argv[1:], "train.lifecycle", __doc__)
     runs = cfg, control(cfg)

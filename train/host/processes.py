@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+from importlib import metadata
+from importlib import util
 import itertools
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -64,6 +67,22 @@ class DistributedConfig:
         raise ValueError(
           f"{self.process=} must be at least 0 and below {self.processes=}."
         )
+
+
+def choose_platform(devices: pathlib.Path = pathlib.Path("/dev")) -> None:
+  """Keeps JAX on the CPU where there is nothing else; call it before JAX runs.
+
+  An installed libtpu (it compiles for TPUs anywhere) is otherwise tried as a
+  device, and complains. Nothing changes where a platform is chosen already, as
+  JAX does where it sees a TPU; where there is any device file of one; or where
+  a plug-in for other devices, such as CUDA's, is installed.
+  """
+  if jax.config.jax_platforms or "JAX_FORCE_TPU_INIT" in os.environ:
+    return
+  files = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
+  plugins = metadata.entry_points(group="jax_plugins")
+  if not files and not plugins and not util.find_spec("jax_plugins"):
+    jax.config.update("jax_platforms", "cpu")
 
 
 def start(cfg: DistributedConfig) -> None:
