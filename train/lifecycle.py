@@ -112,14 +112,14 @@ def stage_rows(cfg: config_lib.TrainConfig) -> list[StageRow]:
   rows = []
   for part in (cfg, control(cfg)):
     lines = _lines(part)
-    for stage, end in zip(part.stages, part.stage_ends):
+    for trained, end in zip(part.stages, part.stage_ends):
       rows.append(
         StageRow(
-          f"{stage.kind}{' (control)' if part is not cfg else ''}",
-          stage.steps,
-          stage.batch_size,
-          stage.seq_len,
-          _milliseconds(lines, end - stage.steps, end),
+          f"{trained.kind}{' (control)' if part is not cfg else ''}",
+          trained.steps,
+          trained.batch_size,
+          trained.seq_len,
+          _milliseconds(lines, end - trained.steps, end),
         )
       )
   return rows
