@@ -1,1 +1,1 @@
-"""Is an op right, and how fast? See `python -m pallas_kernels.bench --help`."""
+"""Checks and times the ops. See `python -m pallas_kernels.bench --help`."""

@@ -1,12 +1,12 @@
-"""Is an op right, and how fast? python -m pallas_kernels.bench OP [--OPTION=..]
+"""Checks and times an op: python -m pallas_kernels.bench OP [--OPTION=..]
 
 First its results (with --grad, its gradients too) are compared with those of
 the op's reference in float32, on fresh random data; a wrong one ends it. Then
 it is timed: the median of batches of back-to-back calls, each batch waited for.
-The table says what of the device's peak that is, of a matmul and of a copy
-measured in the same run, and the floor: what the peaks allow for these FLOPs
-and for reading each input and writing each result once. Plain XLA stands
-beside it.
+The table shows the share of the device's peak, of a matmul and of a copy
+measured in the same run, and the floor: the least time at these peaks for the
+op's FLOPs and for reading each input and writing each result once. Plain XLA
+is shown beside it.
 
   python -m pallas_kernels.bench sparse_mla --shape=32k --grad
   python -m pallas_kernels.bench indexer_topk --shape=128k --json=out.json
@@ -14,8 +14,8 @@ beside it.
   python -m pallas_kernels.bench sparse_mla --shape=tiny      # also on a CPU
 
 With --topology, and no TPU, nothing is run: the op's kernels are compiled for
-a device of that topology, and the table says what their schedule takes at
-least (static.py says what it leaves out). On a TPU it is measured all the same.
+a device of that topology, and the table shows the least time of their schedule
+(static.py says what it leaves out). On a TPU the op is measured all the same.
 
   python -m pallas_kernels.bench attention --shape=128k --topology=v6e:2x2
 
@@ -26,7 +26,7 @@ layer's work on a sequence (T = S):
              same model; with --grad also backward, and with the indexer's loss
   warmup     dense_mla, then dense_indexer_loss and its gradient
   crossover  attention to the keys of indexer_topk by sparse_mla, and by
-             dense_mla with a mask; with --grad, what crossover.py wants to know
+             dense_mla with a mask; with --grad, the figure for crossover.py
 """
 
 import dataclasses
@@ -60,13 +60,13 @@ type Op = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """See the module."""
+  """Options of the command line; see the module."""
 
   op: tyro.conf.Positional[Op]
-  """What to run."""
+  """Op or whole layer's work to run."""
   shape: Literal["tiny", "8k", "32k", "64k", "128k"] = "32k"
-  """Sizes by name: 4096 queries, keys as it says, the widths of DeepSeek-V3.2;
-  tiny is for a CPU. The options below replace single ones."""
+  """Named sizes: 4096 queries, as many keys as the name says, DeepSeek-V3.2's
+  widths; tiny is for a CPU. The options below override single sizes."""
   queries: int | None = None
   """T."""
   keys: int | None = None
@@ -80,34 +80,34 @@ class Options:
   grad: bool = False
   """Also check and time the gradient."""
   implementation: str | None = None
-  """Of the ops; the one that they choose themselves unless given."""
+  """Implementation of the ops; by default the one that they select."""
   baseline: str | None = "chunked_xla"
-  """What to time beside it (not for a whole sequence); None: nothing."""
+  """Implementation to time beside it (not for a whole sequence), or None."""
   indices: cases.Order = "random"
-  """The order of a query's chosen keys, which are random ones: as drawn, or
-  ascending, as indexer_topk returns them."""
+  """Order of a query's randomly selected keys: as drawn, or ascending, as
+  indexer_topk returns them."""
   visible: cases.Visible = "causal"
-  """What dense ops and the indexer see: up to the query's own key, or all."""
+  """Keys that dense ops and the indexer see: up to the query's own, or all."""
   score_dtype: cases.ScoreDType | None = None
-  """Of the indexer's products, float8_e4m3fn; None: bfloat16."""
+  """Dtype of the indexer's products: float8_e4m3fn, or None for bfloat16."""
   checked: int = 256
   """Queries that are compared with the reference."""
   measure: bool = True
   """Compute the losses, which training does now and then; if not, only their
   gradients, as in the other steps."""
   topology: str | None = None
-  """Estimate for a device of it, unless this machine has a TPU: v5p:2x2x1,
-  v6e:2x2, tpu7x:2x2x1."""
+  """Topology of the device to estimate for, unless this machine has a TPU:
+  v5p:2x2x1, v6e:2x2, tpu7x:2x2x1."""
   union: float | None = None
   """For the estimate, keys that a block of neighbouring queries reads together,
   over K; None: they have none in common."""
   seed: int | None = None
-  """Of the data; another one each time unless given."""
+  """Seed of the data; by default a new one each time."""
   json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
-  """Where to write everything, too."""
+  """File for the results as JSON."""
 
   def sizes(self) -> shapes_lib.Shape:
-    """The shape that is asked for.
+    """Shape that the options ask for.
 
     Raises:
       ValueError: The options do not fit each other.

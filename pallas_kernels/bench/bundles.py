@@ -1,14 +1,14 @@
-"""Reads what the TPU compiler schedules for a kernel, bundle by bundle.
+"""Parses the TPU compiler's schedule of a kernel, bundle by bundle.
 
-A bundle is what a core issues in one cycle. The compiler writes the final ones
-of each kernel into a folder, if libtpu is loaded with `DUMP`; where loops begin
-and end and where branches lead can be read off. So cycles are bundles, each as
-often as it is issued: a loop says how often where its bounds are constants;
-what depends on data must be given.
+A bundle holds the instructions that a core issues in one cycle. The compiler
+writes the final bundles of each kernel into a folder if libtpu is loaded with
+`DUMP`; loops and the targets of branches can be parsed from them. Cycles are
+thus counts of bundles, each as often as it is issued: known from a loop's
+bounds where these are constants; otherwise given by the caller.
 
-What this cannot see: waiting for copies (of inputs, outputs, rows), memory and
-its contention, and time between kernels. A static count is a lower bound of
-what a core needs, and no measurement.
+Not covered: waiting for copies (of inputs, outputs, rows), memory and its
+contention, and time between kernels. A static count is a lower bound of a
+core's time, and no measurement.
 """
 
 import collections
@@ -32,7 +32,7 @@ _BRANCH: Final = re.compile(r"sbr\.rel (?:\(([^)]*)\) )?target = \$region(\d+)")
 # Bundles after a branch that are issued before it is taken, where there is no
 # loop that shows how many.
 _DELAY: Final = 4
-# What to count in a bundle, by the start of an instruction's name.
+# Units to count in a bundle, by prefix of an instruction's name.
 _UNITS: Final = {
   "matmul": re.compile(r"\bvmatmul\."),
   "push": re.compile(r"\bvmatpush\d?\."),
@@ -43,17 +43,17 @@ _UNITS: Final = {
 
 @dataclasses.dataclass
 class Block:
-  """Bundles one after another: a kernel, a loop's body, or what is skipped.
+  """Consecutive bundles: a kernel, a loop's body, or a skipped branch.
 
   Bundles of the blocks inside are not counted as its own.
   """
 
   kind: str
-  """kernel, loop or branch."""
+  """Either kernel, loop or branch."""
   first: int
   last: int
   trips: int | None = None
-  """Of a loop, if its bounds are constants."""
+  """Number of iterations of a loop with constant bounds."""
   own: int = 0
   units: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
@@ -62,14 +62,14 @@ class Block:
   inside: list["Block"] = dataclasses.field(default_factory=list)
 
   def walk(self, depth: int = 0) -> Iterator[tuple[int, "Block"]]:
-    """This block and all inside, in their order, and how deep they are."""
+    """Yields this block and all inside it, in order, with their depths."""
     yield depth, self
     for block in self.inside:
       yield from block.walk(depth + 1)
 
 
 def dumped(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The files of final bundles in a folder, by kernel; the newest of each."""
+  """Finds the newest file of final bundles of each kernel in a folder."""
   files = sorted(
     x for x in folder.glob(f"*{_SUFFIX}") if "schedule-analysis" not in x.name
   )
@@ -82,7 +82,7 @@ def _name(file: pathlib.Path) -> str:
 
 
 def parse(text: str) -> Block:
-  """The kernel whose final bundles these are."""
+  """Parses a kernel's final bundles."""
   rows = []
   for line in text.splitlines():
     if match := _LINE.match(line):
@@ -148,7 +148,7 @@ def _delay(rows, branches) -> int:
 
 
 def _trips(rows, address: int, predicate: str) -> int | None:
-  """How often a loop that ends here is run, if its bounds are constants."""
+  """Iterations of the loop that ends here, if its bounds are constants."""
   text = "\n".join(x[3] for x in rows[: address + 1])
   test = re.findall(
     re.escape(predicate) + r" = scmp\.ge\.s32\.totalorder "
@@ -171,7 +171,7 @@ def _trips(rows, address: int, predicate: str) -> int | None:
 
 
 def _nest(kernel: Block, blocks: list[Block]) -> None:
-  """Puts each block into the smallest that has it whole."""
+  """Puts each block into the smallest one that contains it."""
   stack = [kernel]
   order = lambda x: (x.first, -x.last, x.kind)  # a branch is around a loop
   for block in sorted(blocks, key=order):

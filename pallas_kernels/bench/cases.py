@@ -1,4 +1,4 @@
-"""The ops on random data: inputs, how to call, and what a call must compute.
+"""Test cases of the ops on random data: inputs, calls and required work.
 
 The batch is 1. Where there are enough queries, one sees no key and one only a
 few, which costs no time and shows in the check.
@@ -37,24 +37,24 @@ class Case:
 
   op: str
   call: Callable[..., Any]
-  """call(*inputs, implementation=...)."""
+  """Function called as call(*inputs, implementation=...)."""
   inputs: dict[str, Array]
-  """By name, in the order of `call`."""
+  """Inputs by name, in the order of `call`."""
   differentiated: int = 0
-  """How many of them, from the first, have a gradient."""
+  """Number of inputs, from the first, that have a gradient."""
   shared: tuple[str, ...]
-  """Those that all queries read; the others have a row for each query."""
+  """Inputs that all queries read; the others have a row for each query."""
   outputs: tuple[str, ...]
   flops: int
-  """Of the forward pass."""
+  """FLOPs of the forward pass."""
   flops_backward: int = 0
   score_dtype: ScoreDType | None = None
   """In 8 bits, the forward pass computes at twice the peak."""
   bytes_per_query: int
-  """Of the reference's largest temporary."""
+  """Bytes per query of the reference's largest temporary."""
 
   def split(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The inputs that have a gradient, and the others."""
+    """Splits off the inputs that have a gradient from the others."""
     inputs = (*self.inputs.values(),)
     return inputs[: self.differentiated], inputs[self.differentiated :]
 
@@ -62,7 +62,7 @@ class Case:
     return functools.partial(self.call, implementation=implementation)
 
   def forward_keeping(self, implementation: str | None) -> Callable[..., Any]:
-    """inputs -> outputs and a pullback of their cotangents."""
+    """Returns a function: inputs -> outputs and their pullback."""
     call, n = self.forward(implementation), self.differentiated
 
     def keeping(*inputs):
@@ -71,7 +71,7 @@ class Case:
     return keeping
 
   def forward_backward(self, implementation: str | None) -> Callable[..., Any]:
-    """inputs, cotangents -> outputs and gradients."""
+    """Returns a function: inputs, cotangents -> outputs, gradients."""
     keeping = self.forward_keeping(implementation)
 
     def both(inputs, cotangents):
@@ -82,7 +82,7 @@ class Case:
 
 
 def cotangents(case: Case, key: jax.Array) -> Any:
-  """Random ones, in the shapes of the op's results."""
+  """Draws cotangents in the shapes of the op's results."""
   out = jax.eval_shape(case.forward("chunked_xla"), *case.inputs.values())
   leaves, tree = jax.tree.flatten(out)
   keys = jax.random.split(key, len(leaves))
@@ -94,7 +94,7 @@ def cotangents(case: Case, key: jax.Array) -> Any:
 def normal(
   key: jax.Array, *shape: int, scale: float = 1.0
 ) -> Float[Array, "..."]:
-  """Numbers in bf16, made without a copy in fp32."""
+  """Draws normal numbers in bf16, without a copy in fp32."""
   return jax.jit(
     lambda key: scale * jax.random.normal(key, shape, jnp.bfloat16)
   )(key)
@@ -103,7 +103,7 @@ def normal(
 def ranges(
   shape: shapes.Shape, visible: Visible
 ) -> tuple[Int[Array, "1 T"], Int[Array, "1 T"]]:
-  """What each query sees: the last T of a causal sequence of S, or all keys."""
+  """Ranges of the last T queries of a causal sequence of S, or all keys."""
   T, S = shape.T, shape.S
   start_T = np.zeros(T, np.int32)
   end_T = np.arange(S - T, S, dtype=np.int32) + 1
@@ -119,7 +119,7 @@ def ranges(
 def chosen(
   key: jax.Array, shape: shapes.Shape, order: Order
 ) -> Int[Array, "1 T K"]:
-  """K keys for each query, any of the S with the same probability."""
+  """Draws K keys for each query, uniformly from S."""
   T, S, K = shape.T, shape.S, shape.K
 
   @jax.jit
@@ -143,12 +143,12 @@ def chosen(
 
 
 def pairs(start: Array, end: Array) -> int:
-  """Pairs of a query and a key that it sees."""
+  """Counts pairs of a query and a key that it sees."""
   return int(np.maximum(np.asarray(end) - np.asarray(start, np.int64), 0).sum())
 
 
 def selected(indices: Array, S: int) -> int:
-  """Pairs of a query and a key chosen for it."""
+  """Counts pairs of a query and a key selected for it."""
   if isinstance(indices, jax.core.Tracer):
     return indices.size  # none is known; nearly all are keys
   return int(jnp.sum((indices >= 0) & (indices < S)))
@@ -227,7 +227,7 @@ def dense_mla(
   visible: Visible,
   indices: Int[Array, "1 T K"] | None = None,
 ) -> Case:
-  """Counts the FLOPs of all visible keys, also where few are chosen."""
+  """Counts the FLOPs of all visible keys, also where few are selected."""
   HR, U, N = shape.H + shape.R, shape.U, shape.N
   start, end = ranges(shape, visible)
   q, k, v = jax.random.split(key, 3)

@@ -48,20 +48,20 @@ HEAD_FLOOR: Final = 0.3
 SCORE: Final = 1e-5
 # Tensor cores sum products of 8 bits to about 14 of them.
 SCORE_8_BITS: Final = 1e-3
-# What the reference may hold at once.
+# Limit of the reference's memory.
 _BYTES: Final = 2 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """How far one result is from the reference, where it is farthest."""
+  """Largest error of one result against the reference."""
 
   name: str
   rows: int
   error: float
   limit: float
   what: str
-  """Which error it is."""
+  """Name of the error measure."""
 
   @property
   def right(self) -> bool:
@@ -69,7 +69,7 @@ class Finding:
 
 
 def sample(T: int, count: int, seed: int) -> np.ndarray:
-  """`count` of T queries, with the first few and the last."""
+  """Samples `count` of T queries, with the first few and the last."""
   count = min(count, T)
   rng = np.random.default_rng(seed)
   some_T = rng.permutation(T)
@@ -116,7 +116,7 @@ def _mask(x: Array, rows: np.ndarray) -> Array:
 
 
 def _float32(tree: Any) -> Any:
-  """Floating numbers in fp32; others as they are."""
+  """Casts floating-point arrays to fp32."""
 
   def convert(x):
     floating = jnp.issubdtype(x.dtype, jnp.floating)
@@ -128,12 +128,12 @@ def _float32(tree: Any) -> Any:
 def _reference(
   case: cases.Case, rows: np.ndarray, cotangents: Any | None
 ) -> tuple[Any, list[Array]]:
-  """The reference's results for the queries `rows`, and the gradients.
+  """Computes the reference's results and gradients for the queries `rows`.
 
   Args:
     case: The op and its inputs.
     rows: The queries.
-    cotangents: Of the results for `rows`.
+    cotangents: Cotangents of the results for `rows`.
   """
   n = case.differentiated
   names = [*case.inputs]
@@ -195,7 +195,7 @@ def _results(case: cases.Case, actual: Any, expected: Any) -> Iterator[Finding]:
 def _excess(
   x: Array, y: Array, absolute: float, relative: float
 ) -> Float[Array, ""]:
-  """The largest error over its limit; NaN where a number is none."""
+  """Largest ratio of error to limit; NaN if any result is NaN."""
   x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   limit = jnp.maximum(absolute, relative * jnp.abs(y))
   if x.ndim == 4:  # B T N C: results; the others have one number for a head
@@ -243,7 +243,7 @@ def _gradient(name: str, x: Array, y: Array) -> Iterator[Finding]:
 def _selection(
   case: cases.Case, rows: np.ndarray, actual: Any, expected: Any
 ) -> Iterator[Finding]:
-  """Whether the best keys were chosen, but for scores that rounding may swap.
+  """Checks that the best keys were selected, up to ties within rounding.
 
   The lists have the right length, ascend, and hold visible keys only. No key
   that was left out scores above one that was taken, by more than rounding.
@@ -288,7 +288,7 @@ def _judge(
   end: Int[Array, "1 T"],
   score_dtype: cases.ScoreDType | None,
 ) -> tuple[Bool[Array, "1 T"], Float[Array, "1 T"], Float[Array, "1 T"]]:
-  """For each query: a wrong list; by how much keys and scores are off."""
+  """Judges each query: a wrong list; errors of its keys and of its scores."""
   S, K = k.shape[1], indices.shape[2]
   k_scale_BS = jnp.ones(k.shape[:2])
   if score_dtype is not None:

@@ -1,9 +1,9 @@
-"""How often a kernel runs each part of its schedule, from its inputs.
+"""Execution counts of the parts of a kernel's schedule, from its inputs.
 
-The compiler's bundles say what a turn of a loop costs, not how many there are:
-that is data's. Here each kernel says it, for the blocks of `bundles.Block` in
-the order of its source. Where the schedule has other blocks than that, the
-kernel has changed, and there is no estimate.
+The compiler's bundles give the cost of a loop iteration, but not the number of
+iterations, which depends on data. It is given here for each kernel, for the
+blocks of `bundles.Block` in the order of its source. Where the schedule has
+other blocks, the kernel has changed, and there is no estimate.
 """
 
 from collections.abc import Callable
@@ -21,39 +21,39 @@ from pallas_kernels.sparse_indexer_loss import mosaic_tpu as sparse_loss
 
 # A branch with no more bundles of its own around one loop is the loop's guard.
 _GUARD: Final = 12
-# A branch of fewer bundles is not told from what is around it.
+# A branch of fewer bundles is not distinguished from its surroundings.
 _SMALL: Final = 20
 # Searches of indexer_topk for the threshold of 32 rows of normally distributed
-# scores: turns in the sample, twice, and in all keys.
+# scores: iterations in the sample, twice, and in all keys.
 _TURNS: Final = 13, 13, 14
 
 
 class Unknown(ValueError):
-  """A kernel is not as it was counted."""
+  """Raised when a kernel differs from the one that was counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-  """Of one call, all cores together."""
+  """Counts of one call, over all cores."""
 
   steps: int
-  """Of the grid."""
+  """Steps of the grid."""
   ends: int
-  """Runs of what is at the beginning or the end of a walk over keys: branches
-  without a loop or a product."""
+  """Runs of the prologue or epilogue of a loop over keys: branches without a
+  loop or a product."""
   blocks: tuple[int, ...]
-  """Turns of the loops, and runs of the other branches, in their order.
+  """Iterations of the loops, and runs of the other branches, in order.
 
-  Not of the grid's loop and of what a whole step is; nor of loops whose bounds
-  are constants, or of anything in a block of none.
+  The grid's loop, branches that are a whole step, loops with constant bounds,
+  and anything in a block that never runs are left out.
   """
   bytes: int
-  """What is copied from and to HBM."""
+  """Bytes copied from and to HBM."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-  """What the counts depend on."""
+  """Parameters of the counts."""
 
   shape: shapes.Shape
   visible: cases.Visible
@@ -61,19 +61,19 @@ class Call:
   """Keys that a block of neighbouring queries reads, over K; None: they have
   none in common."""
   cores: int = 1
-  """Of the device."""
+  """Cores of the device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a kernel issues, all cores together."""
+  """Instructions that a kernel issues, over all cores."""
 
   cycles: int
   matmuls: int
 
 
 def work(kernel: bundles.Block, counts: Counts) -> Work:
-  """Bundles, each as often as it is issued.
+  """Counts bundles, each as often as it is issued.
 
   Raises:
     Unknown: The counts are for other blocks.
@@ -136,7 +136,7 @@ def _is_decisive(block: bundles.Block) -> bool:
 
 
 def counts(name: str, call: Call) -> Counts | None:
-  """Of a kernel by its name, which has its tiles; None if it is not known."""
+  """Counts of a kernel by its name with tiles; None if it is unknown."""
   for prefix, count in _KERNELS.items():
     if prefix in name:
       tiles = dict(re.findall(r"_([a-z])(\d+)", name))
@@ -145,7 +145,7 @@ def counts(name: str, call: Call) -> Counts | None:
 
 
 def _spans(call: Call, rows: int, keys: int) -> tuple[int, int]:
-  """Tiles of rows x keys that some query sees, and those that all see whole."""
+  """Tiles of rows x keys that some query sees, and that all see in full."""
   start, end = (
     np.asarray(x)[0] for x in cases.ranges(call.shape, call.visible)
   )
@@ -176,7 +176,7 @@ def _dense_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
 
 
 def _masked_forward(call: Call, bT: int, bS: int, chunk: int) -> Counts:
-  """With a mask, of a word of 32 keys and query."""
+  """Counts with a mask, one word per query and 32 keys."""
   plain = _dense_forward(call, bT, bS, chunk)
   seen, _, _ = plain.blocks
   words = 4 * call.shape.N * _spans(call, bT, 32 * 128)[0] * bT * 128
@@ -242,7 +242,7 @@ def _indexer_topk(call: Call, bQ: int, bS: int) -> Counts:
 
 
 def _reads(call: Call, bQ: int, bK: int) -> tuple[int, int, int]:
-  """Tiles of rows: all, those of a union, those of one query."""
+  """Tiles of rows: all, those of unions, those of single queries."""
   K, nQ = call.shape.K, -(-call.shape.T // bQ)
   if call.union is None:
     tiles = nQ * bQ * -(-K // bK)
@@ -325,7 +325,7 @@ def _dense_loss_gradients(call: Call, bT: int, bS: int) -> Counts:
 
 
 def _chunks(call: Call, bT: int, bS: int) -> tuple[int, int]:
-  """Of all cores: tiles of keys that a chunk of queries sees, and chunks."""
+  """Tiles of keys that chunks of queries see, and chunks, over all cores."""
   rows = call.cores * bT
   seen, _ = _spans(call, rows, bS)
   return call.cores * seen, call.cores * -(-call.shape.T // rows)
@@ -352,7 +352,7 @@ def _sparse_loss_gradients(call: Call, bQ: int, bK: int) -> Counts:
 def _sparse_loss(
   call: Call, bQ: int, bK: int, row: int, block: int, arrays: int
 ) -> Counts:
-  """Bytes: of a row of keys, of a block; and `arrays` [places, bQ, bK]."""
+  """Counts, from bytes per row and per block and `arrays` [places, bQ, bK]."""
   nQ = -(-call.shape.T // bQ)
   tiles, union, apart = _reads(call, bQ, bK)
   longest = min(sparse_loss.LONGEST_UNION, bQ)
@@ -366,12 +366,12 @@ def _sparse_loss(
 
 
 def _groups(N: int, bQ: int) -> int:
-  """Products of a tile of a union, each of up to 512 rows."""
+  """Number of products of a union's tile, each of up to 512 rows."""
   return -(-bQ // max(1, 512 // N))
 
 
 def _row_bytes(D: int) -> int:
-  """Of a row of keys, bf16, as it is copied."""
+  """Bytes of a row of keys, bf16, as it is copied."""
   return 512 * -(-D // 256)
 
 

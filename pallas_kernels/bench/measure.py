@@ -1,4 +1,4 @@
-"""Time of calls on the device, and what the device can do at best."""
+"""Measures the time of calls, and the device's peaks."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-# A batch of back-to-back calls is waited for once: long enough to hide that.
+# A batch of back-to-back calls is waited for once, and long enough to hide it.
 _BATCH_SECONDS: Final = 0.05
 _ALL_SECONDS: Final = 0.5
 _MOST_CALLS, _FEWEST_BATCHES, _MOST_BATCHES = 50, 3, 9
-# Above the second-level cache of any GPU so far, twice.
+# More than twice the L2 cache of any GPU so far.
 _CACHE_BYTES: Final = 256 << 20
 _MOST_COPIES: Final = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Seconds a call, over batches of `calls`."""
+  """Seconds per call, over batches of `calls`."""
 
   seconds: float
-  """The median."""
+  """Median seconds per call."""
   lowest: float
   highest: float
   batches: int
@@ -33,26 +33,26 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-  """What the device reaches here and now."""
+  """Peaks of the device, as measured."""
 
   flops: float
-  """FLOP/s of a large bf16 matmul."""
+  """Peak FLOP/s: a large bf16 matmul."""
   bytes: float
-  """Bytes/s of a large copy, reads and writes together."""
+  """Peak bytes/s: a large copy, reads and writes together."""
 
 
 def num_bytes(tree: Any) -> int:
-  """Of arrays, or of their shapes."""
+  """Bytes of arrays, or of their shapes."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
-  """One call, compiled if it was not before."""
+  """Runs one call to its end, compiling it if necessary."""
   return jax.jit(function)(*args)
 
 
 def copies(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-  """The arguments, as often as none of them is in a cache when it is next."""
+  """Copies the arguments often enough that each is out of cache when used."""
   if jax.default_backend() == "cpu":
     return [arguments]
   count = min(-(-_CACHE_BYTES // num_bytes(arguments)), _MOST_COPIES)
@@ -73,7 +73,7 @@ def measure(
     jax.block_until_ready(result)
     return (time.perf_counter() - start) / calls
 
-  run(len(arguments))  # loads the program, and wakes the device up
+  run(len(arguments))  # loads the program and wakes the device
   first = max(run(1), 1e-6)
   calls = min(max(round(_BATCH_SECONDS / first), 1), _MOST_CALLS)
   batches = round(_ALL_SECONDS / (first * calls))
@@ -87,7 +87,7 @@ def measure(
 
 
 def peak() -> Peak:
-  """Measures both: a matmul and a copy, of random numbers."""
+  """Measures both peaks with random numbers."""
   on_cpu = jax.default_backend() == "cpu"
   side, length = (256, 1 << 20) if on_cpu else (8192, 1 << 30)
   a, b = (

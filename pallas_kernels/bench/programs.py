@@ -1,4 +1,4 @@
-"""What is checked and timed for each op, and for a whole layer's attention."""
+"""Programs to check and time: each op, and a whole layer's attention."""
 
 from collections.abc import Callable
 import dataclasses
@@ -22,7 +22,7 @@ _MOST_CHECKED: Final = 64
 class _Seconds(NamedTuple):
   forward: float
   both: float
-  """Forward and backward; 0 where that is not asked for."""
+  """Forward and backward together; 0 unless requested."""
 
 
 class _DSA(NamedTuple):
@@ -34,7 +34,7 @@ class _DSA(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-  """Runs them into a report; the fields are the options of the command line."""
+  """Runs programs into a report; its fields are the command line's options."""
 
   report: report_lib.Report
   shape: shapes.Shape
@@ -93,7 +93,7 @@ class Programs:
       )
 
   def _dsa(self) -> _DSA:
-    """The choice of keys, and attention to them; with --grad also the loss."""
+    """Selection and sparse attention; with --grad also the loss."""
     choice = self._choice()
     self._check(choice, _MOST_CHECKED)
     self._time(choice)
@@ -158,7 +158,7 @@ class Programs:
       )
 
   def warmup(self) -> None:
-    """Dense attention, and what teaches the indexer from it."""
+    """Dense attention, and the indexer's loss on it."""
     dense = self._dense()
     self._check(dense, _MOST_CHECKED)
     attended = self._time(dense)

@@ -1,4 +1,4 @@
-"""The table and the JSON of a benchmark: printed line by line, as it runs."""
+"""Table and JSON of a benchmark, printed line by line as it runs."""
 
 from collections.abc import Callable
 import dataclasses
@@ -29,14 +29,14 @@ _COLUMNS: Final = (
 
 
 class Wrong(RuntimeError):
-  """A result is not the reference's."""
+  """Raised when a result differs from the reference."""
 
 
 class Report:
-  """Checks and times, one after the other."""
+  """Report of checks and timings, in order."""
 
   def __init__(self, **about: Any):
-    """Measures the peaks; `about` says what is run."""
+    """Measures the peaks; `about` describes the run."""
     device = jax.devices()[0]
     self._values = {
       "time": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
@@ -60,10 +60,10 @@ class Report:
     self._ratios: list[dict[str, Any]] = []
 
   def check(self, op: str, findings: list[check.Finding]) -> None:
-    """Prints them.
+    """Prints the findings.
 
     Raises:
-      Wrong: One is over its limit.
+      Wrong: A finding is over its limit.
     """
     print(f"\n{op} against its reference in float32:")
     for x in findings:
@@ -93,10 +93,10 @@ class Report:
 
     Args:
       what: A name for it.
-      function: Is compiled.
-      arguments: Of the function.
-      flops: What it must compute.
-      flops_8_bits: What part of it is in 8 bits, at twice the peak.
+      function: Function to compile.
+      arguments: Arguments of the function.
+      flops: FLOPs that it must compute.
+      flops_8_bits: FLOPs of these in 8 bits, at twice the peak.
       chosen: The implementations of the ops in it, where those were traced
         before.
     """
@@ -150,6 +150,6 @@ class Report:
 
 
 def _head(name: str, form: str) -> str:
-  """A column's name, as wide as the column and on the same side."""
+  """Formats a column's name with the column's width and alignment."""
   width = form.removeprefix("{:").partition(".")[0].rstrip("}")
   return f"{name:{width}}"

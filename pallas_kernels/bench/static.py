@@ -1,10 +1,10 @@
-"""What the TPU compiler's schedule says of an op, without a TPU.
+"""Estimates an op's time from the TPU compiler's schedule, without a TPU.
 
-The op's kernels are compiled for one device of a topology. Each takes, at
-least, its bundles (`bundles`) as often as its data have it issue them
-(`counts`) over the clock, or what its products keep matrix units busy, or what
-it copies over the bandwidth of HBM. No kernel was run: waiting that is not
-hidden, and what XLA does around kernels, are not in the estimate.
+The op's kernels are compiled for one device of a topology. Lower bounds of a
+kernel's time are its bundles (`bundles`), as often as they are issued for its
+data (`counts`), over the clock; the time its products occupy the matrix units;
+and its copied bytes over the bandwidth of HBM. No kernel is run: waiting that
+is not hidden, and XLA's work around kernels, are not in the estimate.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ from pallas_kernels.bench import cases
 from pallas_kernels.bench import counts as counts_lib
 from pallas_kernels.bench import measure
 
-# Cycles in which a core's matrix units do one instruction in bf16, all of them
-# together: 16 rows by one unit of 128 x 128 (v5p) or 256 x 256 numbers.
+# Cycles of one bf16 instruction on a core's matrix units, all of them together:
+# 16 rows by one unit of 128 x 128 (v5p) or 256 x 256 numbers.
 _MATMUL_CYCLES: Final = 4
 _FLAGS: Final = "LIBTPU_INIT_ARGS"
 _HEAD: Final = (
@@ -44,17 +44,17 @@ _HEAD: Final = (
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """The estimate of a kernel; seconds of one call on one device."""
+  """Estimate of a kernel; seconds of one call on one device."""
 
   name: str
   bundles: int
-  """In its schedule, each once."""
+  """Bundles in its schedule, each once."""
   vmem: int
-  """Bytes, as compiled."""
+  """Bytes of VMEM, as compiled."""
   cycles: int | None
-  """Of each core; None: its blocks are not counted."""
+  """Cycles of each core; None if its blocks have no counts."""
   matmul_share: float | None
-  """What matrix units need of them; above 1 they do not keep up."""
+  """Share of the cycles that matrix units need; above 1 they limit."""
   issue_seconds: float | None
   copy_seconds: float | None
 
@@ -72,9 +72,10 @@ class Kernel:
 
 @contextlib.contextmanager
 def dumping() -> Iterator[pathlib.Path]:
-  """A folder that libtpu writes schedules to, if it is loaded inside.
+  """Makes a folder that libtpu writes schedules to, if it is loaded inside.
 
-  It is gone afterwards, and libtpu keeps to it: compile nothing more then.
+  The folder is removed afterwards, but libtpu keeps using it: compile nothing
+  more then.
   """
   with tempfile.TemporaryDirectory() as folder:
     flags = os.environ.get(_FLAGS, "")
@@ -88,7 +89,7 @@ def dumping() -> Iterator[pathlib.Path]:
 
 
 def device(topology: str) -> jax.sharding.Mesh:
-  """One device of a topology such as "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1".
+  """Mesh of one device of a topology: "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1".
 
   Raises:
     ValueError: There is none of this name, or no compiler for it.
@@ -108,7 +109,7 @@ def device(topology: str) -> jax.sharding.Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cases:
-  """The ops of a shape, to be traced: of the data, only ranges are numbers."""
+  """Ops of a shape, to be traced: only ranges are concrete arrays."""
 
   shape: shapes.Shape
   visible: cases.Visible
@@ -129,7 +130,7 @@ class Cases:
     return cases.dense_mla(jax.random.key(0), self.shape, self.visible)
 
   def chosen_dense_mla(self) -> cases.Case:
-    """With a mask."""
+    """Dense attention with a mask of the selected keys."""
     shape = self.shape
     indices = jnp.zeros((1, shape.T, shape.K), jnp.int32)
     return cases.dense_mla(jax.random.key(0), shape, self.visible, indices)
@@ -159,7 +160,7 @@ class Cases:
 
 
 def run(op: str, of: Cases, estimates: "Estimates", grad: bool) -> None:
-  """Estimates an op, or those of a whole layer's work."""
+  """Estimates an op, or the ops of a whole layer's work."""
   one = lambda name, grad=False: estimates.estimate(getattr(of, name), grad)
   if op == "attention":
     parts = one("indexer_topk"), one("sparse_mla", grad)
@@ -186,7 +187,7 @@ def run(op: str, of: Cases, estimates: "Estimates", grad: bool) -> None:
 
 
 class Estimates:
-  """Prints them one after another, and keeps them for the JSON."""
+  """Estimates that are printed one by one and kept for the JSON."""
 
   def __init__(
     self, folder: pathlib.Path, topology: str, call: counts_lib.Call, **about
@@ -256,7 +257,7 @@ class Estimates:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
   def _kernels(self, function, args) -> Iterator[Kernel]:
-    """Compiles; what the dump has of each Pallas kernel in the program."""
+    """Compiles, and estimates each Pallas kernel in the program's dump."""
     before = {*bundles.dumped(self._folder).values()}
     with jax.set_mesh(self._mesh):
       sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
@@ -316,7 +317,7 @@ class Estimates:
 
 
 def _sum(seconds: Iterable[float | None]) -> float | None:
-  """Of all; None if one is unknown, or there are none."""
+  """Sum of all; None if one is unknown, or there are none."""
   known = []
   for x in seconds:
     if x is None:
@@ -332,7 +333,7 @@ def _cell(value: float | None, factor: float, form: str) -> str:
 
 
 def _shapes_only(build: Callable[[], cases.Case]) -> tuple[cases.Case, Any]:
-  """The case, whose data are tracers, and the shapes of its inputs."""
+  """Builds a case with tracers as data; returns it and its inputs' shapes."""
   built = []
 
   def inputs():
@@ -344,7 +345,7 @@ def _shapes_only(build: Callable[[], cases.Case]) -> tuple[cases.Case, Any]:
 
 
 def _vmem(text: str) -> dict[str, int]:
-  """Bytes of each Pallas kernel of a compiled program, by name."""
+  """Bytes of VMEM of each Pallas kernel of a compiled program, by name."""
   found = {}
   for line in text.splitlines():
     if 'custom_call_target="tpu_custom_call"' in line:

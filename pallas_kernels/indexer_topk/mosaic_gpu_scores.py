@@ -2,16 +2,15 @@
 
 A warpgroup multiplies a tile of 64 keys by 128 columns, all heads of some
 queries: a row of its accumulator is a key, so a thread holds a quarter of the
-heads of two keys and adds up relu(x) w in its registers; the four threads that
-share a key then add up what they hold.
+heads of two keys and sums relu(x) w in its registers; the four threads that
+share a key then add their sums.
 
 Each of two warpgroups has two such accumulators: while the tensor cores fill
 one, it reduces the other, across tiles too. Both read the same keys, each for
-its own queries, which stay in shared memory; a third warpgroup copies keys
-ahead.
+its own queries, which stay in shared memory; a third warpgroup prefetches keys.
 
-The blocks share out all visible tiles of (queries, keys) evenly: each takes one
-stretch of them, ordered by queries, then keys.
+All visible tiles of (queries, keys) are split evenly over the blocks: each has
+one contiguous range of them, ordered by queries, then keys.
 """
 
 import functools
@@ -33,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-bS: Final = 128  # keys of a tile
+bS: Final = 128  # keys per tile
 _ROWS: Final = 64  # of an accumulator: keys
 _COLUMNS: Final = 128  # of an accumulator: queries x heads
 _ACCUMULATORS: Final = 2  # of a warpgroup
@@ -57,24 +56,24 @@ def scores(
   end: Int[Array, " T"],
   k_scale: Float[Array, " S"] | None = None,
 ) -> Float[Array, "T paddedS"]:
-  """`score[t, s] = k_scale[s] sum_j w[t, j] relu(q[t, j] . k[s])`, float32.
+  """Computes `k_scale[s] sum_j w[t, j] relu(q[t, j] . k[s])` in float32.
 
-  What stands outside [start, end) is undefined. Each score is the same however
-  the queries and keys are tiled, and never -0.0.
+  Scores outside [start, end) are undefined. Each score is independent of the
+  tiling of queries and keys, and never -0.0.
 
   Args:
     q: Index queries, bfloat16 or float8_e4m3fn.
     k: Index keys, of the same dtype.
     w: Head weights.
-    start: The first key that a query sees.
-    end: One past the last.
-    k_scale: The keys' scales, of 8-bit keys only.
+    start: First key that each query sees.
+    end: One past the last key.
+    k_scale: Scales of the keys, if these are in 8 bits.
 
   Returns:
     The scores, S padded to a multiple of `bS`.
 
   Raises:
-    NotImplementedError: The kernel cannot do these heads, widths or dtypes.
+    NotImplementedError: These heads, widths or dtypes are not supported.
   """
   _check(q, k, k_scale)
   T, M, I = q.shape
@@ -134,14 +133,14 @@ def _check(q, k, k_scale) -> None:
 def share_out(
   start: Int[Array, " T"], end: Int[Array, " T"], bT: int, blocks: int = _BLOCKS
 ) -> tuple[Int[Array, "blocks 4"], Int[Array, "nT 3"]]:
-  """Shares out the visible tiles of `bT` queries x `bS` keys.
+  """Splits the visible tiles of `bT` queries x `bS` keys over the blocks.
 
-  All of them stand in one sequence, group of queries by group of queries.
+  All of them form one sequence, group of queries by group of queries.
 
   Returns:
-    For each block its stretch of the sequence, first and one past the last; and
-    the groups it goes through, likewise. For each group its stretch, and what
-    to add to a position in it to get the number of the tile of keys.
+    For each block its range of the sequence, first and one past the last, and
+    the range of its groups. For each group its range of the sequence, and the
+    offset from a position in it to the index of the tile of keys.
   """
   start, end = start.reshape(-1, bT), end.reshape(-1, bT)
   alive = start < end
@@ -170,7 +169,7 @@ def _block(q, k, w, shares, groups, *refs, heads, swizzled):
   slot = lambda i: lax.rem(i - begin, _STAGES)
 
   def stretch(group):
-    """Positions of the group's tiles in this block, and their keys."""
+    """Range of the group's tiles in this block, and their keys."""
     before, after, shift = (groups[3 * group + i] for i in range(3))
     first, last = jnp.maximum(begin, before), jnp.minimum(stop, after)
     return first, last, lambda i: pl.ds((i + shift) * bS, bS)
@@ -248,7 +247,7 @@ def _block(q, k, w, shares, groups, *refs, heads, swizzled):
 
 
 def _columns(group, wg):
-  """Where the queries of a warpgroup stand among all queries x heads."""
+  """Slice of a warpgroup's queries in all queries x heads."""
   n = _ACCUMULATORS * _COLUMNS
   return pl.ds((group * _WARPGROUPS + wg) * n, n)
 
@@ -261,8 +260,8 @@ def _multiply(k_s, q_s, before, swizzled):
   """Starts k qᵀ; waits for the product `before` it, if there is one.
 
   Returns:
-    What was waited for; and the new product, which nothing may read before the
-    next one has been started, or `_wait` has waited for it.
+    The finished product, and the new one, which must not be read before the
+    next one has been started or `_wait` has waited for it.
   """
   swizzled = plgpu.RefType(swizzled)
   before = [] if before is None else [before]
@@ -300,7 +299,7 @@ def _wait(product):
 
 
 def _assembly(text, operands, products, *, writes):
-  """PTX that waits for products, and may write a new one.
+  """Emits PTX that waits for products, and may start a new one.
 
   Its registers, $0 and so on: the new product, the products, those again as
   operands, and 64-bit operands. Returns the products and the new one.
@@ -322,7 +321,7 @@ def _assembly(text, operands, products, *, writes):
 
 
 def _descriptor(ref, atoms):
-  """How the tensor cores find a matrix in shared memory, at its first atom."""
+  """Descriptor of a matrix in shared memory, at its first atom."""
   address = llvm.ptrtoint(_integer(32), mgpu_utils.memref_ptr(ref))
   place = arith.shrui(arith.extui(_integer(64), address), _constant(4, 64))
   swizzle = 1 << 62  # 128 bytes
@@ -331,10 +330,10 @@ def _descriptor(ref, atoms):
 
 
 def _multiplication(atoms, is_8_bit, waits) -> str:
-  """PTX for `_assembly`.
+  """PTX of a product for `_assembly`.
 
-  All in one piece, so that nothing touches the registers before they are ready;
-  and the first product needs no zeros to be added to.
+  One piece of assembly, so that nothing touches the registers before they are
+  ready, and the first product needs no zeros to accumulate into.
   """
   n = _ROWS * _COLUMNS // 128
   out = "{" + ",".join(f"${i}" for i in range(n)) + "}"
@@ -362,7 +361,7 @@ def _multiplication(atoms, is_8_bit, waits) -> str:
 
 
 def _accumulator(registers) -> mgpu.FragmentedArray:
-  """Pairs of neighbouring columns: of a row, of the one 8 below, and so on."""
+  """Array of pairs of adjacent columns, row by row, the next row 8 below."""
   pair = ir.VectorType.get((2,), ir.F32Type.get())
   layout = mgpu.WGMMA_LAYOUT
   pairs = np.empty(len(registers) // 2, object)
@@ -421,7 +420,7 @@ def _reduce(x_SN, w_N, scale_S, scores, query, key, heads) -> None:
         predicate=exists,
         has_side_effects=True,
       )
-    # Costs nothing; without it ptxas delays sums, and runs out of registers.
+    # Free of cost; without it ptxas delays sums and runs out of registers.
     mgpu_utils.inline_ptx(
       "bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True
     )
@@ -430,7 +429,7 @@ def _reduce(x_SN, w_N, scale_S, scores, query, key, heads) -> None:
 
 
 def _elements(array: mgpu.FragmentedArray) -> list[ir.Value]:
-  """What this thread holds of it, in order."""
+  """Elements of this thread, in order."""
   return [
     vector.extract(register, [], [i])
     for register in array.registers.flat
@@ -439,7 +438,7 @@ def _elements(array: mgpu.FragmentedArray) -> list[ir.Value]:
 
 
 def _weighted(x, w, low, query, heads):
-  """The sum of relu(x) w over this thread's quarter of a query's heads."""
+  """Sum of relu(x) w over this thread's quarter of a query's heads."""
   zero = arith.constant(ir.F32Type.get(), 0.0)
   total, quarter = zero, heads // 4  # from 0.0, so that it is never -0.0
   for i in range(query * quarter, (query + 1) * quarter):
@@ -450,7 +449,7 @@ def _weighted(x, w, low, query, heads):
 
 
 def _fold(a, b, takes_b, distance):
-  """Adds up what two lanes hold: `b` in the one that takes it, else `a`."""
+  """Adds two lanes' values: `b` in the lane with `takes_b`, else `a`."""
   kept, sent = arith.select(takes_b, b, a), arith.select(takes_b, a, b)
   received = nvvm.shfl_sync(
     _constant(-1),
@@ -463,7 +462,7 @@ def _fold(a, b, takes_b, distance):
 
 
 def _place(scores, query, key):
-  """The address of scores[query, key], and whether there is such a query."""
+  """Address of scores[query, key], and whether the query exists."""
   i64 = _integer(64)
   T, paddedS = ir.MemRefType(scores.type).shape
   exists = arith.cmpi(arith.CmpIPredicate.ult, query, _constant(T))

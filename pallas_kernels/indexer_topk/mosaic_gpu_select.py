@@ -1,18 +1,18 @@
 """Exact selection of the highest scores of each row, on Hopper.
 
-One block of threads takes one row:
+One thread block takes one row:
 
   1. It guesses, from a sample of the row, a score that somewhat more than K
      scores reach.
-  2. It reads the row once and lists what reaches the guess, in order.
+  2. It reads the row once and lists the scores that reach the guess, in order.
   3. It finds the K-th highest of the list by radix: counts the scores by their
-     leading digit, looks which digit holds the K-th, and goes on with the next
-     digit among the scores that share it.
-  4. It writes what lies above the K-th, and of what equals it the first ones,
-     in the order of the list: the indices ascend, ties go to the lowest.
+     leading digit, finds the digit that holds the K-th, and continues with the
+     next digit among the scores that share it.
+  4. It writes the scores above the K-th, and the first of those equal to it, in
+     the order of the list: the indices ascend, ties go to the lowest.
 
-If the guess was bad, fewer than K scores or more than the list holds reach it;
-they were all counted, so the block knows. Then steps 3 and 4 go over the row
+If the guess was bad, fewer than K scores reach it, or more than the list holds;
+all were counted, so the block detects it. Steps 3 and 4 then run over the row
 itself, which is slower and needs no list. So the result is always exact.
 """
 
@@ -50,7 +50,7 @@ _BINS: Final = 1 << _DIGIT_BITS
 _BINS_PER_THREAD: Final = _BINS // THREADS
 _LARGEST_LIST: Final = 16384
 LARGEST_K: Final = _LARGEST_LIST // 2
-# Words of shared memory through which the warps of a block speak.
+# Words of shared memory through which the warps of a block communicate.
 _SUMS, _FOUND, _WORDS = 0, 96, 99
 _TIES: Final = 2  # a slot of sums
 
@@ -61,22 +61,22 @@ def select(
   end: Int[Array, " T"],
   top_k: int,
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
-  """The `top_k` highest of `scores[t, start[t]:end[t]]`, for each row t.
+  """Selects the `top_k` highest of `scores[t, start[t]:end[t]]` of each row t.
 
-  Equal scores go to the lowest index. The result depends on nothing else.
+  Ties go to the lowest index. The result depends on nothing else.
 
   Args:
-    scores: fp32. What stands outside [start, end) counts for nothing.
-    start: The first visible score of each row.
+    scores: fp32. Scores outside [start, end) are ignored.
+    start: First visible score of each row.
     end: One past the last; clipped to the row. `start >= end` sees none.
     top_k: K, at least 1.
 
   Returns:
-    Indices, int32, ascending, filled up with -1 at the end where fewer than K
+    Indices, int32, ascending, padded with -1 at the end where fewer than K
     are visible; and their scores, -inf there.
 
   Raises:
-    NotImplementedError: K is too large, or a row no whole number of vectors.
+    NotImplementedError: K is too large, or rows are not whole vectors.
   """
   T, S = scores.shape
   if scores.dtype != jnp.float32:
@@ -139,7 +139,7 @@ def _kernel(*refs, top_k):
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-  """The scores that a block holds at once; these are one thread's.
+  """Scores that a block holds at once, as one thread's registers.
 
   [load][element]: a load is `_VECTOR` neighbours. In the order of the row come
   the warps, in a warp the loads, in a load the lanes, in a lane the elements.
@@ -150,7 +150,7 @@ class _Tile:
   valid: U32  # a bit for each element
 
   def flags(self, test: Callable[[U32], Bool]) -> U32:
-    """A bit for each valid element whose score passes the test."""
+    """Sets a bit for each valid element whose score passes the test."""
     flags = U32(0)
     for j, load in enumerate(self.scores):
       for e, score in enumerate(load):
@@ -158,14 +158,14 @@ class _Tile:
     return flags & self.valid
 
   def elements(self) -> Iterator[tuple[U32, Bool]]:
-    """The scores, and which of them are valid."""
+    """Yields each score, and whether it is valid."""
     for j, load in enumerate(self.scores):
       for e, score in enumerate(load):
         yield score, _flag(self.valid, j, e)
 
 
 class _Source:
-  """A sequence of scores, [low, stop) of what `load` reads, in tiles."""
+  """Sequence of scores, [low, stop) of those that `load` reads, in tiles."""
 
   def __init__(self, load, low, stop, loads=_LOADS):
     self._load, self._stop, self._loads = load, U32(stop), loads
@@ -204,7 +204,7 @@ class _Source:
 
 
 class _Held(_Source):
-  """A source of one tile, which stays in the registers."""
+  """Source of one tile, which stays in registers."""
 
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
@@ -215,10 +215,10 @@ class _Held(_Source):
 
 
 class Row:
-  """What the threads of a block do, emitted."""
+  """Emits a block's selection of one row."""
 
   def __init__(self, scores, indices, chosen, start, end, *scratch, top_k):
-    # Each use finds out anew where its row is: registers are scarce.
+    # Each use recomputes the address of its row: registers are scarce.
     self._scores, self._indices, self._chosen = scores, indices, chosen
     self._start, self._end = start, end
     self._list_size = _list_size(top_k)
@@ -259,7 +259,7 @@ class Row:
     return _Source(self._scores().load4s, start, end, loads)
 
   def _copy(self, seen: U32) -> None:
-    """Chooses all that the row sees."""
+    """Selects all that the row sees."""
     scores, indices, chosen = self._scores(), self._indices(), self._chosen()
 
     def body(i):
@@ -275,7 +275,7 @@ class Row:
     threads.loop(U32(-(-self._top_k // THREADS)), body, ())
 
   def _gate(self, seen: U32) -> U32:
-    """A guess: the key that somewhat more than K scores of the row reach."""
+    """Guesses the key that somewhat more than K scores of the row reach."""
     scores, first = self._scores(), self._start & -_VECTOR
 
     def load(positions):  # neighbours, evenly spread over the row
@@ -302,7 +302,7 @@ class Row:
     return gate
 
   def _list(self, gate: U32) -> U32:
-    """Lists what reaches the gate. Returns how many do."""
+    """Lists the scores that reach the gate; returns their number."""
     lowest = gate.float_of_order()
 
     def body(i, tile, listed):
@@ -413,11 +413,11 @@ class Row:
     return floor, ties
 
   def _first_bin(self) -> U32:
-    """Threads own bins from the highest down."""
+    """First bin of this thread; threads own bins from the highest down."""
     return (THREADS - 1 - self._thread) * _BINS_PER_THREAD
 
   def _find_bin(self, rank: U32) -> tuple[U32, U32, U32]:
-    """The bin of the rank-th highest, its rank in it, and the bin's count.
+    """Finds the bin of the rank-th highest, its rank there, the bin's count.
 
     Clears the bins.
     """
@@ -446,7 +446,7 @@ class Row:
   def _ranks(
     self, flags: U32, tile: _Tile, slot: U32
   ) -> tuple[Sequence[U32], U32]:
-    """How many flags are set before each load of this thread; how many in all.
+    """Counts the flags set before each load of this thread, and in all.
 
     The slot is one of `_across_warps`.
     """
@@ -467,10 +467,10 @@ class Row:
     return [before + rank for rank in ranks], in_tile
 
   def _across_warps(self, x: U32, slot: U32) -> tuple[U32, U32]:
-    """The sum of the x of the warps before, and of all.
+    """Sums x over the preceding warps, and over all.
 
-    What stands in a slot may be overwritten after another barrier only: calls
-    with none between them take turns.
+    A slot may be overwritten only after another barrier: calls without one
+    between them alternate slots.
     """
     slot = _SUMS + slot * threads.WARP
     self._words.store(slot + self._warp, x, where=self._lane.equals(0))

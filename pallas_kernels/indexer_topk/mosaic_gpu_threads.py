@@ -1,7 +1,7 @@
-"""Code for single threads of a Mosaic GPU kernel, written as arithmetic.
+"""Per-thread code in a Mosaic GPU kernel, written as arithmetic.
 
-Pallas speaks of arrays that a warpgroup holds together. Counting, ranking and
-appending need the threads one by one: inside `plgpu.inline_mgpu`, each `U32`
+Pallas has arrays that a warpgroup holds together. Counting, ranking and
+appending need individual threads: inside `plgpu.inline_mgpu`, each `U32`
 here is a register of the thread that runs the code, and each operation on it
 emits an instruction.
 """
@@ -30,7 +30,7 @@ def _i32() -> ir.Type:
 
 
 class Bool:
-  """A predicate of one thread."""
+  """Predicate of one thread."""
 
   value: Any  # ir.Value
 
@@ -55,7 +55,7 @@ class Bool:
 
 
 class U32:
-  """An unsigned number of one thread; operations wrap around."""
+  """Unsigned 32-bit number of one thread; operations wrap around."""
 
   value: Any  # ir.Value
 
@@ -112,15 +112,15 @@ class U32:
     return self._apply(arith.maxui, other)
 
   def signed_clamp(self, low: int, high: int) -> "U32":
-    """Of the number as a signed one."""
+    """Clamps the number as a signed one."""
     return self._apply(arith.minsi, high)._apply(arith.maxsi, low)
 
   def sign(self) -> "U32":
-    """All ones if the highest bit is set, else 0."""
+    """Broadcasts the highest bit: all ones if it is set, else 0."""
     return self._apply(arith.shrsi, 31)
 
   def float_order(self) -> "U32":
-    """For the bits of a float: a number of the same order. -0.0 equals 0.0."""
+    """Maps a float's bits to a number of the same order; -0.0 equals 0.0."""
     f32 = ir.F32Type.get()
     zero = arith.constant(f32, 0.0)  # added to -0.0, it gives 0.0
     total = arith.addf(arith.bitcast(f32, self.value), zero)
@@ -132,7 +132,7 @@ class U32:
     return self ^ (~self.sign() | _SIGN)
 
   def float_at_least(self, other: "U32") -> Bool:
-    """For the bits of floats."""
+    """Compares the bits as floats."""
     f32 = ir.F32Type.get()
     mine, others = (arith.bitcast(f32, x.value) for x in (self, other))
     return Bool(arith.cmpf(arith.CmpFPredicate.OGE, mine, others))
@@ -148,7 +148,7 @@ class U32:
     )
 
   def opaque(self) -> "U32":
-    """The same number; the compiler must not know where it comes from."""
+    """Returns the same number, with its origin hidden from the compiler."""
     return U32(
       mgpu_utils.inline_ptx(
         "mov.b32 $0, $1;",
@@ -159,8 +159,8 @@ class U32:
     )
 
   def with_bit(self, bit: int, where: Bool) -> "U32":
-    """Sets a bit. The compiler would rather hold many registers of one bit
-    each before it packs them: it may not look into this."""
+    """Sets a bit, opaque to the compiler, which otherwise holds many registers
+    of one bit each before it packs them."""
     return U32(
       mgpu_utils.inline_ptx(
         f"mov.b32 $0, $1; @$2 or.b32 $0, $0, {1 << bit};",
@@ -219,9 +219,9 @@ class Memory:
     return word
 
   def load4s(self, starts: Sequence[U32]) -> Sequence[Sequence[U32]]:
-    """Four neighbours from each start, a multiple of four.
+    """Loads four neighbours from each start, a multiple of four.
 
-    All are asked for before any is there.
+    All loads are issued before any is waited for.
     """
     return self._load(starts, 4)
 
@@ -243,16 +243,16 @@ class Memory:
     self._update("st", i, word, where)
 
   def add(self, i: U32 | int, word: U32 | int, where: Bool | None = None):
-    """Adds at once for all threads that add to the same word."""
+    """Adds atomically to a word."""
     self._update("red", i, word, where)
 
   def append(
     self, cursor: U32, words: Sequence[U32], flags: U32, bit: int, stride: int
   ) -> U32:
-    """Where the bit is set, stores a word at the cursor, the next `stride`
-    words further on and so forth; and moves the cursor on. Shared memory only.
+    """Stores the words at the cursor, `stride` words apart, where the bit is
+    set, and advances the cursor. Shared memory only.
 
-    The cursor is what `cursor` makes of an index.
+    A cursor is the result of `cursor` for an index.
     """
     n = len(words)
     stores = "".join(
@@ -284,7 +284,7 @@ class Memory:
 
 
 def thread() -> U32:
-  """Number of this thread in its block."""
+  """Index of this thread in its block."""
   return U32(mgpu_utils.thread_idx())
 
 
@@ -297,7 +297,7 @@ def lane() -> U32:
 
 
 def barrier() -> None:
-  """All threads of the block have come here, and see what the others wrote."""
+  """Synchronises all threads of the block, and their writes."""
   gpu.barrier()
 
 
@@ -346,12 +346,12 @@ def _shuffle(kind: nvvm.ShflKind, x: U32, lane: int, clamp: int) -> U32:
 
 
 def last_lane(x: U32) -> U32:
-  """What the last lane of the warp holds."""
+  """Broadcasts the value of the warp's last lane."""
   return _shuffle(nvvm.ShflKind.idx, x, WARP - 1, WARP - 1)
 
 
 def warp_sums(x: U32) -> U32:
-  """The sum over this lane and the ones before it."""
+  """Prefix sum over the lanes up to this one."""
   for distance in (1, 2, 4, 8, 16):
     before = _shuffle(nvvm.ShflKind.up, x, distance, 0)
     x = x + (lane() >= distance).where(before, 0)

@@ -1,4 +1,4 @@
-"""The selection of a block of queries, in a TPU's vector memory.
+"""Selection for a block of queries in a TPU's VMEM.
 
 A vector register holds 8 queries x 128 lanes; no step moves a number from one
 query to another. The scores are integers that compare as they do, and lie so
@@ -16,22 +16,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 LANES: Final = 128
-WORD: Final = 32  # keys of a lane, bits of a word
-bS: Final = LANES * WORD  # keys of a tile
+WORD: Final = 32  # keys per lane, bits per word
+bS: Final = LANES * WORD  # keys per tile
 HIDDEN: Final = -(2**31)  # in place of a score: the query does not see the key
 _LARGEST: Final = 2**31 - 1
-_DEVIATIONS: Final = 3  # of a sample's count, that a guess allows for
+_DEVIATIONS: Final = 3  # margin of a guess, in deviations of a sample's count
 
 
 def order(scores: Float[Array, "..."]) -> Int[Array, "..."]:
-  """An integer for each score, above `HIDDEN`, that compares as the score."""
+  """Maps scores to integers above `HIDDEN` that compare as the scores."""
   scores = jnp.where(scores == 0, 0.0, scores)  # -0.0 ties with 0.0
   bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
   return bits ^ ((bits >> 31) & _LARGEST)
 
 
 def key_of(tile: Int[Array, ""], rows: Int[Array, "..."]) -> Int[Array, "..."]:
-  """The keys in these rows [..., 128] of a tile."""
+  """Keys in these rows [..., 128] of a tile."""
   lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
   return tile * bS + lane * WORD + rows
 
@@ -43,29 +43,29 @@ def select(
   visible: Int[Array, "bQ 128"],
   top_k: int,
 ) -> None:
-  """Writes the indices of the `top_k` largest, ascending, and then -1.
+  """Writes the indices of the `top_k` largest, ascending, padded with -1.
 
   Args:
     order_ref: Of the scores, [tiles of S, 32, bQ, 128].
     index_ref: [bQ, K], K a multiple of 128.
-    tiles: The first, and one past the last, that any query sees.
-    visible: How many keys each query sees, in all lanes.
-    top_k: The number of keys to choose.
+    tiles: Range of tiles that any query sees.
+    visible: Number of keys that each query sees, in all lanes.
+    top_k: Number of keys to select.
   """
   threshold = _threshold(order_ref, tiles, visible, top_k)
   _place(order_ref, index_ref, tiles, threshold)
 
 
 def _threshold(order_ref, tiles, visible, top_k):
-  """What the chosen keys of each query reach, and no other.
+  """Finds the threshold that exactly the selected keys of each query reach.
 
-  Of keys that tie at it, those that are not chosen are hidden.
+  Of keys that tie at it, those that are not selected are hidden.
   """
   bQ = visible.shape[0]
   zeros = jnp.zeros((bQ, LANES), jnp.int32)
 
   def count(reached, rows=WORD):
-    """Keys of each query for which `reached(order, tile, row)`."""
+    """Counts keys of each query for which `reached(order, tile, row)`."""
 
     def add(tile, counts):
       for row, x in enumerate(order_ref[tile, :rows]):
@@ -75,7 +75,7 @@ def _threshold(order_ref, tiles, visible, top_k):
     return _all_lanes(jax.lax.fori_loop(*tiles, add, zeros), jnp.sum)
 
   def sampled(rank):
-    """What about `rank` keys of the first row of each tile reach, or more."""
+    """Guesses what `rank` or more keys of the tiles' first rows reach."""
     rank = zeros + max(int(rank), 1)
     reach = lambda least: count(lambda x, *_: x >= least, rows=1)
     unknown = zeros + _LARGEST
@@ -88,7 +88,7 @@ def _threshold(order_ref, tiles, visible, top_k):
   margin = int(_DEVIATIONS * expected**0.5)
   guesses = sampled(expected + margin), sampled(expected - 2 * margin)
   guess = functools.partial(_interpolation, guesses=guesses)
-  # A query that sees fewer keys than K takes them all: all reach the least.
+  # A query that sees fewer keys than K takes them all: all reach the minimum.
   target = jnp.minimum(visible, top_k)
   threshold, chosen = _largest(least, end, visible, target, reach, guess)
   tied = chosen > target
@@ -116,20 +116,20 @@ def _threshold(order_ref, tiles, visible, top_k):
 
 
 def _largest(low, end, found, target, count, guess, slack=0):
-  """The largest x of [low, end) with count(x) >= target, and count(x).
+  """Finds the largest x of [low, end) with count(x) >= target, and count(x).
 
-  Any x with a count of at most target + slack will do; without an x that has
-  the target, it is `low`. Arrays are [bQ, 128].
+  Any x with a count of at most target + slack is accepted; without an x that
+  reaches the target, the result is `low`. Arrays are [bQ, 128].
 
   Args:
-    low: What has the target.
-    end: What has not.
-    found: count(low), or a number that is too large.
-    target: The number to reach.
-    count: Falls with x.
-    guess: What to try next: `guess(step, low, end, found, missed, target)`,
+    low: Lower bound, which reaches the target.
+    end: Upper bound, which does not.
+    found: count(low), or a larger number.
+    target: Count to reach.
+    count: Decreasing function of x.
+    guess: Next x to try: `guess(step, low, end, found, missed, target)`,
       `missed` being count(end).
-    slack: By how much the count may exceed the target.
+    slack: Most by which the count may exceed the target.
   """
 
   def is_open(low, end, found):
@@ -159,12 +159,12 @@ def _largest(low, end, found, target, count, guess, slack=0):
 
 
 def _mean(step, low, end, *_):
-  """Halves what is open, so that 32 steps are enough."""
+  """Bisects the open interval, so that 32 steps are enough."""
   return (low & end) + ((low ^ end) >> 1)  # rounded down, and no overflow
 
 
 def _interpolation(step, low, end, found, missed, target, *, guesses):
-  """A straight line through both counts, after two guesses.
+  """Interpolates linearly between both counts, after two guesses.
 
   Of n keys that are open it leaves some sqrt(n). Where scores are far from
   even, every fourth step halves what is open.
@@ -179,7 +179,7 @@ def _interpolation(step, low, end, found, missed, target, *, guesses):
 
 
 def _place(order_ref, index_ref, tiles, threshold):
-  """Writes the keys that reach the threshold in their order."""
+  """Writes the keys that reach the threshold, in order."""
   bQ, K = index_ref.shape
   shape = bQ, LANES
   lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -214,10 +214,10 @@ def _place(order_ref, index_ref, tiles, threshold):
 
 
 def _lane_of(through, rank):
-  """The lane of the key of this rank, and how many keys are in lanes before.
+  """Finds the lane of the key of this rank, and the number of keys before it.
 
-  The first lane through which there are more keys than the rank; any lane where
-  there is none.
+  It is the first lane through which there are more keys than the rank, or any
+  lane if there is none.
   """
   n = before = jnp.zeros_like(rank)
   for step in (64, 32, 16, 8, 4, 2, 1):
@@ -229,7 +229,7 @@ def _lane_of(through, rank):
 
 
 def _bit_of(word, rank):
-  """Where the bit of this rank stands in a word, by halving."""
+  """Finds the position of the bit of this rank in a word, by bisection."""
   at = jnp.zeros_like(rank)
   for width in (16, 8, 4, 2, 1):
     below = jax.lax.population_count((word >> at) & ((1 << width) - 1))
@@ -240,7 +240,7 @@ def _bit_of(word, rank):
 
 
 def _take(x, lane):
-  """x[q, lane[q, n]]."""
+  """Gathers x[q, lane[q, n]]."""
   return jnp.take_along_axis(x, lane, axis=1, mode="promise_in_bounds")
 
 

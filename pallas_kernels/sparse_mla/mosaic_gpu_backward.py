@@ -1,11 +1,11 @@
-"""The gradients on Hopper: one block of threads a query, or two for its heads.
+"""Sparse attention's gradients on Hopper: one or two thread blocks a query.
 
 Up to 64 heads are one block's. 128 are a cluster's: each of its two blocks
 takes all heads, but half of the columns of Q, dO, K, dQ and dKV, so that every
 row is gathered once and every sum over heads goes to device memory once.
 
-Q and dO stay in shared memory; one tile of 64 chosen rows after the other goes
-through it:
+Q and dO stay in shared memory; tiles of 64 selected rows stream through it, one
+after another:
 
 - Warpgroup 2 gathers the rows with 16-byte cp.async.
 - Warpgroup 0 computes S^T = K Q^T, from it the weights P^T; warpgroup 1
@@ -21,7 +21,7 @@ through it:
   time: from registers to device memory as vector additions, while the next 64
   are multiplied.
 
-The tile is freed after dQ, so that the next gather runs beside dKV.
+The tile is freed after dQ, so that the next gather overlaps with dKV.
 """
 
 import functools
@@ -41,7 +41,7 @@ from pallas_kernels.sparse_mla import mosaic_gpu_backward_rows as rows_lib
 from pallas_kernels.sparse_mla import mosaic_gpu_instructions as gpu
 from pallas_kernels.sparse_mla import mosaic_gpu_key_sums
 
-# What one chunk of queries may take in the deterministic variant.
+# Limit of one chunk of queries in the deterministic variant.
 _CHUNK_BYTES = 1 << 28
 
 
@@ -164,7 +164,7 @@ def _kernel(
 
 
 def refuse(q, kv, indices, latent_rank: int) -> None:
-  """Raises where `backward` cannot do these inputs."""
+  """Raises NotImplementedError for inputs that `backward` does not support."""
   N, width = q.shape[2:]
   if (latent_rank, width) != (plans.C, plans.D):
     raise NotImplementedError(
@@ -195,29 +195,29 @@ def backward(
 ) -> tuple[
   Float[Array, "B T N CR"], Float[Array, "B S CR"], Float[Array, "B T K"]
 ]:
-  """Gradients of `api.sparse_mla` in q and kv, and what the heads attend to.
+  """Computes the gradients of `api.sparse_mla`, and the summed weights.
 
   Memory: a float32 copy of kv's gradient, a copy of kv; deterministic: 256 MiB.
 
   Args:
     q: As in the forward pass, like `kv`, `indices`, `latent_rank`, `scale`.
     kv: Keys.
-    indices: Chosen keys.
-    out: What the forward pass returned, like `lse`.
-    lse: -inf of a query without a key.
+    indices: Selected keys.
+    out: Output of the forward pass.
+    lse: Logsumexp of the forward pass; -inf for a query without a key.
     d_out: Cotangent of `out`.
-    d_lse: Cotangent of `lse`; may be anything where lse is -inf.
+    d_lse: Cotangent of `lse`; arbitrary where lse is -inf.
     latent_rank: C.
-    scale: Of the logits.
+    scale: Scale of the logits.
     deterministic: Sum the gradient of a key in one fixed order, so that it is
-      the same in every run, bit by bit. The others always are.
+      bitwise reproducible. The other results always are.
 
   Returns:
-    The gradients, of kv summed in float32, and for each chosen key the sum over
-    heads of its probability, 0 for an index out of range.
+    The gradients, kv's summed in float32, and for each selected key the sum
+    over heads of its probability, 0 for an index out of range.
 
   Raises:
-    NotImplementedError: The kernel cannot do these shapes or dtypes.
+    NotImplementedError: These shapes or dtypes are not supported.
   """
   refuse(q, kv, indices, latent_rank)
   B, T, N, _ = q.shape
@@ -231,7 +231,7 @@ def backward(
   blocks = -(-N // plans.HEADS)
 
   def rows(x, fill=0):
-    """[B T, heads, ...], with heads of no weight up to all of a block's."""
+    """Reshapes to [B T, heads, ...], padded with heads of zero weight."""
     pad = [(0, 0)] * (x.ndim - 1)
     pad[1] = 0, blocks * plans.HEADS - N
     return jnp.pad(x.reshape(B * T, *x.shape[2:]), pad, constant_values=fill)

@@ -1,4 +1,4 @@
-"""What the threads of the backward kernel agree upon."""
+"""Constants and layout shared by the threads of the backward kernel."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_mla import mosaic_gpu_instructions as gpu
 
-HEADS = 64  # whose weights are one tile
-KEYS = 64  # of one tile
+HEADS = 64  # heads per tile of weights
+KEYS = 64  # keys per tile
 C, R = 512, 64
 D = C + R
 ROW = 4 * D  # bytes of a row of dKV
@@ -34,9 +34,9 @@ NARROW = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is known when the kernel is compiled."""
+  """Parameters known when the kernel is compiled."""
 
-  blocks: int  # of a query: 1, or the 2 of a cluster
+  blocks: int  # per query: 1, or the 2 of a cluster
   keys: int  # S
   tiles: int  # K / 64
   queries: int  # of one batch row
@@ -45,7 +45,7 @@ class Plan:
 
   @property
   def wide(self) -> int:
-    """Columns of a block that are not rotated."""
+    """Columns of a block without RoPE."""
     return C // self.blocks
 
   @property
@@ -60,7 +60,7 @@ class Plan:
 
 
 def barrier(index_tile, which):
-  """They stand behind the indices."""
+  """Address of a barrier; barriers are stored behind the indices."""
   return gpu.add(gpu.address(index_tile), 4 * KEYS + 8 * which)
 
 
@@ -78,11 +78,11 @@ def rank(plan):
 
 
 def first_row():
-  """The first of this thread's rows of an accumulator; 8 on is the other."""
+  """First of this thread's two rows of an accumulator, 8 apart."""
   thread = gpu.thread()
   return gpu.add(gpu.times(gpu.bits(thread, 5, 2), 16), gpu.bits(thread, 2, 3))
 
 
 def quad():
-  """Which of the four threads that share these rows."""
+  """Index of this thread among the four that share its rows."""
   return gpu.bits(gpu.thread(), 0, 2)

@@ -1,4 +1,4 @@
-"""The products of the backward kernel: a warpgroup's part of them."""
+"""Products of the backward kernel, by warpgroup."""
 
 import dataclasses
 import functools
@@ -30,10 +30,10 @@ def multiply(
   which,
   plan,
 ):
-  """Warpgroup `which` of the two that multiply. `slot`: of the first key.
+  """Runs warpgroup `which` of the two that multiply; `slot` is the first key's.
 
-  Registers are scarce: only dQ's live through the loop, and what depends on the
-  thread is computed where it is used.
+  Registers are scarce: only dQ's live through the loop, and values that depend
+  on the thread are computed where they are used.
   """
   pair = plan.blocks == 2
   barrier = functools.partial(plans.barrier, index_tile)
@@ -84,7 +84,7 @@ def multiply(
     return gpu.number(gpu.is_equal(gpu.bits(gpu.thread(), 0, 5), 0))
 
   def weights_place(ref):
-    """Where this thread has [row, 8 j + 2 quad], by xor with 16 j: swizzled."""
+    """Swizzled address of this thread's [row, 8 j + 2 quad]: xor with 16 j."""
     row, quad = plans.first_row(), plans.quad()
     turn = gpu.times(gpu.bits(row, 0, 3), 16)
     return gpu.add(
@@ -96,7 +96,7 @@ def multiply(
     return gpu.add(heads, 4 * plans.HEADS * which, gpu.times(plans.quad(), 8))
 
   def d_kv_place():
-    """Of this thread's piece of a row's 128 bytes: see `add_columns`."""
+    """Address of this thread's piece of 128 bytes; see `add_columns`."""
     return gpu.add(
       gpu.pointer(d_kv),
       gpu.long(
@@ -108,11 +108,11 @@ def multiply(
     )
 
   def alone():
-    """This warpgroup has come so far."""
+    """Synchronises this warpgroup."""
     gpu.meet(plans.ALONE + which, 128)
 
   def products(by):
-    """K by Q or V by dO: this block's own 64 heads, and the others."""
+    """Multiplies K by Q or V by dO: this block's own 64 heads, and others."""
     acc = gpu.wgmma_fence(gpu.zeros(plan.blocks * plans.HEADS))
     for column in range(plan.wide // 64):
       a, b = along_columns("kv_wide", column), along_columns(by, column)
@@ -125,7 +125,7 @@ def multiply(
     return acc[: plans.HEADS // 2], acc[plans.HEADS // 2 :]
 
   def completed(acc, others, buffer, here, parity):
-    """Sums of both blocks' products."""
+    """Sums both blocks' products."""
     mine = gpu.add(buffer, gpu.times(gpu.thread(), 16))
     place, signal = gpu.there(mine), gpu.there(barrier(here))
     for i in range(8):
@@ -146,7 +146,7 @@ def multiply(
     gpu.fence_async()
 
   def send_weights(tile_ref, here):
-    """To the other block, as the weights of the heads it does not own."""
+    """Sends weights to the other block, which does not own their heads."""
     source, leader = gpu.address(tile_ref), leads()
     gpu.expect(barrier(here), plans.TILE_BYTES, leader)
     gpu.send_bytes(
@@ -158,9 +158,9 @@ def multiply(
     )
 
   def weights(tile, parity, valid):
-    """P^T into shared memory, and its sums over heads out."""
+    """Writes P^T to shared memory, and its sums over heads to device memory."""
     acc, others = products("q_wide")
-    # Nobody reads the last weights any more.
+    # The previous weights are no longer read.
     gpu.meet(plans.P_FREE, plans.BOTH)
     if pair:
       behind = gpu.add(gpu.address(per_head), 8 * plans.HEADS)
@@ -199,11 +199,11 @@ def multiply(
       gpu.emit_if(leads_quad, ptx, "l,f", [at, sums[half]])
 
   def gradients(parity):
-    """dS^T into shared memory."""
+    """Writes dS^T to shared memory."""
     acc, others = products("do_wide")
     gpu.meet(plans.DS_FREE, plans.BOTH)
     if pair:
-      # The tile of dS takes in the products before it takes in dS.
+      # The tile of dS receives the products before it receives dS.
       gpu.wait(barrier(plans.DONE), arith.xori(parity, gpu.integer(1)))
       acc = completed(acc, others, gpu.address(ds_tile), plans.DP_HERE, parity)
     factor = gpu.real(plan.scale)
@@ -251,8 +251,8 @@ def multiply(
   gpu.fence_async()
   gpu.meet(plans.DS_FULL, plans.BOTH)
 
-  # Columns of dKV, the rotated ones last: theirs is less work, so that it falls
-  # to the warpgroup that is there earlier.
+  # Columns of dKV, the rotated ones last: they are less work and fall to the
+  # warpgroup that arrives earlier.
   wide = [
     ("wide", plan.wide // 128 * which + i) for i in range(plan.wide // 128)
   ]
@@ -271,7 +271,7 @@ def multiply(
     gpu.wgmma_commit()
     return acc
 
-  # Whoever writes the weights waits until the other has read the last ones.
+  # The writer of weights waits until the other has read the previous ones.
   mine_free, other_free = (
     (plans.DS_FREE, plans.P_FREE) if which else (plans.P_FREE, plans.DS_FREE)
   )

@@ -1,4 +1,4 @@
-"""How rows come into the backward kernel, and how they leave it."""
+"""Gathers rows for the backward kernel, and adds its gradients to rows."""
 
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
@@ -8,7 +8,7 @@ from pallas_kernels.sparse_mla import mosaic_gpu_instructions as gpu
 
 
 def permuted(x):
-  """The last dimension in the order that the kernel multiplies in.
+  """Permutes the last dimension into the order of the kernel's products.
 
   In an accumulator a thread has columns 0, 1 and 8, 9 of 16, or 2, 3 and 10,
   11, and so on. In this order they are four neighbours of the array.
@@ -18,7 +18,7 @@ def permuted(x):
 
 
 def gather(kv, indices, kv_wide, kv_narrow, index_tile, tiles, *, plan):
-  """Warpgroup 2: tile after tile of chosen rows into shared memory.
+  """Gathers the selected rows tile by tile into shared memory, in warpgroup 2.
 
   Eight threads share a row: each copies one 16-byte piece of every 128 bytes.
   """
@@ -64,7 +64,7 @@ def gather(kv, indices, kv_wide, kv_narrow, index_tile, tiles, *, plan):
 
   @utils.fori(tiles, load_indices(zero))
   def _(tile, rows):
-    # There is no tile after the last one: that one again.
+    # After the last tile, the last one again.
     following = arith.minui(gpu.add(tile, 1), gpu.add(tiles, -1))
     next_rows = load_indices(following)
     gpu.wait(free, arith.andi(gpu.add(tile, 1), gpu.integer(1)))
@@ -103,7 +103,7 @@ def gather(kv, indices, kv_wide, kv_narrow, index_tile, tiles, *, plan):
 
 
 def permute(ref, name, columns, *, first, row, plan):
-  """Brings columns of a row of shared memory into the order of `permuted`.
+  """Permutes columns of a row of shared memory into the order of `permuted`.
 
   `first`: the column of 16 where this thread begins.
   """
@@ -135,7 +135,7 @@ def add_columns(acc, rows, place, offset, plan):
   """Adds an accumulator's columns to rows of dKV, whole 128-byte lines at once.
 
   A thread has 4 neighbouring columns of each 16 (see `permuted`), of two rows,
-  so four threads have 64 bytes. They trade with the four that have the next
+  so four threads have 64 bytes. They swap with the four that have the next
   row: then each has a piece of both rows' 128 bytes. `rows`: their keys, and
   which rows of `place` they are, as a number and what is added to it.
   """

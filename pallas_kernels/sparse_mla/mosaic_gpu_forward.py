@@ -1,15 +1,15 @@
 """Sparse attention forward on Hopper: one block for 64 heads of a query.
 
-A producer warpgroup gathers the chosen rows into two tiles of 64. Two consumer
+A producer warpgroup gathers selected rows into two tiles of 64. Two consumer
 warpgroups hold the same 64 heads: each computes the logits of one tile, and
 each keeps half of the output's columns, for which it needs the weights of both
 tiles. So a step of 128 keys is, where `@` runs on the tensor cores:
 
   warpgroup 0                          warpgroup 1
   logits 0 = q @ tile 0
-  weights 0; give them                 logits 1 = q @ tile 1
+  weights 0; share them                logits 1 = q @ tile 1
   left += weights 0 @ tile 0 left      right += weights 0 @ tile 0 right
-    (tile 0 is free: next rows)          meanwhile weights 1; give them
+    (tile 0 is free: next rows)          meanwhile weights 1; share them
   left += weights 1 @ tile 1 left      right += weights 1 @ tile 1 right
 
 Rows come by cp.async, 16 bytes a thread, in four parts (tile x columns left or
@@ -55,27 +55,27 @@ SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # Rows of the small array in shared memory. The masks are added to logits.
 MASK_0, MASK_1, TOP_0, TOP_1, SUM_0, SUM_1, BARRIERS = range(7)
 SLACK = 8.0  # in powers of two; weights stay below 2^8, sums below 2^21
-NEVER = -1e30  # a maximum before any key; finite, so that no NaN comes of it
+NEVER = -1e30  # initial maximum; finite, since -inf would give NaN
 LOG2E = math.log2(math.e)
 
-# Barriers in shared memory: that part of a tile is there, or free again.
+# Barriers in shared memory: part of a tile is full, or empty again.
 READY_0L, READY_0R, READY_1L, READY_1R, VALID = range(5)
 FREE_0L, FREE_0R, FREE_1L, FREE_1R = range(5, 9)
-# Meetings of the two consumers.
+# Named barriers of the two consumers.
 WEIGHTS_0, WEIGHTS_1, SUMS = range(8, 11)
 BOTH = 256
 
 
 def _gather(kv, indices, tiles, small, first_row, token, steps, S):
-  """The producer: fills the parts of both tiles, step after step.
+  """Runs the producer: fills the parts of both tiles, step by step.
 
   Args:
     kv: [B S, C+R] in device memory.
     indices: [B T, K], likewise.
     tiles: Both tiles.
     small: For masks and barriers.
-    first_row: Where this query's batch row begins in `kv`.
-    token: This query, in `indices`.
+    first_row: First row of this query's batch row in `kv`.
+    token: Index of this query in `indices`.
     steps: Pairs of tiles.
     S: Keys; an index outside [0, S) gives zeros and a mask of -inf.
   """
@@ -138,7 +138,7 @@ def _gather(kv, indices, tiles, small, first_row, token, steps, S):
         row_bytes = arith.constant(i64, ir.IntegerAttr.get(i64, 2 * WIDTH))
         sources[key] = arith.addi(kv_address, arith.muli(row, row_bytes))
         sizes[key] = arith.select(ok, c(16), c(0))
-      # Asked for one step ahead.
+      # Prefetched one step early.
       following = arith.addi(step, c(1))
       last = arith.cmpi(arith.CmpIPredicate.eq, following, steps)
       upcoming = chosen(arith.select(last, step, following))
@@ -186,7 +186,7 @@ def _gather(kv, indices, tiles, small, first_row, token, steps, S):
 
 
 def _rescale(out, keep):
-  """`out * keep` by rows, skipped by a warp none of whose rows changes."""
+  """Scales rows, `out * keep`; a warp with no change in its rows skips it."""
   layout = plgpu.Layout.WGMMA
 
   @plgpu.inline_mgpu(
@@ -261,9 +261,9 @@ def _kernel(
   left, right = pl.ds(0, HALF), pl.ds(HALF, HALF)
   weights_0 = tiles.at[0, :, pl.ds(RANK, ROWS)]  # its keys' RoPE part is done
 
-  # 0, which the compiler cannot know: where the tensor cores find operands is
-  # then worked out in each step. Kept over the loop, these addresses would take
-  # so many registers that others spill, at a quarter of the speed.
+  # A 0 opaque to the compiler, so that operand addresses are recomputed in each
+  # step. Kept over the loop, they would take so many registers that others
+  # spill, at a quarter of the speed.
   zero = lambda i: i >> 30
 
   def logits(acc, i, tile, columns):
@@ -286,7 +286,7 @@ def _kernel(
     return acc * (scale * LOG2E) + mask
 
   def raised(top, x):
-    """The maximum to refer to, once these logits are there."""
+    """Returns the reference maximum, given these logits."""
     highest = jnp.max(x, axis=1)
     return jnp.where(highest > top + SLACK, highest, top)
 
@@ -300,7 +300,7 @@ def _kernel(
     )
     out = plgpu.wgmma_accumulator_load(out_acc)
     inverse = 1.0 / jnp.where(total > 0, total, 1.0)
-    # q is read no more.
+    # q is no longer needed.
     out = (out * spread(inverse, HALF)).astype(q_smem.dtype)
     for i in range(4):
       q_smem[first + i] = out[:, 64 * i : 64 * (i + 1)]
@@ -324,7 +324,7 @@ def _kernel(
 
     def body(out_acc, logits_acc):
       def score(i, before_right):
-        """Logits of tile 0 of step i."""
+        """Computes the logits of tile 0 of step i."""
         phase = i & 1
         logits_acc[...] = zeros(ROWS)
         ptx.barrier_wait(barriers, READY_0L, phase)
@@ -447,7 +447,7 @@ def forward(
   indices: Int[Array, "B T K"],
   scale: float,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
-  """out and lse as of `api.sparse_mla`, for bfloat16, C = 512 and R = 64.
+  """Computes out and lse of `api.sparse_mla`, for bfloat16, C = 512, R = 64.
 
   Fewer than 64 heads cost as much as 64. Reads `indices` up to each query's
   last valid one, in steps of 128.

@@ -1,8 +1,8 @@
-"""What one thread of the backward kernel says to a Hopper GPU, as PTX.
+"""PTX instructions of single threads of the backward kernel, on Hopper.
 
 Called inside `plgpu.inline_mgpu`. Numbers are MLIR values; an address in shared
-memory has 32 bits, one in device memory 64. Every instruction stays where it
-stands: the assembly has side effects, so LLVM neither moves nor drops it.
+memory has 32 bits, one in device memory 64. Instructions keep their order: the
+assembly has side effects, so LLVM neither moves nor drops it.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def emit(
 def emit_if(
   condition: Value, ptx: str, constraints: str, args: Sequence[Value]
 ) -> None:
-  """`condition`: a number, 0 for no."""
+  """Emits a predicated instruction; a `condition` of 0 is false."""
   emit(
     f"{{ .reg .pred yes; setp.ne.u32 yes, ${len(args)}, 0; @yes {ptx} }}",
     f"{constraints},r",
@@ -76,12 +76,12 @@ def emit_if(
 
 
 def address(ref: Value) -> Value:
-  """Of an array in shared memory."""
+  """Address of an array in shared memory."""
   return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
 def pointer(ref: Value) -> Value:
-  """To an array in device memory."""
+  """Pointer to an array in device memory."""
   return llvm.ptrtoint(i64(), utils.memref_ptr(ref))
 
 
@@ -104,7 +104,7 @@ def long(x: Value) -> Value:
 
 
 def below(x: Value, n: int) -> Value:
-  """x < n, both unsigned: a negative x is not."""
+  """Compares x < n, both unsigned, so that a negative x is not below."""
   return arith.cmpi(arith.CmpIPredicate.ult, x, integer(n))
 
 
@@ -113,12 +113,12 @@ def is_equal(x: Value, n: int) -> Value:
 
 
 def number(condition: Value) -> Value:
-  """1 or 0."""
+  """Converts a condition to 1 or 0."""
   return arith.extui(i32(), condition)
 
 
 def thread() -> Value:
-  """This thread's number in its warpgroup, read anew.
+  """Index of this thread in its warpgroup, read anew at each use.
 
   What is computed from it in a loop stays in the loop, out of the registers
   that live through it.
@@ -140,13 +140,13 @@ def arrive(barrier: Value, chosen: Value) -> None:
 
 
 def expect(barrier: Value, size: int, chosen: Value) -> None:
-  """Arrives, and lets the phase last until `size` bytes have come, too."""
+  """Arrives, and expects `size` bytes before the phase completes."""
   ptx = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};"
   emit_if(chosen, ptx, "r", [barrier])
 
 
 def wait(barrier: Value, parity: Value) -> None:
-  """Until the phase of this parity has ended."""
+  """Waits for the phase of this parity."""
   emit(
     "{ .reg .pred done; again${:uid}: "
     "mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; "
@@ -157,20 +157,20 @@ def wait(barrier: Value, parity: Value) -> None:
 
 
 def meet(place: int, threads: int, *, stay: bool = True) -> None:
-  """Comes to a named barrier of so many threads, and waits there or not."""
+  """Arrives at a named barrier of `threads` threads; waits if `stay`."""
   emit(f"bar.{'sync' if stay else 'arrive'} {place}, {threads};")
 
 
 def fence_async() -> None:
-  """Tensor cores and bulk copies see what this thread has stored.
+  """Makes this thread's stores visible to tensor cores and bulk copies.
 
-  Waits for all that it has under way, additions to device memory included.
+  Waits for all its pending operations, additions to device memory included.
   """
   emit("fence.proxy.async.shared::cta;")
 
 
 def exchange(x: Value, distance: int) -> Value:
-  """The value of the lane whose number differs in this bit."""
+  """Exchanges values with the lane whose index differs in this bit."""
   ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
   return emit(ptx, "=f,f", [x], [f32()])[0]
 
@@ -183,20 +183,20 @@ def rank() -> Value:
 
 
 def there(here: Value) -> Value:
-  """The same place in the other block's shared memory."""
+  """Same address in the other block's shared memory."""
   other = arith.xori(rank(), integer(1))
   ptx = "mapa.shared::cluster.u32 $0, $1, $2;"
   return emit(ptx, "=r,r,r", [here, other], [i32()])[0]
 
 
 def arrive_there(barrier: Value, chosen: Value) -> None:
-  """Of the other block. Its threads must not read what this thread stored."""
+  """Arrives at the other block's barrier, without publishing stores to it."""
   ptx = "mbarrier.arrive.shared::cluster.b64 _, [$0];"
   emit_if(chosen, ptx, "r", [barrier])
 
 
 def send(values: Sequence[Value], place: Value, offset: int, barrier: Value):
-  """Stores four f32 in the other block, which its barrier counts in bytes."""
+  """Stores four f32 in the other block; its barrier counts the bytes."""
   emit(
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
     f"[$0+{offset}], {{$1, $2, $3, $4}}, [$5];",
@@ -225,7 +225,7 @@ def meet_cluster() -> None:
 
 
 def pack(x: Value, y: Value) -> Value:
-  """Two f32 as bf16 in 32 bits, x in the lower half."""
+  """Packs two f32 as bf16 in 32 bits, x in the lower half."""
   return emit("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [y, x], [i32()])[0]
 
 
@@ -244,7 +244,7 @@ def exp2(x: Value) -> Value:
 
 
 def load(place: Value, offset: int, n: int = 1) -> list[Value]:
-  """n f32 of shared memory."""
+  """Loads n f32 from shared memory."""
   outs = ", ".join(f"${i}" for i in range(n))
   vector = f".v{n}" if n > 1 else ""
   outs = f"{{{outs}}}" if n > 1 else outs
@@ -258,7 +258,7 @@ def load_integer(place: Value, offset: int) -> Value:
 
 
 def load_constant(place: Value, offset: int) -> Value:
-  """32 bits of device memory that the kernel does not write."""
+  """Loads 32 bits of device memory that the kernel does not write."""
   ptx = f"ld.global.nc.b32 $0, [$1+{offset}];"
   return emit(ptx, "=r,l", [place], [i32()])[0]
 
@@ -267,7 +267,7 @@ def load_constant(place: Value, offset: int) -> Value:
 
 
 def _through(ptx: str, registers: Sequence[Value]) -> list[Value]:
-  """All of `registers` pass through, so that no use of them moves across."""
+  """Passes `registers` through, so that no use of them moves across."""
   n = len(registers)
   constraints = ",".join(["=f"] * n + [str(i) for i in range(n)])
   return emit(ptx, constraints, registers, [f32()] * n)
@@ -282,13 +282,13 @@ def wgmma_commit() -> None:
 
 
 def wgmma_wait(groups: int, registers: Sequence[Value]) -> list[Value]:
-  """Until at most so many of the committed groups are under way."""
+  """Waits until at most `groups` committed groups are pending."""
   return _through(f"wgmma.wait_group.sync.aligned {groups};", registers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-  """A matrix in shared memory; distances are in bytes."""
+  """Matrix in shared memory; distances are in bytes."""
 
   start: Value  # address modulo 2^18 / 16
   offset: int
@@ -301,8 +301,8 @@ class Operand:
   def descriptor(self, step: int, name: str, start: str) -> str:
     """Makes the 64-bit register `name` from the one that holds `start`.
 
-    In the assembly, or LLVM computes all descriptors of a loop's body before
-    the loop, and they do not fit into the registers.
+    In assembly, since LLVM would hoist all descriptors of a loop's body out of
+    the loop, and they do not fit into registers.
     """
     low = (self.offset + step * self.step) >> 4 | (self.leading >> 4) << 16
     high = self.stride >> 4 | {128: 1, 64: 2}[self.swizzle] << 30
@@ -312,7 +312,7 @@ class Operand:
 def wgmma(
   acc: Sequence[Value], a: Operand, b: Operand, steps: int
 ) -> list[Value]:
-  """acc += a @ b over 16 * steps of the contracted dimension.
+  """Computes acc += a @ b over 16 * steps of the contracted dimension.
 
   acc[4 j + 2 h + e] of lane 4 g + c of warp w is row 16 w + 8 h + g, column
   8 j + 2 c + e.
@@ -335,5 +335,5 @@ def wgmma(
 
 
 def zeros(columns: int) -> list[Value]:
-  """An accumulator of 64 rows."""
+  """Zero accumulator of 64 rows."""
   return [real(0.0)] * (columns // 2)

@@ -1,8 +1,8 @@
 """Sums rows by key in one fixed order: the deterministic gradient of kv.
 
-A chunk of queries leaves the rows that it would add to each key in memory, one
-by one. They are sorted by key, so that one warp finds all rows of a key and
-adds them up in the order of queries.
+A chunk of queries writes the rows to be added to each key to memory, one by
+one. They are sorted by key, so that one warp sums all rows of a key in the
+order of queries.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.sparse_mla import mosaic_gpu_instructions as gpu
 
-_WARPS = 4  # of a block; each has one key at a time
-_PAIRS = 9  # of neighbouring columns that a thread has
+_WARPS = 4  # per block; each has one key at a time
+_PAIRS = 9  # of adjacent columns per thread
 
 
 def _sum(order, ends, rows, d_kv, block, *, width, keys):
@@ -93,17 +93,17 @@ def by_chunk(
   d_kv_ref: jax.Ref,
   outputs: Sequence[jax.ShapeDtypeStruct],
 ) -> list[Array]:
-  """Runs `kernel` on one chunk of queries after another, and adds up its rows.
+  """Runs `kernel` on one chunk of queries after another, and sums its rows.
 
   Args:
     kernel: Takes the first query, `args`, and references to rows of the chunk
       [chunk K, CR] and to each of `outputs`, of all queries.
-    args: Of all queries.
-    chunk: Queries at once.
-    indices: Chosen keys.
-    queries: Of one batch row.
-    d_kv_ref: Where the rows go, [B, S, CR], float32.
-    outputs: What else the kernel computes.
+    args: Arguments of the kernel, of all queries.
+    chunk: Queries per chunk.
+    indices: Selected keys.
+    queries: Queries of one batch row.
+    d_kv_ref: Sums of the rows, [B, S, CR], float32.
+    outputs: Other outputs of the kernel.
   """
   BT, K = indices.shape
   B, S, width = d_kv_ref.shape
