@@ -5,15 +5,13 @@ Tiles are larger there, and several rows of the batch run at once.
 
 from unittest import mock
 
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
+import pytest
 
 import pallas_kernels
-
-from . import inputs
-from . import rows
+from tests.kernels import inputs
+from tests.kernels import rows
 
 B, T, S, K = 4, 37, 53, 11
 N, H, R, C, U = inputs.N, inputs.H, inputs.R, inputs.C, inputs.U
@@ -93,15 +91,14 @@ OPS = (
 )
 
 
-class AcceleratorTest(chex.TestCase):
-  @parameterized.parameters(*OPS)
-  def test_gives_what_a_cpu_gives(self, op):
-    expected = jax.jit(op)(make_inputs())
-    with (
-      mock.patch.object(jax, "default_backend", return_value="gpu"),
-      mock.patch.object(pallas_kernels.dispatch, "_warn_portable"),
-    ):
-      lowered = jax.jit(op).lower(make_inputs())
-    actual = lowered.compile()(make_inputs())
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-      rows.assert_close(x, y, 3e-6, 1e-6)
+@pytest.mark.parametrize("op", OPS)
+def test_gives_what_a_cpu_gives(op):
+  expected = jax.jit(op)(make_inputs())
+  with (
+    mock.patch.object(jax, "default_backend", return_value="gpu"),
+    mock.patch.object(pallas_kernels.dispatch, "_warn_portable"),
+  ):
+    lowered = jax.jit(op).lower(make_inputs())
+  actual = lowered.compile()(make_inputs())
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    rows.assert_close(x, y, 3e-6, 1e-6)

@@ -10,21 +10,20 @@ import math
 import re
 from unittest import mock
 
-from absl.testing import parameterized
 import chex
 import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.dense_indexer_loss import mosaic_gpu
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_kernels
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_scores
 from pallas_kernels.dense_indexer_loss import mosaic_gpu_target
 from pallas_kernels.dense_indexer_loss import reference
-
-from . import inputs
-from . import rows
+from tests.kernels import inputs
+from tests.kernels import rows
 
 I, HR = 128, 192
 SCALE = 0.1
@@ -172,67 +171,76 @@ def run_without_kernels(kind, size, wrap=lambda f: f, **kwargs):
     return jax.jit(wrap(op))(*make_inputs(kind, *size))
 
 
-class DenseIndexerLossMosaicGpuTest(chex.TestCase):
-  @parameterized.parameters(
-    dict(B=1, T=32768, S=32768, N=128, M=64),
-    dict(B=2, T=95, S=300, N=8, M=32),
-    dict(B=1, T=1, S=1, N=16, M=64),
-    dict(B=1, T=4096, S=131072, N=128, M=64),
-  )
-  def test_lowers(self, B, T, S, N, M):
-    step = functools.partial(value_and_gradient, mosaic_gpu.dense_indexer_loss)
-    lowered = jax.jit(step).trace(*shapes(B, T, S, N, M))
-    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    # One kernel for the loss, two for the gradient.
-    self.assertEqual(text.count("@mosaic_gpu_v2"), 3)
-    tensors = re.findall(r"tensor<((?:\d+x)+)\w", text)
-    sizes = [math.prod(map(int, x[:-1].split("x"))) for x in tensors]
-    if T == S > 1024:  # otherwise k alone is larger
-      self.assertLess(max(sizes), T * S)
+@pytest.mark.parametrize(
+  "B, T, S, N, M",
+  [
+    (1, 32768, 32768, 128, 64),
+    (2, 95, 300, 8, 32),
+    (1, 1, 1, 16, 64),
+    (1, 4096, 131072, 128, 64),
+  ],
+)
+def test_lowers(B, T, S, N, M):
+  step = functools.partial(value_and_gradient, mosaic_gpu.dense_indexer_loss)
+  lowered = jax.jit(step).trace(*shapes(B, T, S, N, M))
+  text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+  # One kernel for the loss, two for the gradient.
+  assert text.count("@mosaic_gpu_v2") == 3
+  tensors = re.findall(r"tensor<((?:\d+x)+)\w", text)
+  sizes = [math.prod(map(int, x[:-1].split("x"))) for x in tensors]
+  if T == S > 1024:  # otherwise k alone is larger
+    assert max(sizes) < T * S
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "change, why",
+  [
     (dict(dtype=jnp.float32), "dtype=float32"),
     (dict(M=128), "M=128"),
     (dict(I=64), "I=64"),
     (dict(HR=96), "HR=96"),
     (dict(S=1 << 20), "S=1048576"),
-  )
-  def test_refuses(self, change, why):
-    args = shapes(**(dict(B=1, T=8, S=64, N=8, M=64) | change))
-    op = functools.partial(value_and_gradient, mosaic_gpu.dense_indexer_loss)
-    with self.assertRaisesRegex(NotImplementedError, why):
-      jax.eval_shape(op, *args)
+  ],
+)
+def test_refuses(change, why):
+  args = shapes(**(dict(B=1, T=8, S=64, N=8, M=64) | change))
+  op = functools.partial(value_and_gradient, mosaic_gpu.dense_indexer_loss)
+  with pytest.raises(NotImplementedError, match=why):
+    jax.eval_shape(op, *args)
 
-  @parameterized.parameters(*SIZES.items())
-  def test_surroundings(self, kind, size):
-    actual = run_without_kernels(kind, size)
-    expected = jax.jit(
-      functools.partial(value_and_gradient, reference.dense_indexer_loss)
-    )(*make_inputs(kind, *size))
-    np.testing.assert_allclose(actual[0], expected[0], 1e-4, 1e-5)
-    for x, y, rtol in zip(actual[1:], expected[1:], (2**-6, 2**-6, 2**-7)):
-      self.assertEqual(x.dtype, y.dtype)
-      rows.assert_close(x, y, rtol, 2**-8)
 
-  def test_heads_over_devices(self):
-    n, heads = P(), P(None, None, "x")
-    auto = jax.sharding.AxisType.Auto
-    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
-      actual = run_without_kernels(
-        *("any", SIZES["any"]),
-        wrap=lambda f: jax.shard_map(
-          f,
-          in_specs=(n, n, n, n, n, heads, heads, heads, n),
-          out_specs=n,
-          check_vma=False,
-        ),
-        heads_axis="x",
-      )
-    expected = run_without_kernels("any", SIZES["any"])
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("kind, size", SIZES.items())
+def test_surroundings(kind, size):
+  actual = run_without_kernels(kind, size)
+  expected = jax.jit(
+    functools.partial(value_and_gradient, reference.dense_indexer_loss)
+  )(*make_inputs(kind, *size))
+  np.testing.assert_allclose(actual[0], expected[0], 1e-4, 1e-5)
+  for x, y, rtol in zip(actual[1:], expected[1:], (2**-6, 2**-6, 2**-7)):
+    assert x.dtype == y.dtype
+    rows.assert_close(x, y, rtol, 2**-8)
 
-  def test_the_gradient_needs_no_loss(self):
-    loss, *gradients = run_without_kernels("any", SIZES["any"], measure=False)
-    np.testing.assert_array_equal(loss, 0)
-    expected = run_without_kernels("any", SIZES["any"])
-    chex.assert_trees_all_equal(gradients, list(expected[1:]))
+
+def test_heads_over_devices():
+  n, heads = P(), P(None, None, "x")
+  auto = jax.sharding.AxisType.Auto
+  with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
+    actual = run_without_kernels(
+      *("any", SIZES["any"]),
+      wrap=lambda f: jax.shard_map(
+        f,
+        in_specs=(n, n, n, n, n, heads, heads, heads, n),
+        out_specs=n,
+        check_vma=False,
+      ),
+      heads_axis="x",
+    )
+  expected = run_without_kernels("any", SIZES["any"])
+  chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_needs_no_loss():
+  loss, *gradients = run_without_kernels("any", SIZES["any"], measure=False)
+  np.testing.assert_array_equal(loss, 0)
+  expected = run_without_kernels("any", SIZES["any"])
+  chex.assert_trees_all_equal(gradients, list(expected[1:]))

@@ -6,7 +6,6 @@ is NaN.
 
 import functools
 
-from absl.testing import parameterized
 import chex
 import jax
 from jax import P
@@ -17,12 +16,11 @@ import pytest
 from pallas_kernels.dense_indexer_loss import api
 from pallas_kernels.dense_indexer_loss import mosaic_tpu
 from pallas_kernels.dense_indexer_loss import mosaic_tpu_kernels
-
-from . import dense_indexer_loss_test as portable
-from . import hlo
-from . import oracles
-from . import rows
-from . import tpu_topologies
+from tests.kernels import dense_indexer_loss_test as portable
+from tests.kernels import hlo
+from tests.kernels import oracles
+from tests.kernels import rows
+from tests.kernels import tpu_topologies
 
 bf16 = jnp.bfloat16
 # Interpretation is slow: some of the queries, among them all kinds of ranges.
@@ -76,57 +74,66 @@ def step(*args):
   return portable.value_and_vjp(mosaic_tpu.dense_indexer_loss, *args)
 
 
-class DenseIndexerLossMosaicTpuTest(chex.TestCase):
-  def assert_close(self, actual, expected, rtol=5e-6, atol=5e-6):
-    np.testing.assert_allclose(actual[0], expected[0], rtol, atol)
-    for x, y in zip(actual[1:4], expected[1:4]):
-      rows.assert_close(x, y, rtol, atol)
+def assert_close(actual, expected, rtol=5e-6, atol=5e-6):
+  np.testing.assert_allclose(actual[0], expected[0], rtol, atol)
+  for x, y in zip(actual[1:4], expected[1:4]):
+    rows.assert_close(x, y, rtol, atol)
 
-  @parameterized.parameters("any", "packed")
-  def test_is_what_the_loops_compute(self, kind):
-    self.assert_close(result(kind), expected(kind))
 
-  def test_no_key_no_loss(self):
-    q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs("any")
-    dead_BT = ~portable.alive("any")[:, QUERIES["any"]]
-    self.assertGreater(dead_BT.sum(), 4)
-    q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
-    q = jnp.where(dead_BT[..., None, None], -1e4, q)
-    w = jnp.where(dead_BT[..., None], 1e4, w)
-    d_loss = jnp.where(dead_BT, 1e4, d_loss)
-    actual = run(q_index, k_index, w, start, end, q, k, lse, d_loss)
-    for x in (actual[0], actual[1], actual[3]):
-      np.testing.assert_array_equal(x[dead_BT], 0)
-    chex.assert_trees_all_equal(actual, result("any"))
+@pytest.mark.parametrize("kind", ["any", "packed"])
+def test_is_what_the_loops_compute(kind):
+  assert_close(result(kind), expected(kind))
 
-  def test_all_dead(self):
-    q_index, k_index, w, start, _, q, k, lse, d_loss = make_inputs("any")
-    lse = jnp.full_like(lse, -jnp.inf)
-    for x in compiled()(q_index, k_index, w, start, start, q, k, lse, d_loss):
-      np.testing.assert_array_equal(x, 0)
 
-  def test_the_gradient_needs_no_loss(self):
-    args = make_inputs("packed")
-    loss, *gradients = run(*args, measure=False)
-    np.testing.assert_array_equal(loss, 0)
-    chex.assert_trees_all_equal(gradients, list(result("packed")[1:]))
+def test_no_key_no_loss():
+  q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs("any")
+  dead_BT = ~portable.alive("any")[:, QUERIES["any"]]
+  assert dead_BT.sum() > 4
+  q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
+  q = jnp.where(dead_BT[..., None, None], -1e4, q)
+  w = jnp.where(dead_BT[..., None], 1e4, w)
+  d_loss = jnp.where(dead_BT, 1e4, d_loss)
+  actual = run(q_index, k_index, w, start, end, q, k, lse, d_loss)
+  for x in (actual[0], actual[1], actual[3]):
+    np.testing.assert_array_equal(x[dead_BT], 0)
+  chex.assert_trees_all_equal(actual, result("any"))
 
-  @parameterized.parameters(
+
+def test_all_dead():
+  q_index, k_index, w, start, _, q, k, lse, d_loss = make_inputs("any")
+  lse = jnp.full_like(lse, -jnp.inf)
+  for x in compiled()(q_index, k_index, w, start, start, q, k, lse, d_loss):
+    np.testing.assert_array_equal(x, 0)
+
+
+def test_the_gradient_needs_no_loss():
+  args = make_inputs("packed")
+  loss, *gradients = run(*args, measure=False)
+  np.testing.assert_array_equal(loss, 0)
+  chex.assert_trees_all_equal(gradients, list(result("packed")[1:]))
+
+
+@pytest.mark.parametrize(
+  "change, why",
+  [
     (dict(dtype=jnp.float16), "dtype=float16"),
     (dict(S=1 << 21), "S=2097152"),
     (dict(M=1024), "M=1024 .* bytes of VMEM"),
     (dict(HR=100), "HR=100 is not a multiple of 64"),
-  )
-  def test_refuses(self, change, why):
-    args = shapes(**(dict(T=1024, S=1024, N=8) | change))
-    with self.assertRaisesRegex(NotImplementedError, why):
-      jax.eval_shape(step, *args)
+  ],
+)
+def test_refuses(change, why):
+  args = shapes(**(dict(T=1024, S=1024, N=8) | change))
+  with pytest.raises(NotImplementedError, match=why):
+    jax.eval_shape(step, *args)
 
-  def test_is_chosen_on_a_tpu(self):
-    self.assertEqual(next(iter(api.IMPLEMENTATIONS)), "mosaic_tpu")
 
-  def test_compiles(self):
-    tpu_topologies.compile_step("v5p", step, shapes(512, 1024, 16))
+def test_is_chosen_on_a_tpu():
+  assert next(iter(api.IMPLEMENTATIONS)) == "mosaic_tpu"
+
+
+def test_compiles():
+  tpu_topologies.compile_step("v5p", step, shapes(512, 1024, 16))
 
 
 @pytest.mark.slow

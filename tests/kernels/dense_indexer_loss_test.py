@@ -2,19 +2,18 @@
 
 import functools
 
-from absl.testing import parameterized
 import chex
 import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.dense_indexer_loss import chunked_xla
 from pallas_kernels.dense_indexer_loss import reference
-
-from . import inputs
-from . import oracles
-from . import rows
+from tests.kernels import inputs
+from tests.kernels import oracles
+from tests.kernels import rows
 
 B, T, S = inputs.B, inputs.T, inputs.S
 N, H, R, M, I = inputs.N, inputs.H, inputs.R, inputs.M, inputs.I
@@ -87,174 +86,187 @@ def alive(kind="any"):
   return np.maximum(start, 0) < np.minimum(end, S)
 
 
-class DenseIndexerLossTest(chex.TestCase):
-  def assert_close(self, actual, expected, rtol=3e-6, atol=3e-6):
-    """Row by row; `atol` is for terms of size one that cancel."""
-    with self.subTest("loss"):
-      np.testing.assert_allclose(actual[0], expected[0], rtol, atol)
-    names = "d_q_index", "d_k_index", "d_w"
-    for name, x, y in zip(names, actual[1:], expected[1:]):
-      with self.subTest(name):
-        rows.assert_close(x, y, rtol, atol)
+def assert_close(actual, expected, rtol=3e-6, atol=3e-6):
+  """Row by row; `atol` is for terms of size one that cancel."""
+  np.testing.assert_allclose(actual[0], expected[0], rtol, atol)
+  names = "d_q_index", "d_k_index", "d_w"
+  for name, x, y in zip(names, actual[1:], expected[1:]):
+    rows.assert_close(x, y, rtol, atol, name)
 
-  @parameterized.product(kind=inputs.RANGES, op=[*OPS, *TILED])
-  def test_is_what_the_loops_compute(self, kind, op):
-    actual = compiled(op)(*make_inputs(kind))
-    self.assert_close(actual, loops(kind))
-    self.assertGreater(jnp.min(actual[0]), -1e-6)
-    self.assertGreater(np.asarray(actual[0])[alive(kind)].mean(), 0.1)
 
-  @parameterized.parameters("chunked", *TILED)
-  def test_the_gradient_is_that_of_the_reference(self, op):
-    args = make_inputs()
-    self.assert_close(compiled(op)(*args), compiled("reference")(*args))
-    chex.assert_trees_all_equal(
-      compiled(op)(*args), compiled(op)(*args), strict=True
-    )
+@pytest.mark.parametrize("kind", inputs.RANGES)
+@pytest.mark.parametrize("op", [*OPS, *TILED])
+def test_is_what_the_loops_compute(kind, op):
+  actual = compiled(op)(*make_inputs(kind))
+  assert_close(actual, loops(kind))
+  assert jnp.min(actual[0]) > -1e-6
+  assert np.asarray(actual[0])[alive(kind)].mean() > 0.1
 
-  @parameterized.parameters(*OPS)
-  def test_bfloat16(self, op):
-    args = make_inputs(dtype=jnp.bfloat16)
-    loss, *gradients = compiled(op)(*args)
-    expected_loss, *expected = loops(dtype=jnp.bfloat16)
-    self.assertEqual(loss.dtype, jnp.float32)
-    np.testing.assert_allclose(loss, expected_loss, 3e-6, 3e-6)
-    for x, y, like in zip(gradients, expected, args):
-      self.assertEqual(x.dtype, like.dtype)
-      rows.assert_close(x, y, 2**-6, 2**-8)
 
-  @parameterized.parameters(*OPS)
-  def test_sends_nothing_to_the_attention(self, op):
-    *_, d_q, d_k, d_lse = compiled(op)(*make_inputs())
-    for gradient in (d_q, d_k, d_lse):
-      np.testing.assert_array_equal(gradient, 0)
+@pytest.mark.parametrize("op", ["chunked", *TILED])
+def test_the_gradient_is_that_of_the_reference(op):
+  args = make_inputs()
+  assert_close(compiled(op)(*args), compiled("reference")(*args))
+  chex.assert_trees_all_equal(
+    compiled(op)(*args), compiled(op)(*args), strict=True
+  )
 
-  @parameterized.parameters(*OPS)
-  def test_no_key_no_loss(self, op):
-    q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs()
-    dead_BT = ~alive()
-    self.assertGreater(dead_BT.sum(), 4)
-    expected = compiled(op)(*make_inputs())
-    # Padded queries may hold anything finite.
-    q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
-    q = jnp.where(dead_BT[..., None, None], -1e4, q)
-    w = jnp.where(dead_BT[..., None], 1e4, w)
-    d_loss = jnp.where(dead_BT, 1e4, d_loss)
-    actual = compiled(op)(q_index, k_index, w, start, end, q, k, lse, d_loss)
-    loss, d_q, _, d_w, *_ = actual
-    for x in (loss, d_q, d_w):
-      np.testing.assert_array_equal(x[dead_BT], 0)
-    chex.assert_trees_all_equal(actual, expected)
 
-  @parameterized.parameters(*OPS)
-  def test_all_rows_dead(self, op):
-    q_index, k_index, w, start, _, q, k, _, d_loss = make_inputs()
-    lse = jnp.full((B, T, N), -jnp.inf)
-    results = compiled(op)(q_index, k_index, w, start, start, q, k, lse, d_loss)
-    for x in results:
-      np.testing.assert_array_equal(x, 0)
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16(op):
+  args = make_inputs(dtype=jnp.bfloat16)
+  loss, *gradients = compiled(op)(*args)
+  expected_loss, *expected = loops(dtype=jnp.bfloat16)
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, expected_loss, 3e-6, 3e-6)
+  for x, y, like in zip(gradients, expected, args):
+    assert x.dtype == like.dtype
+    rows.assert_close(x, y, 2**-6, 2**-8)
 
-  @parameterized.parameters(*OPS)
-  def test_only_visible_keys_count(self, op):
-    q_index, k_index, w, _, _, q, k, _, d_loss = make_inputs()
-    start = jnp.full((B, T), 3)
-    end = jnp.broadcast_to(20 + jnp.arange(T) % 5, (B, T))
-    lse = attended(q, k, start, end)
-    expected = compiled(op)(q_index, k_index, w, start, end, q, k, lse, d_loss)
-    seen = (jnp.arange(S) >= 3) & (jnp.arange(S) < 24)
-    k_index = jnp.where(seen[None, :, None], k_index, 1e4)
-    k = jnp.where(seen[None, :, None, None], k, 1e4)
-    actual = compiled(op)(q_index, k_index, w, start, end, q, k, lse, d_loss)
-    chex.assert_trees_all_equal(actual, expected)
-    np.testing.assert_array_equal(actual[2][:, ~seen], 0)
 
-  @parameterized.parameters(*OPS)
-  def test_nothing_to_learn_where_the_indexer_is_right(self, op):
-    """Index scores equal to the logits of all heads: no loss, no gradient."""
-    _, _, _, start, end, q, k, _, _ = make_inputs()
-    q = q.at[..., I - 1 :].set(0.0)
-    q = jnp.broadcast_to(q[:, :, :1], q.shape)
-    k = jnp.broadcast_to(k[:, :, :1], k.shape)
-    high = 8.0  # so that relu lets all logits pass; a softmax ignores it
-    q_index = (SCALE * q[:, :, :1, :I]).at[..., -1].set(high)
-    q_index = jnp.broadcast_to(q_index, (B, T, M, I))
-    k_index = k[:, :, 0, :I].at[..., -1].set(1.0)
-    w = jnp.full((B, T, M), 1 / M, jnp.float32)
-    lse, d_loss = attended(q, k, start, end), jnp.ones((B, T))
-    loss, d_q, d_k, d_w, *_ = compiled(op)(
-      q_index, k_index, w, start, end, q, k, lse, d_loss
-    )
-    np.testing.assert_allclose(loss, 0, atol=2e-5)
-    for gradient in (d_q, d_k, d_w / high):
-      np.testing.assert_allclose(gradient, 0, atol=2e-5)
+@pytest.mark.parametrize("op", OPS)
+def test_sends_nothing_to_the_attention(op):
+  *_, d_q, d_k, d_lse = compiled(op)(*make_inputs())
+  for gradient in (d_q, d_k, d_lse):
+    np.testing.assert_array_equal(gradient, 0)
 
-  @parameterized.parameters(*OPS)
-  def test_the_gradient_to_the_scores(self, op):
-    """One index head and q.k = the scores: their gradient is (t - p) d_loss."""
-    _, _, _, start, end, q, k, lse, d_loss = make_inputs("causal")
-    scores_BTS = 3 + jnp.abs(inputs.normal(7, B, T, S))  # relu lets all pass
-    q_index = scores_BTS[:, :, None, :]
-    k_index = jnp.broadcast_to(jnp.eye(S), (B, S, S))
-    w = jnp.ones((B, T, 1), jnp.float32)
-    d_scores_BTS = compiled(op)(
-      q_index, k_index, w, start, end, q, k, lse, d_loss
-    )[1][:, :, 0]
-    seen_BTS = np.arange(S) < np.asarray(end)[..., None]
-    softmax = np.where(seen_BTS, np.exp(np.asarray(scores_BTS, np.float64)), 0)
-    softmax /= softmax.sum(-1, keepdims=True)
-    logits = SCALE * np.einsum("btnd,bsnd->btns", q, k).astype(np.float64)
-    p = np.exp(logits - np.asarray(lse)[..., None]).mean(2) * seen_BTS
-    expected = (softmax - p) * np.asarray(d_loss)[..., None]
-    np.testing.assert_allclose(d_scores_BTS, expected, rtol=0, atol=1e-6)
 
-  @parameterized.parameters(*OPS)
-  def test_large_scores_and_logits(self, op):
-    """Both softmaxes put all on one key: no overflow, no log of 0."""
-    q_index, k_index, w, start, end, q, k, _, d_loss = make_inputs()
-    q_index, q = 300 * q_index, 300 * q
-    lse = attended(q, k, start, end)
-    args = q_index, k_index, w, start, end, q, k, lse
-    expected = oracles.dense_indexer_loss(*args, SCALE, d_loss)
-    self.assert_close(compiled(op)(*args, d_loss), expected, 1e-3, 0.1)
+@pytest.mark.parametrize("op", OPS)
+def test_no_key_no_loss(op):
+  q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs()
+  dead_BT = ~alive()
+  assert dead_BT.sum() > 4
+  expected = compiled(op)(*make_inputs())
+  # Padded queries may hold anything finite.
+  q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
+  q = jnp.where(dead_BT[..., None, None], -1e4, q)
+  w = jnp.where(dead_BT[..., None], 1e4, w)
+  d_loss = jnp.where(dead_BT, 1e4, d_loss)
+  actual = compiled(op)(q_index, k_index, w, start, end, q, k, lse, d_loss)
+  loss, d_q, _, d_w, *_ = actual
+  for x in (loss, d_q, d_w):
+    np.testing.assert_array_equal(x[dead_BT], 0)
+  chex.assert_trees_all_equal(actual, expected)
 
-  @parameterized.parameters(*OPS)
-  def test_measured_only_when_asked(self, op):
-    args = make_inputs()
-    loss, *gradients = compiled(op)(*args, measure=jnp.bool(False))
-    expected_loss, *expected = compiled(op)(*args, measure=jnp.bool(True))
-    np.testing.assert_array_equal(loss, 0)
-    self.assertGreater(expected_loss.sum(), 1)
-    chex.assert_trees_all_equal(gradients, expected)
 
-  @parameterized.parameters(("reference", "a"), ("chunked", ("a", "b")))
-  def test_heads_may_be_sharded(self, op, axes):
-    *args, d_loss = make_inputs()
-    of_heads = P(None, None, axes)
-    specs = P(), P(), P(), P(), P(), of_heads, of_heads, of_heads
-    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
-    with jax.set_mesh(mesh):
+@pytest.mark.parametrize("op", OPS)
+def test_all_rows_dead(op):
+  q_index, k_index, w, start, _, q, k, _, d_loss = make_inputs()
+  lse = jnp.full((B, T, N), -jnp.inf)
+  results = compiled(op)(q_index, k_index, w, start, start, q, k, lse, d_loss)
+  for x in results:
+    np.testing.assert_array_equal(x, 0)
 
-      def sharded(*args, measure):
-        return jax.shard_map(
-          lambda *args: OPS[op](*args, SCALE, axes, measure),
-          in_specs=specs,
-          out_specs=P(),
-          check_vma=False,
-        )(*args[:-1])
 
-      run = jax.jit(functools.partial(value_and_vjp, sharded))
-      actual = run(*map(jax.device_put, args, specs), d_loss)
-    self.assert_close(actual, compiled(op)(*args, d_loss))
+@pytest.mark.parametrize("op", OPS)
+def test_only_visible_keys_count(op):
+  q_index, k_index, w, _, _, q, k, _, d_loss = make_inputs()
+  start = jnp.full((B, T), 3)
+  end = jnp.broadcast_to(20 + jnp.arange(T) % 5, (B, T))
+  lse = attended(q, k, start, end)
+  expected = compiled(op)(q_index, k_index, w, start, end, q, k, lse, d_loss)
+  seen = (jnp.arange(S) >= 3) & (jnp.arange(S) < 24)
+  k_index = jnp.where(seen[None, :, None], k_index, 1e4)
+  k = jnp.where(seen[None, :, None, None], k, 1e4)
+  actual = compiled(op)(q_index, k_index, w, start, end, q, k, lse, d_loss)
+  chex.assert_trees_all_equal(actual, expected)
+  np.testing.assert_array_equal(actual[2][:, ~seen], 0)
 
-  def test_same_when_sharded_over_the_batch(self):
-    args = make_inputs()
-    mesh = jax.make_mesh((B,), ("x",), devices=jax.devices()[:B])
-    with jax.set_mesh(mesh):
-      f = jax.shard_map(
-        functools.partial(value_and_vjp, OPS["chunked"]),
-        in_specs=P("x"),
-        out_specs=P("x"),
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_to_learn_where_the_indexer_is_right(op):
+  """Index scores equal to the logits of all heads: no loss, no gradient."""
+  _, _, _, start, end, q, k, _, _ = make_inputs()
+  q = q.at[..., I - 1 :].set(0.0)
+  q = jnp.broadcast_to(q[:, :, :1], q.shape)
+  k = jnp.broadcast_to(k[:, :, :1], k.shape)
+  high = 8.0  # so that relu lets all logits pass; a softmax ignores it
+  q_index = (SCALE * q[:, :, :1, :I]).at[..., -1].set(high)
+  q_index = jnp.broadcast_to(q_index, (B, T, M, I))
+  k_index = k[:, :, 0, :I].at[..., -1].set(1.0)
+  w = jnp.full((B, T, M), 1 / M, jnp.float32)
+  lse, d_loss = attended(q, k, start, end), jnp.ones((B, T))
+  loss, d_q, d_k, d_w, *_ = compiled(op)(
+    q_index, k_index, w, start, end, q, k, lse, d_loss
+  )
+  np.testing.assert_allclose(loss, 0, atol=2e-5)
+  for gradient in (d_q, d_k, d_w / high):
+    np.testing.assert_allclose(gradient, 0, atol=2e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_gradient_to_the_scores(op):
+  """One index head and q.k = the scores: their gradient is (t - p) d_loss."""
+  _, _, _, start, end, q, k, lse, d_loss = make_inputs("causal")
+  scores_BTS = 3 + jnp.abs(inputs.normal(7, B, T, S))  # relu lets all pass
+  q_index = scores_BTS[:, :, None, :]
+  k_index = jnp.broadcast_to(jnp.eye(S), (B, S, S))
+  w = jnp.ones((B, T, 1), jnp.float32)
+  d_scores_BTS = compiled(op)(
+    q_index, k_index, w, start, end, q, k, lse, d_loss
+  )[1][:, :, 0]
+  seen_BTS = np.arange(S) < np.asarray(end)[..., None]
+  softmax = np.where(seen_BTS, np.exp(np.asarray(scores_BTS, np.float64)), 0)
+  softmax /= softmax.sum(-1, keepdims=True)
+  logits = SCALE * np.einsum("btnd,bsnd->btns", q, k).astype(np.float64)
+  p = np.exp(logits - np.asarray(lse)[..., None]).mean(2) * seen_BTS
+  expected = (softmax - p) * np.asarray(d_loss)[..., None]
+  np.testing.assert_allclose(d_scores_BTS, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_large_scores_and_logits(op):
+  """Both softmaxes put all on one key: no overflow, no log of 0."""
+  q_index, k_index, w, start, end, q, k, _, d_loss = make_inputs()
+  q_index, q = 300 * q_index, 300 * q
+  lse = attended(q, k, start, end)
+  args = q_index, k_index, w, start, end, q, k, lse
+  expected = oracles.dense_indexer_loss(*args, SCALE, d_loss)
+  assert_close(compiled(op)(*args, d_loss), expected, 1e-3, 0.1)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_measured_only_when_asked(op):
+  args = make_inputs()
+  loss, *gradients = compiled(op)(*args, measure=jnp.bool(False))
+  expected_loss, *expected = compiled(op)(*args, measure=jnp.bool(True))
+  np.testing.assert_array_equal(loss, 0)
+  assert expected_loss.sum() > 1
+  chex.assert_trees_all_equal(gradients, expected)
+
+
+@pytest.mark.parametrize(
+  "op, axes", [("reference", "a"), ("chunked", ("a", "b"))]
+)
+def test_heads_may_be_sharded(op, axes):
+  *args, d_loss = make_inputs()
+  of_heads = P(None, None, axes)
+  specs = P(), P(), P(), P(), P(), of_heads, of_heads, of_heads
+  mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+
+    def sharded(*args, measure):
+      return jax.shard_map(
+        lambda *args: OPS[op](*args, SCALE, axes, measure),
+        in_specs=specs,
+        out_specs=P(),
         check_vma=False,
-      )
-      actual = jax.jit(f)(*jax.device_put(args, P("x")))
-    self.assert_close(actual, compiled("chunked")(*args))
+      )(*args[:-1])
+
+    run = jax.jit(functools.partial(value_and_vjp, sharded))
+    actual = run(*map(jax.device_put, args, specs), d_loss)
+  assert_close(actual, compiled(op)(*args, d_loss))
+
+
+def test_same_when_sharded_over_the_batch():
+  args = make_inputs()
+  mesh = jax.make_mesh((B,), ("x",), devices=jax.devices()[:B])
+  with jax.set_mesh(mesh):
+    f = jax.shard_map(
+      functools.partial(value_and_vjp, OPS["chunked"]),
+      in_specs=P("x"),
+      out_specs=P("x"),
+      check_vma=False,
+    )
+    actual = jax.jit(f)(*jax.device_put(args, P("x")))
+  assert_close(actual, compiled("chunked")(*args))

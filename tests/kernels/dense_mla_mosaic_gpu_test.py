@@ -8,20 +8,18 @@ that it leaves out are not looked at, those that it calls whole not masked.
 import functools
 from unittest import mock
 
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.dense_mla import api
 from pallas_kernels.dense_mla import mosaic_gpu
 from pallas_kernels.dense_mla import mosaic_gpu_backward
 from pallas_kernels.dense_mla import mosaic_gpu_forward
 from pallas_kernels.dense_mla import reference
-
-from . import inputs
-from . import rows
+from tests.kernels import inputs
+from tests.kernels import rows
 
 B, HR, U = inputs.B, 192, 128
 SCALE = 0.1
@@ -142,54 +140,64 @@ def fake_backward(q, k, v, d_out, lse, delta, start, end, plan, scale, chosen):
   return grow(d_q, tileable_T), d_k, d_v
 
 
-class DenseMlaMosaicGpuTest(chex.TestCase):
-  @parameterized.parameters(
+@pytest.mark.parametrize(
+  "sizes",
+  [
     dict(B=1, T=32768, S=32768, N=128),
     dict(B=2, T=95, S=300, N=8),
     dict(B=1, T=8192, S=8192, N=128, K=2048),
     dict(B=2, T=95, S=300, N=8, K=64),
-  )
-  def test_lowers(self, **sizes):
-    step = functools.partial(value_and_vjp, mosaic_gpu.dense_mla)
-    lowered = jax.jit(step).trace(*shapes(**sizes))
-    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    self.assertEqual(text.count("@mosaic_gpu_v2"), 2)
+  ],
+)
+def test_lowers(sizes):
+  step = functools.partial(value_and_vjp, mosaic_gpu.dense_mla)
+  lowered = jax.jit(step).trace(*shapes(**sizes))
+  text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@mosaic_gpu_v2") == 2
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
     (dict(dtype=jnp.float32), "float32"),
     (dict(HR=128), "HR=128"),
     (dict(U=64), "U=64"),
     (dict(scale=-1.0), "scale"),
-  )
-  def test_refuses(self, change, message):
-    scale = change.pop("scale", SCALE)
-    args = shapes(1, 256, 256, 2, **change)
-    f = functools.partial(
-      api.dense_mla, scale=scale, implementation="mosaic_gpu"
-    )
-    with self.assertRaisesRegex(NotImplementedError, message):
-      jax.eval_shape(f, *args[:5])
+  ],
+)
+def test_refuses(change, message):
+  scale = change.pop("scale", SCALE)
+  args = shapes(1, 256, 256, 2, **change)
+  f = functools.partial(api.dense_mla, scale=scale, implementation="mosaic_gpu")
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(f, *args[:5])
 
-  @parameterized.parameters(
-    *((kind, (300, 330, 1)) for kind in (*inputs.RANGES, "within a tile")),
-    ("any", (95, 95, 2)),
+
+@pytest.mark.parametrize(
+  "kind, size, choice",
+  [
+    *(
+      (kind, (300, 330, 1), None) for kind in (*inputs.RANGES, "within a tile")
+    ),
+    ("any", (95, 95, 2), None),
     *((kind, (300, 330, 1), "plain") for kind in ("causal", "within a tile")),
     ("packed", (300, 330, 1), "packed"),
     ("any", (95, 95, 2), "invalid"),
-  )
-  def test_surroundings(self, kind, size, choice=None):
-    args = make_inputs(kind, *size)
-    indices = [inputs.choices(choice, *size[:2], K=40)] if choice else []
-    with (
-      mock.patch.object(mosaic_gpu_forward, "forward", fake_forward),
-      mock.patch.object(mosaic_gpu_backward, "backward", fake_backward),
-    ):
-      # Not jitted: the fakes' sizes depend on the plan.
-      actual = value_and_vjp(mosaic_gpu.dense_mla, *args, *indices)
-    *args, d_lse = args
-    expected = compiled_reference()(*args, jnp.nan_to_num(d_lse), *indices)
-    rtols = 2**-7, 2e-6, 2**-6, 2**-6, 2**-6
-    atols = 0.0, 2e-6, 2**-6, 2**-6, 2**-6
-    for x, y, rtol, atol in zip(actual, expected, rtols, atols, strict=True):
-      self.assertEqual(x.dtype, y.dtype)
-      rows.assert_close(x, y, rtol, atol)
+  ],
+)
+def test_surroundings(kind, size, choice):
+  args = make_inputs(kind, *size)
+  indices = [inputs.choices(choice, *size[:2], K=40)] if choice else []
+  with (
+    mock.patch.object(mosaic_gpu_forward, "forward", fake_forward),
+    mock.patch.object(mosaic_gpu_backward, "backward", fake_backward),
+  ):
+    # Not jitted: the fakes' sizes depend on the plan.
+    actual = value_and_vjp(mosaic_gpu.dense_mla, *args, *indices)
+  *args, d_lse = args
+  expected = compiled_reference()(*args, jnp.nan_to_num(d_lse), *indices)
+  rtols = 2**-7, 2e-6, 2**-6, 2**-6, 2**-6
+  atols = 0.0, 2e-6, 2**-6, 2**-6, 2**-6
+  for x, y, rtol, atol in zip(actual, expected, rtols, atols, strict=True):
+    assert x.dtype == y.dtype
+    rows.assert_close(x, y, rtol, atol)

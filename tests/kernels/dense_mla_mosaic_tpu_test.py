@@ -7,7 +7,6 @@ is NaN.
 import dataclasses
 import functools
 
-from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,9 @@ from pallas_kernels.dense_mla import mosaic_tpu
 from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
 from pallas_kernels.dense_mla import mosaic_tpu_mask_bits
 from pallas_kernels.dense_mla import reference
-
-from . import inputs
-from . import rows
-from . import tpu_topologies
+from tests.kernels import inputs
+from tests.kernels import rows
+from tests.kernels import tpu_topologies
 
 # No tile divides T or S, and S exceeds K.
 B, T, S, K, N, HR, U = 2, 200, 1100, 90, 2, 192, 128
@@ -102,102 +100,111 @@ def shapes(T, S, N, K=0):
   return args + ((jax.ShapeDtypeStruct((1, T, K), jnp.int32),) if K else ())
 
 
-class DenseMlaMosaicTpuTest(chex.TestCase):
-  def assert_close(self, actual, expected, rtol=2e-6, atol=4e-6):
-    names = "out", "lse", "d_q", "d_k", "d_v"
-    for name, x, y in zip(names, actual, expected, strict=True):
-      with self.subTest(name):
-        rows.assert_close(x, y, rtol, atol)
+def assert_close(actual, expected, rtol=2e-6, atol=4e-6):
+  names = "out", "lse", "d_q", "d_k", "d_v"
+  for name, x, y in zip(names, actual, expected, strict=True):
+    rows.assert_close(x, y, rtol, atol, name)
 
-  @parameterized.parameters(("causal", 2), ("any", 1))
-  def test_matches_reference(self, kind, group):
-    """With chunks that need no mask; queries in one group, and in two."""
-    args = make_inputs(kind)
-    tiles = dataclasses.replace(TILES, group=group)
-    actual = compiled(tiles)(*args)
-    self.assert_close(actual, value_and_vjp(reference.dense_mla, *args))
 
-  def test_bfloat16(self):
-    args = [x[:1] for x in make_inputs("packed", bf16)]
-    actual = compiled(TILES)(*args)
-    again = compiled(TILES)(*args)
-    chex.assert_trees_all_equal(again, actual, strict=True)
-    exact = (x.astype(jnp.float32) if x.dtype == bf16 else x for x in args)
-    expected = value_and_vjp(reference.dense_mla, *exact)
-    for x, dtype in zip(actual, (bf16, jnp.float32) + (bf16,) * 3):
-      self.assertEqual(x.dtype, dtype)
-    rows.assert_close(actual[0], expected[0], 2**-7, 1e-6)
-    rows.assert_close(actual[1], expected[1], 2e-6, 2e-6)
-    for x, y in zip(actual[2:], expected[2:]):
-      rows.assert_close(x, y, 2**-6, 2**-6)
+@pytest.mark.parametrize("kind, group", [("causal", 2), ("any", 1)])
+def test_matches_reference(kind, group):
+  """With chunks that need no mask; queries in one group, and in two."""
+  args = make_inputs(kind)
+  tiles = dataclasses.replace(TILES, group=group)
+  actual = compiled(tiles)(*args)
+  assert_close(actual, value_and_vjp(reference.dense_mla, *args))
 
-  def test_reads_only_indices(self):
-    args = *make_inputs("any"), make_indices()
-    dead = ~bits(args[-1], *args[3:5], S).any(-1)
-    self.assertGreater(dead.sum(), 20)
-    with_d_lse = lambda x: (
-      *args[:6], jnp.where(dead[..., None], x, args[6]), args[7]
-    )  # fmt: skip
-    actual = compiled(TILES)(*with_d_lse(jnp.nan))
-    self.assert_close(actual, value_and_vjp(masked_reference, *with_d_lse(0.0)))
 
-  def test_words(self):
-    """Of a word and a bit of a second one."""
-    S, K = 4096 + 200, 40
-    indices = np.array(inputs.choices("plain", 35, S, K)[:B])
-    indices[:, 3], indices[:, 4, ::5] = -1, S
-    indices[:, 5] = 127 + 128 * np.arange(K) % 4096  # 32 bits of one word
-    indices[:, 5, 32:] = -1
-    start, end = (np.asarray(x[:B]) for x in inputs.ranges("any", 35, S))
-    start, end = start.clip(0, S), end.clip(0, S)
-    start[:, 5], end[:, 5] = 0, S
-    words = jax.jit(functools.partial(mosaic_tpu_mask_bits.from_indices, S=S))(
-      *(jnp.asarray(x) for x in (indices, start, end))
+def test_bfloat16():
+  args = [x[:1] for x in make_inputs("packed", bf16)]
+  actual = compiled(TILES)(*args)
+  again = compiled(TILES)(*args)
+  chex.assert_trees_all_equal(again, actual, strict=True)
+  exact = (x.astype(jnp.float32) if x.dtype == bf16 else x for x in args)
+  expected = value_and_vjp(reference.dense_mla, *exact)
+  for x, dtype in zip(actual, (bf16, jnp.float32) + (bf16,) * 3):
+    assert x.dtype == dtype
+  rows.assert_close(actual[0], expected[0], 2**-7, 1e-6)
+  rows.assert_close(actual[1], expected[1], 2e-6, 2e-6)
+  for x, y in zip(actual[2:], expected[2:]):
+    rows.assert_close(x, y, 2**-6, 2**-6)
+
+
+def test_reads_only_indices():
+  args = *make_inputs("any"), make_indices()
+  dead = ~bits(args[-1], *args[3:5], S).any(-1)
+  assert dead.sum() > 20
+  with_d_lse = lambda x: (
+    *args[:6], jnp.where(dead[..., None], x, args[6]), args[7]
+  )  # fmt: skip
+  actual = compiled(TILES)(*with_d_lse(jnp.nan))
+  assert_close(actual, value_and_vjp(masked_reference, *with_d_lse(0.0)))
+
+
+def test_words():
+  """Of a word and a bit of a second one."""
+  S, K = 4096 + 200, 40
+  indices = np.array(inputs.choices("plain", 35, S, K)[:B])
+  indices[:, 3], indices[:, 4, ::5] = -1, S
+  indices[:, 5] = 127 + 128 * np.arange(K) % 4096  # 32 bits of one word
+  indices[:, 5, 32:] = -1
+  start, end = (np.asarray(x[:B]) for x in inputs.ranges("any", 35, S))
+  start, end = start.clip(0, S), end.clip(0, S)
+  start[:, 5], end[:, 5] = 0, S
+  words = jax.jit(functools.partial(mosaic_tpu_mask_bits.from_indices, S=S))(
+    *(jnp.asarray(x) for x in (indices, start, end))
+  )
+  chex.assert_shape(words, (B, 35, 2, 128))
+  bit = np.arange(32)[:, None]
+  actual = np.asarray(words)[..., None, :] >> bit & 1
+  actual = actual.reshape(B, 35, -1)[..., :S].astype(bool)
+  np.testing.assert_array_equal(actual, bits(indices, start, end, S))
+
+
+@pytest.mark.parametrize("N", (1, 2, 3))
+@pytest.mark.parametrize("HR", (64, 128, 192, 256))
+def test_what_is_read_of_heads_side_by_side(N, HR):
+  q, k = (inputs.normal(i, 2, 5, N, HR) for i in range(2))
+  q_BNTL, k_BSL = heads.queries(q.swapaxes(1, 2)), heads.side_by_side(k)
+  for n in range(N):
+    lanes = slice(heads.place(n, HR), heads.place(n, HR) + heads.width(HR))
+    assert (lanes.start % 128, q_BNTL.shape[-1] % 128) == (0, 0)
+    np.testing.assert_allclose(
+      q_BNTL[:, n] @ k_BSL[..., lanes].swapaxes(1, 2),
+      q[:, :, n] @ k[:, :, n].swapaxes(1, 2),
+      *(1e-5, 1e-5),
     )
-    self.assertEqual(words.shape, (B, 35, 2, 128))
-    bit = np.arange(32)[:, None]
-    actual = np.asarray(words)[..., None, :] >> bit & 1
-    actual = actual.reshape(B, 35, -1)[..., :S].astype(bool)
-    np.testing.assert_array_equal(actual, bits(indices, start, end, S))
 
-  @parameterized.product(N=(1, 2, 3), HR=(64, 128, 192, 256))
-  def test_what_is_read_of_heads_side_by_side(self, N, HR):
-    q, k = (inputs.normal(i, 2, 5, N, HR) for i in range(2))
-    q_BNTL, k_BSL = heads.queries(q.swapaxes(1, 2)), heads.side_by_side(k)
-    for n in range(N):
-      lanes = slice(heads.place(n, HR), heads.place(n, HR) + heads.width(HR))
-      self.assertEqual((lanes.start % 128, q_BNTL.shape[-1] % 128), (0, 0))
-      np.testing.assert_allclose(
-        q_BNTL[:, n] @ k_BSL[..., lanes].swapaxes(1, 2),
-        q[:, :, n] @ k[:, :, n].swapaxes(1, 2),
-        *(1e-5, 1e-5),
-      )
 
-  @parameterized.parameters(
+@pytest.mark.parametrize(
+  "change, message",
+  [
     ({"k": jnp.float16}, "is not q.dtype"),
     ({"q": jnp.float16}, "neither bfloat16 nor float32"),
     ({"HR": 100}, "only multiples of 64"),
     ({"U": 64}, "only multiples of 64 and 128"),
     ({"scale": 0.0}, "is not positive"),
     ({"HR": 1 << 16}, "bytes of VMEM"),
-  )
-  def test_refuses(self, change, message):
-    HR, U = change.get("HR", 192), change.get("U", 128)
-    args = [
-      jax.ShapeDtypeStruct(size, change.get(name, bf16))
-      for name, size in zip("qkv", ((1, 8, 2, HR), (1, 8, 2, HR), (1, 8, 2, U)))
-    ]
-    bound = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    op = lambda *args: mosaic_tpu.dense_mla(*args, change.get("scale", 0.1))
-    with self.assertRaisesRegex(NotImplementedError, message):
-      jax.eval_shape(op, *args, bound, bound)
+  ],
+)
+def test_refuses(change, message):
+  HR, U = change.get("HR", 192), change.get("U", 128)
+  args = [
+    jax.ShapeDtypeStruct(size, change.get(name, bf16))
+    for name, size in zip("qkv", ((1, 8, 2, HR), (1, 8, 2, HR), (1, 8, 2, U)))
+  ]
+  bound = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  op = lambda *args: mosaic_tpu.dense_mla(*args, change.get("scale", 0.1))
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(op, *args, bound, bound)
 
-  def test_compiles(self):
-    """A TPU takes it by itself, forward and backward."""
-    args = shapes(4096, 8192, 16)
-    text = tpu_topologies.compile_step("v6e", step, args).as_text() or ""
-    self.assertIn("dense_mla_forward_q1024_k4096_c512", text)
-    self.assertIn("dense_mla_backward_q1024_k2048_c512", text)
+
+def test_compiles():
+  """A TPU takes it by itself, forward and backward."""
+  args = shapes(4096, 8192, 16)
+  text = tpu_topologies.compile_step("v6e", step, args).as_text() or ""
+  assert "dense_mla_forward_q1024_k4096_c512" in text
+  assert "dense_mla_backward_q1024_k2048_c512" in text
 
 
 @pytest.mark.tpus

@@ -2,19 +2,18 @@
 
 import functools
 
-from absl.testing import parameterized
 import chex
 import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.dense_mla import chunked_xla
 from pallas_kernels.dense_mla import reference
-
-from . import inputs
-from . import oracles
-from . import rows
+from tests.kernels import inputs
+from tests.kernels import oracles
+from tests.kernels import rows
 
 B, T, S, N, U = inputs.B, inputs.T, inputs.S, inputs.N, inputs.U
 HR = inputs.H + inputs.R
@@ -56,110 +55,113 @@ def loops(q, k, v, start, end, *rest):
   return oracles.dense_mla(q, k, v, start, end, SCALE, *rest)
 
 
-class DenseMlaTest(chex.TestCase):
-  def assert_close(self, actual, expected, rtol=2e-6, atol=2e-6):
-    """Row by row; `atol` is for terms of size one that cancel."""
-    names = "out", "lse", "d_q", "d_k", "d_v"
-    for name, x, y in zip(names, actual, expected, strict=True):
-      with self.subTest(name):
-        rows.assert_close(x, y, rtol, atol)
+def assert_close(actual, expected, rtol=2e-6, atol=2e-6):
+  """Row by row; `atol` is for terms of size one that cancel."""
+  names = "out", "lse", "d_q", "d_k", "d_v"
+  for name, x, y in zip(names, actual, expected, strict=True):
+    rows.assert_close(x, y, rtol, atol, name)
 
-  @parameterized.parameters(*inputs.RANGES)
-  def test_reference_is_what_the_loops_compute(self, kind):
-    args = make_inputs(kind)
-    self.assert_close(compiled("reference")(*args), loops(*args))
 
-  @parameterized.parameters("chunked", *TILED)
-  def test_matches_reference(self, op):
-    for kind in inputs.RANGES:
-      with self.subTest(kind):
-        args = make_inputs(kind)
-        expected = compiled("reference")(*args)
-        actual = compiled(op)(*args)
-        self.assert_close(actual, expected)
-        chex.assert_trees_all_equal(compiled(op)(*args), actual, strict=True)
+@pytest.mark.parametrize("kind", inputs.RANGES)
+def test_reference_is_what_the_loops_compute(kind):
+  args = make_inputs(kind)
+  assert_close(compiled("reference")(*args), loops(*args))
 
-  @parameterized.parameters(*OPS, *TILED)
-  def test_of_the_range_only_chosen_keys_are_read(self, op):
-    for kind, choice in (
-      *(("causal", "plain"), ("packed", "packed")),
-      *(("any", "plain"), ("any", "invalid")),
-    ):
-      with self.subTest(f"{kind}, {choice}"):
-        args = *make_inputs(kind), inputs.choices(choice)
-        actual = compiled(op)(*args)
-        self.assert_close(actual, loops(*args))
-        # It is another result than that of all keys.
-        self.assertGreater(
-          jnp.abs(actual[0] - compiled(op)(*args[:-1])[0]).max(), 0.1
-        )
 
-  @parameterized.parameters(*OPS)
-  def test_bfloat16(self, op):
-    """bfloat16 rounds by 2^-9: the results, and factors of each product."""
-    args = make_inputs("any", jnp.bfloat16)
-    actual = compiled(op)(*args)
-    expected = loops(*args)
-    for x, dtype in zip(
-      actual, (jnp.bfloat16, jnp.float32) + (jnp.bfloat16,) * 3
-    ):
-      self.assertEqual(x.dtype, dtype)
-    rows.assert_close(actual[0], expected[0], 2**-7)
-    rows.assert_close(actual[1], expected[1], 2e-6)  # lse does not round
-    for x, y in zip(actual[2:], expected[2:]):
-      rows.assert_close(x, y, 2**-6, 2**-6)
+@pytest.mark.parametrize("op", ["chunked", *TILED])
+@pytest.mark.parametrize("kind", inputs.RANGES)
+def test_matches_reference(op, kind):
+  args = make_inputs(kind)
+  expected = compiled("reference")(*args)
+  actual = compiled(op)(*args)
+  assert_close(actual, expected)
+  chex.assert_trees_all_equal(compiled(op)(*args), actual, strict=True)
 
-  @parameterized.parameters(*OPS)
-  def test_no_key_no_output(self, op):
-    """Dead queries: 0, -inf, no gradient, whatever the cotangents are."""
-    *args, d_lse = make_inputs("any")
-    start, end = args[3:5]
-    dead_BT = jnp.maximum(start, 0) >= jnp.minimum(end, S)
-    self.assertGreater(dead_BT.sum(), 4)
-    d_keys = compiled(op)(*args, d_lse)[3:]
-    for cotangent in (1e3, np.inf, np.nan):
-      with self.subTest(cotangent):
-        # lse is -inf, so most functions of it send back no finite number.
-        bad_BTN = jnp.where(dead_BT[..., None], cotangent, d_lse)
-        out, lse, d_q, *actual = compiled(op)(*args, bad_BTN)
-        np.testing.assert_array_equal(out[dead_BT], 0)
-        np.testing.assert_array_equal(lse[dead_BT], -np.inf)
-        np.testing.assert_array_equal(d_q[dead_BT], 0)
-        for x, y in zip(actual, d_keys, strict=True):
-          np.testing.assert_array_equal(x, y)
 
-  @parameterized.parameters(*OPS)
-  def test_only_the_range_counts(self, op):
-    """No other key changes anything, nor does it get a gradient."""
-    q, k, v, start, end, d_out, d_lse = make_inputs("any")
-    first, last = 9, 40  # inside tiles
-    start, end = jnp.maximum(start, first), jnp.minimum(end, last)
-    expected = compiled(op)(q, k, v, start, end, d_out, d_lse)
-    key = jnp.arange(S)[None, :, None, None]
-    other = (key < first) | (key >= last)
-    k, v = (jnp.where(other, 1e4, x) for x in (k, v))
-    actual = compiled(op)(q, k, v, start, end, d_out, d_lse)
-    chex.assert_trees_all_equal(actual, expected)
-    for gradient in actual[3:]:
-      np.testing.assert_array_equal(jnp.where(other, gradient, 0), 0)
+@pytest.mark.parametrize("op", [*OPS, *TILED])
+@pytest.mark.parametrize(
+  "kind, choice",
+  [
+    *(("causal", "plain"), ("packed", "packed")),
+    *(("any", "plain"), ("any", "invalid")),
+  ],
+)
+def test_of_the_range_only_chosen_keys_are_read(op, kind, choice):
+  args = *make_inputs(kind), inputs.choices(choice)
+  actual = compiled(op)(*args)
+  assert_close(actual, loops(*args))
+  # It is another result than that of all keys.
+  assert jnp.abs(actual[0] - compiled(op)(*args[:-1])[0]).max() > 0.1
 
-  @parameterized.parameters(*OPS)
-  def test_large_logits(self, op):
-    """Logits of some hundreds overflow nothing."""
-    q, *rest = make_inputs("any")
-    args = 100 * q, *rest
-    # They round to 2e-5, which is the relative error of a weight.
-    self.assert_close(compiled(op)(*args), loops(*args), 1e-4, 5e-3)
 
-  def test_same_when_sharded_over_the_batch(self):
-    args = make_inputs("any")
-    mesh = jax.make_mesh((B,), ("x",), devices=jax.devices()[:B])
-    with jax.set_mesh(mesh):
-      f = jax.shard_map(
-        functools.partial(value_and_vjp, OPS["chunked"]),
-        in_specs=P("x"),
-        out_specs=P("x"),
-        check_vma=False,
-      )
-      actual = jax.jit(f)(*jax.device_put(args, P("x")))
-    self.assert_close(actual, compiled("chunked")(*args))
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16(op):
+  """bfloat16 rounds by 2^-9: the results, and factors of each product."""
+  args = make_inputs("any", jnp.bfloat16)
+  actual = compiled(op)(*args)
+  expected = loops(*args)
+  for x, dtype in zip(
+    actual, (jnp.bfloat16, jnp.float32) + (jnp.bfloat16,) * 3
+  ):
+    assert x.dtype == dtype
+  rows.assert_close(actual[0], expected[0], 2**-7)
+  rows.assert_close(actual[1], expected[1], 2e-6)  # lse does not round
+  for x, y in zip(actual[2:], expected[2:]):
+    rows.assert_close(x, y, 2**-6, 2**-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("cotangent", [1e3, np.inf, np.nan])
+def test_no_key_no_output(op, cotangent):
+  """Dead queries: 0, -inf, no gradient, whatever the cotangents are."""
+  *args, d_lse = make_inputs("any")
+  start, end = args[3:5]
+  dead_BT = jnp.maximum(start, 0) >= jnp.minimum(end, S)
+  assert dead_BT.sum() > 4
+  d_keys = compiled(op)(*args, d_lse)[3:]
+  # lse is -inf, so most functions of it send back no finite number.
+  bad_BTN = jnp.where(dead_BT[..., None], cotangent, d_lse)
+  out, lse, d_q, *actual = compiled(op)(*args, bad_BTN)
+  np.testing.assert_array_equal(out[dead_BT], 0)
+  np.testing.assert_array_equal(lse[dead_BT], -np.inf)
+  np.testing.assert_array_equal(d_q[dead_BT], 0)
+  chex.assert_trees_all_equal(actual, list(d_keys))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_the_range_counts(op):
+  """No other key changes anything, nor does it get a gradient."""
+  q, k, v, start, end, d_out, d_lse = make_inputs("any")
+  first, last = 9, 40  # inside tiles
+  start, end = jnp.maximum(start, first), jnp.minimum(end, last)
+  expected = compiled(op)(q, k, v, start, end, d_out, d_lse)
+  key = jnp.arange(S)[None, :, None, None]
+  other = (key < first) | (key >= last)
+  k, v = (jnp.where(other, 1e4, x) for x in (k, v))
+  actual = compiled(op)(q, k, v, start, end, d_out, d_lse)
+  chex.assert_trees_all_equal(actual, expected)
+  for gradient in actual[3:]:
+    np.testing.assert_array_equal(jnp.where(other, gradient, 0), 0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_large_logits(op):
+  """Logits of some hundreds overflow nothing."""
+  q, *rest = make_inputs("any")
+  args = 100 * q, *rest
+  # They round to 2e-5, which is the relative error of a weight.
+  assert_close(compiled(op)(*args), loops(*args), 1e-4, 5e-3)
+
+
+def test_same_when_sharded_over_the_batch():
+  args = make_inputs("any")
+  mesh = jax.make_mesh((B,), ("x",), devices=jax.devices()[:B])
+  with jax.set_mesh(mesh):
+    f = jax.shard_map(
+      functools.partial(value_and_vjp, OPS["chunked"]),
+      in_specs=P("x"),
+      out_specs=P("x"),
+      check_vma=False,
+    )
+    actual = jax.jit(f)(*jax.device_put(args, P("x")))
+  assert_close(actual, compiled("chunked")(*args))

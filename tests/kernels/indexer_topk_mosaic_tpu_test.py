@@ -2,7 +2,6 @@
 
 import functools
 
-from absl.testing import parameterized
 import chex
 import jax
 from jax.experimental import pallas as pl
@@ -16,10 +15,9 @@ from pallas_kernels import tpu
 from pallas_kernels.indexer_topk import mosaic_tpu
 from pallas_kernels.indexer_topk import mosaic_tpu_select
 from pallas_kernels.indexer_topk import reference
-
-from . import inputs
-from . import rows
-from . import tpu_topologies
+from tests.kernels import inputs
+from tests.kernels import rows
+from tests.kernels import tpu_topologies
 
 bS = mosaic_tpu.bS
 INF = np.inf
@@ -114,62 +112,65 @@ def case(B, T, S, M, I):
   return q_BTMI, k_BSI, w_BTM, *ranges
 
 
-class SelectTest(chex.TestCase):
-  def test_scores_and_ranges(self):
-    S, K = 2 * bS + 900, 1000
-    names, scores_QS = zip(*score_rows(S, K).items())
-    extra = [scores_QS[0]] * 6
-    scores_QS = np.stack([*scores_QS, *extra])
-    start, end = np.full((2, 24), [[3], [S - 5]])
-    start[18:], end[18:] = [0, S, 7, 7, 7, 31], [0, S, 8, K + 6, K + 7, K + 32]
-    actual = np.asarray(select(scores_QS, start, end, K))
-    for q, name in enumerate([*names, *("ranges" for _ in extra)]):
-      with self.subTest(name):
-        expected = choose(scores_QS[q], start[q], end[q], K)
-        np.testing.assert_array_equal(actual[q, :K], expected)
-    np.testing.assert_array_equal(actual[:, K:], -1)
-
-  def test_more_keys_than_a_sample_has(self):
-    S, K = bS - 96, bS - 1000
-    scores_QS = inputs.normal(0, 8, S)
-    start = np.array([0, 0, 9, 9, S, 0, 1, 2])
-    end = np.array([0, S, S, K + 9, S, K + 1, K, S])
-    actual = np.asarray(select(scores_QS, start, end, K))
-    for q in range(8):
-      expected = choose(np.asarray(scores_QS[q]), start[q], end[q], K)
-      np.testing.assert_array_equal(actual[q, :K], expected)
+def test_scores_and_ranges():
+  S, K = 2 * bS + 900, 1000
+  names, scores_QS = zip(*score_rows(S, K).items())
+  extra = [scores_QS[0]] * 6
+  scores_QS = np.stack([*scores_QS, *extra])
+  start, end = np.full((2, 24), [[3], [S - 5]])
+  start[18:], end[18:] = [0, S, 7, 7, 7, 31], [0, S, 8, K + 6, K + 7, K + 32]
+  actual = np.asarray(select(scores_QS, start, end, K))
+  for q, name in enumerate([*names, *("ranges" for _ in extra)]):
+    expected = choose(scores_QS[q], start[q], end[q], K)
+    np.testing.assert_array_equal(actual[q, :K], expected, name)
+  np.testing.assert_array_equal(actual[:, K:], -1)
 
 
-class IndexerTopkTest(chex.TestCase):
-  def test_chooses_what_the_reference_chooses(self):
-    B, T, S, M, I, K = 2, 19, bS + 400, 3, 16, 300
-    args = case(B, T, S, M, I)
-    run = jax.jit(
-      functools.partial(mosaic_tpu.indexer_topk, top_k=K, query_tile=8)
-    )
-    indices, scores = run(*args)
-    expected = reference.indexer_topk(*args, top_k=K)
-    next_best = reference.indexer_topk(*args, top_k=K + 1)[1].min(-1)
-    kept = expected[1].min(-1)
-    self.assertTrue(((kept == next_best) | (kept > next_best + 1e-5)).all())
-    np.testing.assert_array_equal(indices, expected[0])
-    np.testing.assert_array_equal(scores[0], expected[1][0])
-    rows.assert_close(scores, expected[1], rtol=1e-6)
-    chex.assert_trees_all_equal(run(*args), (indices, scores), strict=True)
+def test_more_keys_than_a_sample_has():
+  S, K = bS - 96, bS - 1000
+  scores_QS = inputs.normal(0, 8, S)
+  start = np.array([0, 0, 9, 9, S, 0, 1, 2])
+  end = np.array([0, S, S, K + 9, S, K + 1, K, S])
+  actual = np.asarray(select(scores_QS, start, end, K))
+  for q in range(8):
+    expected = choose(np.asarray(scores_QS[q]), start[q], end[q], K)
+    np.testing.assert_array_equal(actual[q, :K], expected)
 
-  @parameterized.parameters(
+
+def test_chooses_what_the_reference_chooses():
+  B, T, S, M, I, K = 2, 19, bS + 400, 3, 16, 300
+  args = case(B, T, S, M, I)
+  run = jax.jit(
+    functools.partial(mosaic_tpu.indexer_topk, top_k=K, query_tile=8)
+  )
+  indices, scores = run(*args)
+  expected = reference.indexer_topk(*args, top_k=K)
+  next_best = reference.indexer_topk(*args, top_k=K + 1)[1].min(-1)
+  kept = expected[1].min(-1)
+  assert ((kept == next_best) | (kept > next_best + 1e-5)).all()
+  np.testing.assert_array_equal(indices, expected[0])
+  np.testing.assert_array_equal(scores[0], expected[1][0])
+  rows.assert_close(scores, expected[1], rtol=1e-6)
+  chex.assert_trees_all_equal(run(*args), (indices, scores), strict=True)
+
+
+@pytest.mark.parametrize(
+  "kwargs, reason",
+  [
     (dict(dtype=jnp.float16), "float16"),
     (dict(S=1 << 23), "vector memory"),
-  )
-  def test_refusals_name_their_reason(self, kwargs, reason):
-    op = functools.partial(mosaic_tpu.indexer_topk, top_k=2048)
-    with self.assertRaisesRegex(NotImplementedError, reason):
-      jax.eval_shape(op, *structs(**kwargs))
+  ],
+)
+def test_refusals_name_their_reason(kwargs, reason):
+  op = functools.partial(mosaic_tpu.indexer_topk, top_k=2048)
+  with pytest.raises(NotImplementedError, match=reason):
+    jax.eval_shape(op, *structs(**kwargs))
 
-  @parameterized.parameters((1, 8), (8, 8), (9, 16), (4096, 32))
-  def test_blocks_are_no_larger_than_there_are_queries(self, T, expected):
-    bQ = mosaic_tpu.block_size(T, 131072, 64, 128, 2048, itemsize=2)
-    self.assertEqual(bQ, expected)
+
+@pytest.mark.parametrize("T, expected", [(1, 8), (8, 8), (9, 16), (4096, 32)])
+def test_blocks_are_no_larger_than_there_are_queries(T, expected):
+  bQ = mosaic_tpu.block_size(T, 131072, 64, 128, 2048, itemsize=2)
+  assert bQ == expected
 
 
 def structs(T=4096, S=131072, M=64, I=128, dtype=jnp.bfloat16):
@@ -226,7 +227,6 @@ def test_compiles_at_real_shapes(chip, S):
     dict(T=40, S=9000, M=6, I=32, dtype=jnp.float32),
     dict(T=9, S=1 << 20),
   ],
-  ids=str,
 )
 def test_compiles_at_odd_shapes(kwargs):
   compiled = tpu_topologies.compile_step("v6e", step, structs(**kwargs))

@@ -7,19 +7,17 @@ what finds nothing in the others is seen to find something.
 import functools
 from unittest import mock
 
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
+import pytest
 
 from pallas_kernels.dense_indexer_loss import api as dense_indexer_loss
 from pallas_kernels.dense_mla import api as dense_mla
 from pallas_kernels.indexer_topk import api as indexer_topk
 from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
 from pallas_kernels.sparse_mla import api as sparse_mla
-
-from . import hlo
-from . import inputs
+from tests.kernels import hlo
+from tests.kernels import inputs
 
 B, N, C, R, U = 1, inputs.N, inputs.C, inputs.R, inputs.U
 HR, CR = inputs.H + R, C + R
@@ -95,24 +93,25 @@ def compile_step(op, implementation, T=T, S=S) -> jax.stages.Compiled:
   return jax.jit(step).lower(*args).compile()
 
 
-class MemoryLawTest(chex.TestCase):
-  @parameterized.parameters(*STEPS)
-  def test_no_array_of_queries_by_keys(self, op):
-    """Nor of an eighth of that, with the tiles of an accelerator."""
-    with mock.patch.object(jax, "default_backend", return_value="gpu"):
-      compiled = compile_step(op, "chunked_xla")
-    self.assertNotEmpty(hlo.arrays_of(compiled, T))
-    self.assertEmpty(hlo.arrays_of(compiled, T * S // 8))
+@pytest.mark.parametrize("op", STEPS)
+def test_no_array_of_queries_by_keys(op):
+  """Nor of an eighth of that, with the tiles of an accelerator."""
+  with mock.patch.object(jax, "default_backend", return_value="gpu"):
+    compiled = compile_step(op, "chunked_xla")
+  assert hlo.arrays_of(compiled, T)
+  assert not hlo.arrays_of(compiled, T * S // 8)
 
-  @parameterized.parameters(*STEPS)
-  def test_the_references_break_it(self, op):
-    compiled = compile_step(op, "reference")
-    self.assertNotEmpty(hlo.arrays_of(compiled, T * S))
 
-  @parameterized.parameters(*STEPS)
-  def test_memory_grows_with_length_not_with_its_square(self, op):
-    short, long = (
-      hlo.temporary_bytes(compile_step(op, "chunked_xla", length, length))
-      for length in (1024, 2048)
-    )
-    self.assertLess(long, 2.6 * short)
+@pytest.mark.parametrize("op", STEPS)
+def test_the_references_break_it(op):
+  compiled = compile_step(op, "reference")
+  assert hlo.arrays_of(compiled, T * S)
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_memory_grows_with_length_not_with_its_square(op):
+  short, long = (
+    hlo.temporary_bytes(compile_step(op, "chunked_xla", length, length))
+    for length in (1024, 2048)
+  )
+  assert long < 2.6 * short

@@ -7,7 +7,6 @@ is NaN.
 import functools
 from unittest import mock
 
-from absl.testing import parameterized
 import chex
 import jax
 from jax import P
@@ -19,12 +18,11 @@ from pallas_kernels.sparse_indexer_loss import api
 from pallas_kernels.sparse_indexer_loss import mosaic_tpu
 from pallas_kernels.sparse_indexer_loss import mosaic_tpu_walk
 from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
-
-from . import inputs
-from . import oracles
-from . import rows
-from . import sparse_indexer_loss_test as portable
-from . import tpu_topologies
+from tests.kernels import inputs
+from tests.kernels import oracles
+from tests.kernels import rows
+from tests.kernels import sparse_indexer_loss_test as portable
+from tests.kernels import tpu_topologies
 
 bf16 = jnp.bfloat16
 # Interpretation is slow: three blocks of queries, the last not full, choosing
@@ -83,58 +81,66 @@ def step(*args):
   return portable.value_and_vjp(mosaic_tpu.sparse_indexer_loss, *args)
 
 
-class SparseIndexerLossMosaicTpuTest(chex.TestCase):
-  def test_both_kinds_of_blocks(self):
-    plan = plan_lib.plan(make_inputs()[3], portable.S, TILES)
-    self.assertEqual(set(np.unique(plan.blocks[..., 1])), {0, 1})
+def test_both_kinds_of_blocks():
+  plan = plan_lib.plan(make_inputs()[3], portable.S, TILES)
+  assert set(np.unique(plan.blocks[..., 1])) == {0, 1}
 
-  def test_is_what_the_loops_compute(self):
-    loss, *gradients = result()
-    expected_loss, *others = expected()
-    np.testing.assert_allclose(loss, expected_loss, 5e-6, 5e-6)
-    for x, y in zip(gradients, others):
-      rows.assert_close(x, y, 5e-6, 5e-6)
-    self.assertGreater(np.mean(loss), 0.1)
 
-  def test_what_is_ignored_does_not_matter(self):
-    q_index, k_index, w, indices, q, kv, lse, d_loss = make_inputs()
-    dead_BT = ~((indices >= 0) & (indices < portable.S)).any(-1)
-    self.assertGreater(dead_BT.sum(), 0)
-    chosen = np.zeros(k_index.shape[:2], bool)
-    for b, row in enumerate(np.asarray(indices)):
-      chosen[b, row[(row >= 0) & (row < portable.S)]] = True
-    k_index = jnp.where(chosen[..., None], k_index, 1e4)
-    kv = jnp.where(chosen[..., None], kv, 1e4)
-    q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
-    w = jnp.where(dead_BT[..., None], 1e4, w)
-    d_loss = jnp.where(dead_BT, 1e4, d_loss)
-    actual = run(q_index, k_index, w, indices, q, kv, lse, d_loss)
-    for x in (actual[0], actual[1], actual[3]):
-      np.testing.assert_array_equal(x[dead_BT], 0)
-    chex.assert_trees_all_equal(actual, result())
+def test_is_what_the_loops_compute():
+  loss, *gradients = result()
+  expected_loss, *others = expected()
+  np.testing.assert_allclose(loss, expected_loss, 5e-6, 5e-6)
+  for x, y in zip(gradients, others):
+    rows.assert_close(x, y, 5e-6, 5e-6)
+  assert np.mean(loss) > 0.1
 
-  def test_the_gradient_needs_no_loss(self):
-    loss, *gradients = run(*make_inputs(), measure=False)
-    np.testing.assert_array_equal(loss, 0)
-    chex.assert_trees_all_equal(gradients, list(result()[1:]))
 
-  @parameterized.parameters(
+def test_what_is_ignored_does_not_matter():
+  q_index, k_index, w, indices, q, kv, lse, d_loss = make_inputs()
+  dead_BT = ~((indices >= 0) & (indices < portable.S)).any(-1)
+  assert dead_BT.sum() > 0
+  chosen = np.zeros(k_index.shape[:2], bool)
+  for b, row in enumerate(np.asarray(indices)):
+    chosen[b, row[(row >= 0) & (row < portable.S)]] = True
+  k_index = jnp.where(chosen[..., None], k_index, 1e4)
+  kv = jnp.where(chosen[..., None], kv, 1e4)
+  q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
+  w = jnp.where(dead_BT[..., None], 1e4, w)
+  d_loss = jnp.where(dead_BT, 1e4, d_loss)
+  actual = run(q_index, k_index, w, indices, q, kv, lse, d_loss)
+  for x in (actual[0], actual[1], actual[3]):
+    np.testing.assert_array_equal(x[dead_BT], 0)
+  chex.assert_trees_all_equal(actual, result())
+
+
+def test_the_gradient_needs_no_loss():
+  loss, *gradients = run(*make_inputs(), measure=False)
+  np.testing.assert_array_equal(loss, 0)
+  chex.assert_trees_all_equal(gradients, list(result()[1:]))
+
+
+@pytest.mark.parametrize(
+  "change, why",
+  [
     (dict(dtype=jnp.float16), "dtype=float16"),
     (dict(K=0), "K=0"),
     (dict(S=1 << 24), "S=16777216"),
     (dict(K=1 << 14), "K=16384 .* bytes of SMEM"),
     (dict(N=4096), "N=4096 .* bytes of VMEM"),
-  )
-  def test_refuses(self, change, why):
-    args = shapes(**(dict(T=64, S=1024, N=8) | change))
-    with self.assertRaisesRegex(NotImplementedError, why):
-      jax.eval_shape(step, *args)
+  ],
+)
+def test_refuses(change, why):
+  args = shapes(**(dict(T=64, S=1024, N=8) | change))
+  with pytest.raises(NotImplementedError, match=why):
+    jax.eval_shape(step, *args)
 
-  def test_is_first(self):
-    self.assertEqual(next(iter(api.IMPLEMENTATIONS)), "mosaic_tpu")
 
-  def test_compiles(self):
-    tpu_topologies.compile_step("v6e", step, shapes(64, 4096, 16, K=256))
+def test_is_first():
+  assert next(iter(api.IMPLEMENTATIONS)) == "mosaic_tpu"
+
+
+def test_compiles():
+  tpu_topologies.compile_step("v6e", step, shapes(64, 4096, 16, K=256))
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ is NaN.
 import functools
 from unittest import mock
 
-from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,9 @@ from pallas_kernels.sparse_mla import mosaic_tpu
 from pallas_kernels.sparse_mla import mosaic_tpu_forward
 from pallas_kernels.sparse_mla import mosaic_tpu_plan
 from pallas_kernels.sparse_mla import reference
-
-from . import inputs
-from . import rows
-from . import tpu_topologies
+from tests.kernels import inputs
+from tests.kernels import rows
+from tests.kernels import tpu_topologies
 
 # No tile divides T or K, and S exceeds K. Blocks end inside a row of the batch.
 B, T, S, K, N, C, R = 2, 9, 53, 7, 16, 128, 64
@@ -89,83 +87,89 @@ def step(T, S, N, K=2048):
   return functools.partial(value_and_vjp, mosaic_tpu.sparse_mla), shapes
 
 
-class SparseMlaMosaicTpuTest(chex.TestCase):
-  def assert_close(self, actual, expected, rtol=5e-6, atol=5e-6):
-    names = "out", "lse", "d_q", "d_kv"
-    for name, x, y in zip(names, actual, expected, strict=True):
-      with self.subTest(name):
-        self.assertEqual(x.dtype, y.dtype)
-        rows.assert_close(x, y, rtol, atol)
+def assert_close(actual, expected, rtol=5e-6, atol=5e-6):
+  names = "out", "lse", "d_q", "d_kv"
+  for name, x, y in zip(names, actual, expected, strict=True):
+    assert x.dtype == y.dtype, name
+    rows.assert_close(x, y, rtol, atol, name)
 
-  @parameterized.parameters("near", "plain", "invalid", "twice")
-  def test_matches_reference(self, kind):
-    self.assert_close(run("kernel", kind), run("reference", kind))
 
-  def test_blocks_with_a_union_and_without(self):
-    self.assertTrue(unions("near").all())
-    self.assertFalse(unions("plain").all())
+@pytest.mark.parametrize("kind", ["near", "plain", "invalid", "twice"])
+def test_matches_reference(kind):
+  assert_close(run("kernel", kind), run("reference", kind))
 
-  @mock.patch.object(mosaic_tpu_forward, "_LOGIT_ROWS", 2 * N)
-  def test_a_union_in_several_products(self):
-    """As blocks of many heads need; each starts a part of the copies."""
-    op = jax.jit(lambda *args: value_and_vjp(OPS["kernel"], *args))
-    self.assert_close(op(*make_inputs("near")), run("reference", "near"))
-    args = make_inputs("near", bf16)
-    out, lse, *_ = op(*args)
-    chex.assert_trees_all_equal((out, lse), compiled("kernel")(*args)[:2])
 
-  def test_bfloat16(self):
-    """bfloat16 rounds by 2^-9: the results, and factors of each product."""
-    args = make_inputs("invalid", bf16)
-    actual = compiled("kernel")(*args)
-    wide = [x.astype(jnp.float32) if x.dtype == bf16 else x for x in args]
-    expected = compiled("reference")(*wide)
-    self.assertEqual([x.dtype for x in actual], [bf16, jnp.float32, bf16, bf16])
-    rows.assert_close(actual[0], expected[0], 2**-7)
-    rows.assert_close(actual[1], expected[1], 2e-6)  # lse does not round
-    for x, y in zip(actual[2:], expected[2:]):
-      rows.assert_close(x, y, 2**-6, 2**-6)
+def test_blocks_with_a_union_and_without():
+  assert unions("near").all()
+  assert not unions("plain").all()
 
-  def test_no_key_no_output(self):
-    """Dead queries: 0, -inf, no gradient, whatever the cotangents are.
 
-    The others' are the same, bit by bit, in another run.
-    """
-    q, kv, indices, d_out, d_lse = make_inputs("invalid")
-    dead_BT = ~((indices >= 0) & (indices < S)).any(-1)
-    self.assertGreater(dead_BT.sum(), 1)
-    bad_BTN = jnp.where(dead_BT[..., None], np.nan, d_lse)
-    actual = compiled("kernel")(q, kv, indices, d_out, bad_BTN)
-    np.testing.assert_array_equal(actual[0][dead_BT], 0)
-    np.testing.assert_array_equal(actual[1][dead_BT], -np.inf)
-    np.testing.assert_array_equal(actual[2][dead_BT], 0)
-    chex.assert_trees_all_equal(actual, run("kernel", "invalid"))
+@mock.patch.object(mosaic_tpu_forward, "_LOGIT_ROWS", 2 * N)
+def test_a_union_in_several_products():
+  """As blocks of many heads need; each starts a part of the copies."""
+  op = jax.jit(lambda *args: value_and_vjp(OPS["kernel"], *args))
+  assert_close(op(*make_inputs("near")), run("reference", "near"))
+  args = make_inputs("near", bf16)
+  out, lse, *_ = op(*args)
+  chex.assert_trees_all_equal((out, lse), compiled("kernel")(*args)[:2])
 
-  @parameterized.parameters(
+
+def test_bfloat16():
+  """bfloat16 rounds by 2^-9: the results, and factors of each product."""
+  args = make_inputs("invalid", bf16)
+  actual = compiled("kernel")(*args)
+  wide = [x.astype(jnp.float32) if x.dtype == bf16 else x for x in args]
+  expected = compiled("reference")(*wide)
+  assert [x.dtype for x in actual] == [bf16, jnp.float32, bf16, bf16]
+  rows.assert_close(actual[0], expected[0], 2**-7)
+  rows.assert_close(actual[1], expected[1], 2e-6)  # lse does not round
+  for x, y in zip(actual[2:], expected[2:]):
+    rows.assert_close(x, y, 2**-6, 2**-6)
+
+
+def test_no_key_no_output():
+  """Dead queries: 0, -inf, no gradient, whatever the cotangents are.
+
+  The others' are the same, bit by bit, in another run.
+  """
+  q, kv, indices, d_out, d_lse = make_inputs("invalid")
+  dead_BT = ~((indices >= 0) & (indices < S)).any(-1)
+  assert dead_BT.sum() > 1
+  bad_BTN = jnp.where(dead_BT[..., None], np.nan, d_lse)
+  actual = compiled("kernel")(q, kv, indices, d_out, bad_BTN)
+  np.testing.assert_array_equal(actual[0][dead_BT], 0)
+  np.testing.assert_array_equal(actual[1][dead_BT], -np.inf)
+  np.testing.assert_array_equal(actual[2][dead_BT], 0)
+  chex.assert_trees_all_equal(actual, run("kernel", "invalid"))
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
     (dict(dtype=jnp.float16), "float16"),
     (dict(N=12), "N=12 heads"),
     (dict(C=120), "C=120"),
     (dict(S=1 << 23), "S=8388608 keys"),
     (dict(K=8200), "K=8200 keys"),
     (dict(N=4096), "N=4096 heads .* bytes of VMEM"),
-  )
-  def test_refuses(self, change, message):
-    sizes = dict(T=64, S=4096, N=128, C=512, K=2048, dtype=bf16) | change
-    T, S, N, C, K, dtype = (
-      sizes[x] for x in ("T", "S", "N", "C", "K", "dtype")
+  ],
+)
+def test_refuses(change, message):
+  sizes = dict(T=64, S=4096, N=128, C=512, K=2048, dtype=bf16) | change
+  T, S, N, C, K, dtype = (sizes[x] for x in ("T", "S", "N", "C", "K", "dtype"))
+  a = jax.ShapeDtypeStruct
+  shapes = a((1, T, N, 576), dtype), a((1, S, 576), dtype)
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(
+      lambda *args: mosaic_tpu.sparse_mla(*args, C, SCALE),
+      *(*shapes, a((1, T, K), jnp.int32)),
     )
-    a = jax.ShapeDtypeStruct
-    shapes = a((1, T, N, 576), dtype), a((1, S, 576), dtype)
-    with self.assertRaisesRegex(NotImplementedError, message):
-      jax.eval_shape(
-        lambda *args: mosaic_tpu.sparse_mla(*args, C, SCALE),
-        *(*shapes, a((1, T, K), jnp.int32)),
-      )
 
-  def test_compiles(self):
-    """On a chip with two cores, which is what kv's gradient depends on."""
-    op, shapes = step(T=64, S=4096, N=16, K=256)
-    tpu_topologies.compile_step("v5p", op, shapes)
+
+def test_compiles():
+  """On a chip with two cores, which is what kv's gradient depends on."""
+  op, shapes = step(T=64, S=4096, N=16, K=256)
+  tpu_topologies.compile_step("v5p", op, shapes)
 
 
 @pytest.mark.tpus

@@ -6,8 +6,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
-
-from . import tpu_topologies
+from tests.kernels import tpu_topologies
 
 LATENT_RANK, SCALE = 512, 0.07
 

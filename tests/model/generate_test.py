@@ -1,104 +1,109 @@
 """Decoding equals teacher forcing, below and above K tokens."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import dsa_jax
 from dsa_jax import cache as cache_lib
 from tests.model import models
 
 
-class DecodeTest(chex.TestCase):
-  @parameterized.product(attention=["dense", "sparse"], prefill=[1, 5, 12])
-  def test_logits_equal_the_full_forward(self, attention, prefill):
-    # K = 8: 5 tokens are prefilled below it and 12 above.
-    model, tokens = models.model(), models.tokens(2, 24)
-    full = jax.jit(lambda m: m(tokens, attention=attention))(model)
-    decode = jax.jit(lambda m, t, c: m.decode(t, c))
-    cache = cache_lib.make_cache(models.CONFIG, 2, 24, attention=attention)
-    logits, cache = decode(model, tokens[:, :prefill], cache)
-    np.testing.assert_allclose(logits, full[:, prefill - 1], atol=1e-4, rtol=0)
-    for t in range(prefill, 24):
-      logits, cache = decode(model, tokens[:, t : t + 1], cache)
-      np.testing.assert_allclose(logits, full[:, t], atol=1e-4, rtol=0)
-
-  def test_the_cache_holds_the_latent_and_the_index_key_alone(self):
-    cfg = models.CONFIG
-    cache = cache_lib.make_cache(cfg, 2, 24)
-    sizes = {x.shape for x in jax.tree.leaves(cache.layers)}
-    width = cfg.kv_rank + cfg.rope_head_dim
-    self.assertEqual(sizes, {(3, 2, 24, width), (3, 2, 24, cfg.index_head_dim)})
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("prefill", [1, 5, 12])
+def test_logits_equal_the_full_forward(attention, prefill):
+  # K = 8: 5 tokens are prefilled below it and 12 above.
+  model, tokens = models.model(), models.tokens(2, 24)
+  full = jax.jit(lambda m: m(tokens, attention=attention))(model)
+  decode = jax.jit(lambda m, t, c: m.decode(t, c))
+  cache = cache_lib.make_cache(models.CONFIG, 2, 24, attention=attention)
+  logits, cache = decode(model, tokens[:, :prefill], cache)
+  np.testing.assert_allclose(logits, full[:, prefill - 1], atol=1e-4, rtol=0)
+  for t in range(prefill, 24):
+    logits, cache = decode(model, tokens[:, t : t + 1], cache)
+    np.testing.assert_allclose(logits, full[:, t], atol=1e-4, rtol=0)
 
 
-class GenerateTest(chex.TestCase):
-  def test_greedy_tokens_are_those_of_the_full_forward(self):
-    model, prompt = models.model(), models.tokens(2, 6)
-    tokens = np.asarray(dsa_jax.generate(model, prompt, 14))
-    self.assertEqual(tokens.shape, (2, 20))
-    np.testing.assert_array_equal(tokens[:, :6], prompt)
-    logits = model(tokens)
-    np.testing.assert_array_equal(tokens[:, 6:], np.argmax(logits, -1)[:, 5:-1])
-    dense = dsa_jax.generate(model, prompt, 14, attention="dense")
-    logits = model(jnp.asarray(dense), attention="dense")
-    np.testing.assert_array_equal(dense[:, 6:], np.argmax(logits, -1)[:, 5:-1])
+def test_the_cache_holds_the_latent_and_the_index_key_alone():
+  cfg = models.CONFIG
+  cache = cache_lib.make_cache(cfg, 2, 24)
+  sizes = {x.shape for x in jax.tree.leaves(cache.layers)}
+  width = cfg.kv_rank + cfg.rope_head_dim
+  assert sizes == {(3, 2, 24, width), (3, 2, 24, cfg.index_head_dim)}
 
-  def test_padding_is_left_out_wherever_it_stands(self):
-    model, prompt = models.model(), models.tokens(3, 12)
-    pad = 63
-    prompt = np.where(prompt == pad, 0, prompt)
-    ragged = prompt.copy()
-    ragged[1, 8:] = pad  # at the end
-    ragged[2, [0, 3, 4]] = pad  # in front and between
-    tokens = np.asarray(dsa_jax.generate(model, ragged, 8, pad_id=pad))
-    for row in range(3):
-      alone = ragged[row][ragged[row] != pad][None]
-      expected = dsa_jax.generate(model, alone, 8)
-      np.testing.assert_array_equal(
-        tokens[row, 12:], expected[0, len(alone[0]) :]
-      )
 
-  def test_samples_follow_the_temperature(self):
-    model = models.model()
-    prompt = np.repeat(models.tokens(1, 4), 512, 0)
-    rng = jax.random.key(0)
-    tokens = np.asarray(dsa_jax.generate(model, prompt, 1, 2.0, rng))[:, -1]
-    p = np.asarray(jax.nn.softmax(model(prompt[:1])[0, -1] / 2.0))
-    frequency = np.bincount(tokens, minlength=64) / 512
-    np.testing.assert_allclose(frequency, p, atol=5 * np.sqrt(p.max() / 512))
-    self.assertGreater(np.corrcoef(frequency, p)[0, 1], 0.8)
-    again = dsa_jax.generate(model, prompt, 1, 2.0, rng)
-    np.testing.assert_array_equal(again[:, -1], tokens)
+def test_greedy_tokens_are_those_of_the_full_forward():
+  model, prompt = models.model(), models.tokens(2, 6)
+  tokens = np.asarray(dsa_jax.generate(model, prompt, 14))
+  chex.assert_shape(tokens, (2, 20))
+  np.testing.assert_array_equal(tokens[:, :6], prompt)
+  logits = model(tokens)
+  np.testing.assert_array_equal(tokens[:, 6:], np.argmax(logits, -1)[:, 5:-1])
+  dense = dsa_jax.generate(model, prompt, 14, attention="dense")
+  logits = model(jnp.asarray(dense), attention="dense")
+  np.testing.assert_array_equal(dense[:, 6:], np.argmax(logits, -1)[:, 5:-1])
 
-  def test_compiles_once(self):
-    model, prompt = models.model(), models.tokens(2, 7)
-    with jax.log_compiles(False):
-      dsa_jax.generate(model, prompt, 3)
-      with self.assertNoLogs("jax._src.dispatch", "WARNING"):
-        with jax.log_compiles():
-          dsa_jax.generate(model, prompt + 1 - prompt.min(), 3)
 
-  @parameterized.parameters(
+def test_padding_is_left_out_wherever_it_stands():
+  model, prompt = models.model(), models.tokens(3, 12)
+  pad = 63
+  prompt = np.where(prompt == pad, 0, prompt)
+  ragged = prompt.copy()
+  ragged[1, 8:] = pad  # at the end
+  ragged[2, [0, 3, 4]] = pad  # in front and between
+  tokens = np.asarray(dsa_jax.generate(model, ragged, 8, pad_id=pad))
+  for row in range(3):
+    alone = ragged[row][ragged[row] != pad][None]
+    expected = dsa_jax.generate(model, alone, 8)
+    np.testing.assert_array_equal(
+      tokens[row, 12:], expected[0, len(alone[0]) :]
+    )
+
+
+def test_samples_follow_the_temperature():
+  model = models.model()
+  prompt = np.repeat(models.tokens(1, 4), 512, 0)
+  rng = jax.random.key(0)
+  tokens = np.asarray(dsa_jax.generate(model, prompt, 1, 2.0, rng))[:, -1]
+  p = np.asarray(jax.nn.softmax(model(prompt[:1])[0, -1] / 2.0))
+  frequency = np.bincount(tokens, minlength=64) / 512
+  np.testing.assert_allclose(frequency, p, atol=5 * np.sqrt(p.max() / 512))
+  assert np.corrcoef(frequency, p)[0, 1] > 0.8
+  again = dsa_jax.generate(model, prompt, 1, 2.0, rng)
+  np.testing.assert_array_equal(again[:, -1], tokens)
+
+
+def test_compiles_once(caplog):
+  model, prompt = models.model(), models.tokens(2, 7)
+  with jax.log_compiles(False):
+    dsa_jax.generate(model, prompt, 3)
+  caplog.clear()
+  with jax.log_compiles():
+    dsa_jax.generate(model, prompt + 1 - prompt.min(), 3)
+  assert "jax._src.dispatch" not in {x.name for x in caplog.records}
+
+
+@pytest.mark.parametrize(
+  "kwargs, named",
+  [
     (dict(max_new_tokens=0), "max_new_tokens"),
     (dict(max_new_tokens=1, temperature=-1.0), "temperature"),
     (dict(max_new_tokens=1, temperature=1.0), "rng"),
-  )
-  def test_refuses(self, kwargs, named):
-    with self.assertRaisesRegex(ValueError, named):
-      dsa_jax.generate(models.model(), models.tokens(1, 4), **kwargs)
-
-  def test_refuses_an_empty_prompt(self):
-    with self.assertRaisesRegex(ValueError, "empty"):
-      dsa_jax.generate(models.model(), np.zeros((1, 0), np.int32), 1)
-
-  def test_refuses_to_share_a_token_among_devices(self):
-    with jax.set_mesh(dsa_jax.make_mesh(context=2)):
-      with self.assertRaisesRegex(ValueError, "seq=None"):
-        dsa_jax.generate(models.model(), models.tokens(2, 4), 1)
+  ],
+)
+def test_refuses(kwargs, named):
+  with pytest.raises(ValueError, match=named):
+    dsa_jax.generate(models.model(), models.tokens(1, 4), **kwargs)
 
 
-if __name__ == "__main__":
-  absltest.main()
+def test_refuses_an_empty_prompt():
+  with pytest.raises(ValueError, match="empty"):
+    dsa_jax.generate(models.model(), np.zeros((1, 0), np.int32), 1)
+
+
+def test_refuses_to_share_a_token_among_devices():
+  with jax.set_mesh(dsa_jax.make_mesh(context=2)):
+    with pytest.raises(ValueError, match="seq=None"):
+      dsa_jax.generate(models.model(), models.tokens(2, 4), 1)

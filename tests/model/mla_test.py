@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from absl.testing import absltest
-import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import dsa_jax
 from dsa_jax import config as config_lib
@@ -30,70 +29,72 @@ def run(attention, layer, x, positions, segments, cfg=CONFIG):
   return layer(x, frame).y
 
 
-class MLATest(chex.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.layer = mla.MLA(CONFIG, rngs=nnx.Rngs(0))
-    self.x = jax.random.normal(jax.random.key(1), (2, 32, 32))
+@pytest.fixture
+def layer():
+  return mla.MLA(CONFIG, rngs=nnx.Rngs(0))
 
-  def test_absorbed_equals_expanded(self):
-    for segments in (None, models.SEGMENTS):
-      dense, sparse = (
-        jax.jit(run, static_argnums=0)(
-          way, self.layer, self.x, models.POSITIONS, segments
-        )
-        for way in ("dense", "sparse")
-      )
-      self.assertGreater(np.abs(dense).max(), 0.1)
-      np.testing.assert_allclose(sparse, dense, atol=1e-5, rtol=1e-5)
 
-  def test_their_gradients_are_equal(self):
-    target = jax.random.normal(jax.random.key(2), self.x.shape)
+@pytest.fixture
+def x():
+  return jax.random.normal(jax.random.key(1), (2, 32, 32))
 
-    def loss(layer, x, attention):
-      y = run(attention, layer, x, models.POSITIONS, models.SEGMENTS)
-      return jnp.sum(y * target)
 
-    grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+def test_absorbed_equals_expanded(layer, x):
+  for segments in (None, models.SEGMENTS):
     dense, sparse = (
-      grad(self.layer, self.x, way) for way in ("dense", "sparse")
+      jax.jit(run, static_argnums=0)(way, layer, x, models.POSITIONS, segments)
+      for way in ("dense", "sparse")
     )
-    for (path, d), s in zip(
-      jax.tree_util.tree_leaves_with_path(dense), jax.tree.leaves(sparse)
-    ):
-      scale = np.abs(d).max()
-      name = jax.tree_util.keystr(path)
-      if "indexer" in name:
-        np.testing.assert_array_equal(s, 0, name)
-      else:
-        self.assertGreater(scale, 0, name)
-      np.testing.assert_allclose(s, d, atol=1e-5 * scale, rtol=1e-5)
-
-  def test_fewer_keys_give_another_result(self):
-    cfg = dataclasses.replace(CONFIG, top_k=8)
-    layer = mla.MLA(cfg, rngs=nnx.Rngs(0))
-    dense, sparse = (
-      run(way, layer, self.x, None, None, cfg) for way in ("dense", "sparse")
-    )
-    np.testing.assert_allclose(sparse[:, :8], dense[:, :8], atol=1e-5)
-    for t in range(12, 32):
-      self.assertGreater(np.abs(sparse - dense)[:, t].max(), 1e-3)
-
-  def test_alone_as_a_function_of_its_parameters(self):
-    graphdef, params = nnx.split(self.layer)
-
-    @jax.jit
-    def attend(params, x):
-      frame = dsa_jax.make_frame(CONFIG, x.shape[:2], attention="sparse")
-      return nnx.merge(graphdef, params)(x, frame).y
-
-    expected = run("dense", self.layer, self.x, None, None)
-    np.testing.assert_allclose(attend(params, self.x), expected, atol=1e-5)
-
-  def test_the_scale_is_that_of_the_expanded_width(self):
-    mscale = 0.1 * np.log(8.0) + 1
-    self.assertAlmostEqual(mla.softmax_scale(CONFIG), mscale**2 / np.sqrt(20))
+    assert np.abs(dense).max() > 0.1
+    np.testing.assert_allclose(sparse, dense, atol=1e-5, rtol=1e-5)
 
 
-if __name__ == "__main__":
-  absltest.main()
+def test_their_gradients_are_equal(layer, x):
+  target = jax.random.normal(jax.random.key(2), x.shape)
+
+  def loss(layer, x, attention):
+    y = run(attention, layer, x, models.POSITIONS, models.SEGMENTS)
+    return jnp.sum(y * target)
+
+  grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+  dense, sparse = (grad(layer, x, way) for way in ("dense", "sparse"))
+  for (path, d), s in zip(
+    jax.tree_util.tree_leaves_with_path(dense), jax.tree.leaves(sparse)
+  ):
+    scale = np.abs(d).max()
+    name = jax.tree_util.keystr(path)
+    if "indexer" in name:
+      np.testing.assert_array_equal(s, 0, name)
+    else:
+      assert scale > 0, name
+    np.testing.assert_allclose(s, d, atol=1e-5 * scale, rtol=1e-5)
+
+
+def test_fewer_keys_give_another_result(x):
+  cfg = dataclasses.replace(CONFIG, top_k=8)
+  layer = mla.MLA(cfg, rngs=nnx.Rngs(0))
+  dense, sparse = (
+    run(way, layer, x, None, None, cfg) for way in ("dense", "sparse")
+  )
+  np.testing.assert_allclose(sparse[:, :8], dense[:, :8], atol=1e-5)
+  for t in range(12, 32):
+    assert np.abs(sparse - dense)[:, t].max() > 1e-3
+
+
+def test_alone_as_a_function_of_its_parameters(layer, x):
+  graphdef, params = nnx.split(layer)
+
+  @jax.jit
+  def attend(params, x):
+    frame = dsa_jax.make_frame(CONFIG, x.shape[:2], attention="sparse")
+    return nnx.merge(graphdef, params)(x, frame).y
+
+  expected = run("dense", layer, x, None, None)
+  np.testing.assert_allclose(attend(params, x), expected, atol=1e-5)
+
+
+def test_the_scale_is_that_of_the_expanded_width():
+  mscale = 0.1 * np.log(8.0) + 1
+  assert mla.softmax_scale(CONFIG) == pytest.approx(
+    mscale**2 / np.sqrt(20), abs=5e-8
+  )
