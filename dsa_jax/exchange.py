@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch as dispatch_lib
 
 type Axis = str | tuple[str, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("axis",))
-def send(
+def dispatch(
   rows: Float[Array, "R D"], sizes: Int[Array, "G G"], axis: Axis
 ) -> Float[Array, "G R D"]:
   """Slots of what all devices sent here; what is in no slot is finite.
@@ -35,7 +35,7 @@ def send(
   """
   R, D = rows.shape
   me, to, first = _places(sizes, axis)
-  if dispatch.platform() == "cpu":
+  if dispatch_lib.platform() == "cpu":
     p = jnp.arange(R, dtype=jnp.int32)[None]
     slots = rows.at[jnp.where(p < to[:, None], first[me][:, None] + p, R)].get(
       mode="fill", fill_value=0
@@ -54,13 +54,13 @@ def send(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("axis",))
-def bring_back(
+def combine(
   slots: Float[Array, "G R D"], sizes: Int[Array, "G G"], axis: Axis
 ) -> Float[Array, "R D"]:
-  """The rows that `send` sent, from the slots where they went; else 0."""
+  """The rows that `dispatch` sent, from the slots where they went; else 0."""
   G, R, D = slots.shape
   me, to, first = _places(sizes, axis)
-  if dispatch.platform() == "cpu":
+  if dispatch_lib.platform() == "cpu":
     slots = jax.lax.all_to_all(slots, axis, 0, 0)
     p = jnp.arange(R, dtype=jnp.int32)
     owner = jnp.searchsorted(first[me] + to, p, side="right")
@@ -92,5 +92,5 @@ def _backward(inverse):
   return lambda axis, sizes, d_y: (inverse(d_y, sizes, axis), None)
 
 
-send.defvjp(_forward(send), _backward(bring_back))
-bring_back.defvjp(_forward(bring_back), _backward(send))
+dispatch.defvjp(_forward(dispatch), _backward(combine))
+combine.defvjp(_forward(combine), _backward(dispatch))

@@ -88,13 +88,13 @@ def _rows(gate_EDF, up_EDF, down_EFD, axis, x_ND, experts_NJ, weights_NJ):
     # How many rows device s has for expert e of device d: [s, d, e].
     counts_GGE = jax.lax.all_gather(sizes, axis).reshape(G, G, E)
     sent_GG = counts_GGE.sum(2, dtype=jnp.int32)
-    slots_GRD = exchange.send(rows_RD, sent_GG, axis)
+    slots_GRD = exchange.dispatch(rows_RD, sent_GG, axis)
     mine_GE = counts_GGE[:, jax.lax.axis_index(axis)]
     order_S = jnp.argsort(_expert_of_slots(mine_GE, N * J), stable=True)
     sorted_SD = slots_GRD.reshape(G * N * J, -1).at[order_S].get(**_PERMUTE)
     y_SD = _mlp(sorted_SD, mine_GE.sum(0), gate_EDF, up_EDF, down_EFD)
     y_SD = y_SD.at[jnp.argsort(order_S)].get(**_PERMUTE)
-    y_RD = exchange.bring_back(y_SD.reshape(slots_GRD.shape), sent_GG, axis)
+    y_RD = exchange.combine(y_SD.reshape(slots_GRD.shape), sent_GG, axis)
   y_NJD = y_RD.at[jnp.argsort(order_R)].get(**_PERMUTE).reshape(N, J, -1)
   return jnp.einsum("NJD,NJ->ND", y_NJD, weights_NJ.astype(x_ND.dtype))
 

@@ -21,10 +21,10 @@ import numpy as np
 import tqdm
 import tyro
 
-from dsa_jax.hf import ahead
 from dsa_jax.hf import config_json
 from dsa_jax.hf import files
 from dsa_jax.hf import load
+from dsa_jax.hf import prefetch
 from dsa_jax.hf import save
 from dsa_jax.hf import tensors as tensors_lib
 from train.run import arrays as arrays_lib
@@ -153,7 +153,7 @@ def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
     for file, tensors in itertools.groupby(
       left, lambda t: stored.entries[t.name].file
     ):
-      for done in ahead.ahead(write, tensors):
+      for done in prefetch.prefetch(write, tensors):
         bar.update(done)
       out.sync()
       journal.add(file.name)
@@ -226,7 +226,7 @@ def _to_hf(conversion: Conversion, source: pathlib.Path) -> None:
   done = sum(size for name, size in zip(names, sizes) if name in journal)
   with _progress(sum(sizes), done) as bar:
     # A file is compared while the next one is written.
-    for i in ahead.ahead(compared, written()):
+    for i in prefetch.prefetch(compared, written()):
       journal.add(names[i])
       bar.update(sizes[i])
   out.finish()

@@ -14,10 +14,10 @@ import numpy as np
 
 from dsa_jax import config as config_lib
 from dsa_jax import transformer
-from dsa_jax.hf import ahead
 from dsa_jax.hf import config_json
 from dsa_jax.hf import files
 from dsa_jax.hf import fp8
+from dsa_jax.hf import prefetch
 from dsa_jax.hf import tensors as tensors_lib
 
 type Stage = Literal["pretrain", "extend", "warmup", "sparse"]
@@ -74,7 +74,7 @@ def load_hf(
       if any(filled[p.leaf].needs(p.index) for p in tensor.places)
     ]
     with jax.set_mesh(_NO_MESH):  # each device is filled by itself
-      for parts in ahead.ahead(functools.partial(read, stored), needed):
+      for parts in prefetch.prefetch(functools.partial(read, stored), needed):
         for place, part in parts:
           filled[place.leaf].put(place.index, part)
     arrays = {name: filled.pop(name).array() for name in names}

@@ -16,11 +16,11 @@ import numpy as np
 
 from dsa_jax import config as config_lib
 from dsa_jax import transformer
-from dsa_jax.hf import ahead
 from dsa_jax.hf import config_json
 from dsa_jax.hf import files
 from dsa_jax.hf import fp8
 from dsa_jax.hf import load
+from dsa_jax.hf import prefetch
 from dsa_jax.hf import tensors as tensors_lib
 
 type Fetch = Callable[[tensors_lib.Place], np.ndarray]
@@ -166,7 +166,9 @@ class Export:
       parts = [fetch(place) for place in unit.tensor.places]
       return self._made(unit, in_order(unit.tensor.join(parts)))
 
-    arrays = (x for made in ahead.ahead(make, self._files[i]) for x in made)
+    arrays = (
+      x for made in prefetch.prefetch(make, self._files[i]) for x in made
+    )
     return files.write(self._folder / self._name(i), self.specs(i), arrays)
 
   def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Work done by threads a few items ahead of where its results are used."""
+"""Prefetching: threads work a few items ahead of where results are used."""
 
 import collections
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import os
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
-def ahead[T, R](work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def prefetch[T, R](work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
   """`map(work, items)`, in order, with a few results waiting at most."""
   pending: collections.deque[futures.Future[R]] = collections.deque()
   with futures.ThreadPoolExecutor(_THREADS) as threads:
