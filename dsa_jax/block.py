@@ -36,7 +36,7 @@ _KEPT: dict[config_lib.Remat, tuple[str, ...]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerOutput:
-  """What a layer did; of a stack of layers, each array has L in front."""
+  """Results of a layer; of a stack of layers, each array has L in front."""
 
   cache: mla.LayerCache | None
   """The cache that was given, with these tokens in it."""
@@ -47,7 +47,7 @@ class LayerOutput:
   recall: Float[Array, "*L B Q"] | None
   """How much attention the selected keys hold, likewise."""
   router: moe.RouterStats | None
-  """What balancing needs; None for a dense MLP."""
+  """Statistics for balancing; None for a dense MLP."""
 
 
 class Block(nnx.Module):

@@ -18,10 +18,10 @@ from dsa_jax import mla
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """What decoding keeps of the tokens so far; all rows are equally long."""
+  """Cache of the tokens so far; all rows are equally long."""
 
   layers: mla.LayerCache
-  """Of all layers, with L in front."""
+  """Caches of all layers, with L in front."""
   start: Int[Array, " B"]
   """Where each row begins; before it is padding."""
   length: Int[Array, ""]

@@ -68,7 +68,7 @@ class ModelConfig:
   index_rope_interleaved: bool = False
   """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
   indexer_types: tuple[str, ...] = ()
-  """Of each layer but MTP's, which is "full"; empty: all are. "full" has an
+  """Kind of each layer but MTP's, which is "full"; empty: all are. "full" has an
   indexer of its own. "shared" reads the keys that the last full layer before it
   chose (GLM; IndexCache, arXiv 2603.12201): its place in the stacked parameters
   of the indexers and in their cache is there, but unused."""
@@ -104,11 +104,11 @@ class ModelConfig:
   """Standard deviation of initial weights."""
 
   dtype: DType = "bfloat16"
-  """What activations are computed in."""
+  """Type of the activations."""
   param_dtype: DType = "float32"
-  """What parameters are kept in."""
+  """Storage type of the parameters."""
   remat: Remat = "attention"
-  """What the backward pass has of a layer besides its input; the rest it
+  """Residuals of a layer besides its input; the rest the backward pass
   computes again. "attention": the selected keys and the attention's results;
   "selection": the selected keys alone, for long sequences of a large model;
   "none": everything, nothing is computed again."""

@@ -1,4 +1,4 @@
-"""What all layers of one forward pass know about its tokens.
+"""The frame of a forward pass: positions and visible keys of its tokens.
 
 Letters: B batch, T tokens (queries), S keys, R rotated width.
 """

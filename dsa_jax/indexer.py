@@ -26,7 +26,7 @@ from pallas_kernels import checkpoint_names
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-  """What a score is made of: `I[t, s] = sum_m w[t, m] relu(q[t, m] . k[s])`."""
+  """Factors of a score: `I[t, s] = sum_m w[t, m] relu(q[t, m] . k[s])`."""
 
   q_BTMI: Float[Array, "B T M I"]
   k_BSI: Float[Array, "BX S I"]
@@ -37,12 +37,12 @@ class Scoring:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Indexed:
-  """What an indexer found, for its own layer and those that share it."""
+  """Result of an indexer, for its own layer and those that share it."""
 
   selected: Int[Array, "B T K"] | None
   """The keys to read; None in dense attention, which reads all."""
   scoring: Scoring | None
-  """What the index loss teaches; None if it is not asked for."""
+  """Input of the index loss; None if that is not asked for."""
 
 
 class Indexer(nnx.Module):
@@ -127,7 +127,7 @@ class Indexer(nnx.Module):
     shared: Indexed | None = None,
     full: Bool[Array, ""] | None = None,
   ) -> tuple[Indexed, Float[Array, "B S I"] | None]:
-    """What a layer's attention needs, and the cached keys with those of `x`.
+    """Returns the keys to attend to, and the cached keys with those of `x`.
 
     Args:
       x: As of a call, like `q_latent`, `frame` and `cached`.

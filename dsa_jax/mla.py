@@ -49,7 +49,7 @@ class AttentionOutput:
   index_loss: Float[Array, "B T"] | None
   """KL of each query's attention from its index scores, if asked for."""
   recall: Float[Array, "B Q"] | None
-  """Of a sample of the queries, likewise; see recall.py."""
+  """Recall of a sample of the queries, if asked for; see recall.py."""
 
 
 def softmax_scale(cfg: config_lib.ModelConfig) -> float:
@@ -297,7 +297,7 @@ class MLA(nnx.Module):
     return jnp.concatenate([q_BTNC, q_rope_BTNR], -1)
 
   def _scoring(self, scoring):
-    """What the indexer's loss needs of the indexer, behind its specs."""
+    """Returns the specs and the arrays of the index for the indexer's loss."""
     rules = self.cfg.rules
     specs = (
       rules("batch", "seq", "index_heads", None),
@@ -310,7 +310,7 @@ class MLA(nnx.Module):
   def _recall(
     self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
   ):
-    """Of a sample of the queries, and only if it is to be measured."""
+    """Recall of a sample of the queries; zeros where it is not measured."""
     cfg, rules = self.cfg, self.cfg.rules
     C, scale = cfg.kv_rank, softmax_scale(cfg)
     heads_axis = rules.mesh_axes("heads")

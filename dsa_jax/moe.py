@@ -25,7 +25,7 @@ class RouterBias(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-  """What balancing needs of a layer, or of a stack of L."""
+  """Statistics for balancing, of a layer or of a stack of L."""
 
   load: Float[Array, "*L E"]
   """Tokens that went to each expert, padding left out."""

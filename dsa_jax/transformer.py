@@ -147,7 +147,7 @@ class Transformer(nnx.Module):
     index_loss: bool,
     measure: Bool[Array, ""] | bool = True,
   ) -> Losses:
-    """What training needs; the logits never exist for a whole sequence.
+    """Computes the losses; logits never exist for a whole sequence.
 
     Args:
       tokens: As of a call, like `positions` and `segment_ids`.

@@ -20,7 +20,7 @@ from dsa_jax import sharding
 
 
 def multiple(rules: sharding.ShardingRules) -> int:
-  """What T must be a multiple of."""
+  """Returns the number that T must be a multiple of."""
   shards = rules.shards("seq")
   return 2 * shards if shards > 1 else 1
 

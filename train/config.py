@@ -1,4 +1,4 @@
-"""What a run is: model, data, stages, optimizer, mesh, checkpoints, log.
+"""The config of a run: model, data, stages, optimizer, mesh, checkpoints, log.
 
 A run is a Python file in configs/ that defines `config() -> TrainConfig`. Any
 field can be set on the command line. Everything that can be wrong in itself is
@@ -45,7 +45,7 @@ class TrainConfig:
   there), or one of its checkpoints, RUN_DIR/checkpoints/STEP. "random" lets a
   stage that continues a model begin with random weights."""
   seed: Annotated[int, ranges.AtLeast(0)] = 0
-  """Of the initial weights, the order of the data, and the samples."""
+  """Seeds the initial weights, the order of the data, and the samples."""
   resume: bool = False
   """Go on from the newest whole checkpoint in run_dir; begin where there is
   none yet. So one command serves to start a run, and to start it again."""
@@ -158,7 +158,7 @@ class TrainConfig:
 
   @property
   def step_plan(self) -> compile_lib.Plan:
-    """What the steps of all stages have in common."""
+    """Settings that the steps of all stages share."""
     return compile_lib.Plan(
       model=self.model,
       optimizer=self.optimizer,
@@ -178,7 +178,7 @@ class TrainConfig:
 
 
 def load(path: str) -> TrainConfig:
-  """What `config()` of a Python file returns.
+  """Returns what `config()` of a Python file returns.
 
   Raises:
     ValueError: There is no such file, or no such function in it.

@@ -36,22 +36,22 @@ _ORIGIN: Final = "hf"
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-  """What to convert, and how."""
+  """Source, target and options of a conversion."""
 
   source: tyro.conf.Positional[str]
   """A Hugging Face folder, or a run's folder or one checkpoint of it."""
   target: tyro.conf.Positional[str]
-  """What to make; must not exist."""
+  """The folder to write; must not exist."""
   dtype: Literal["bfloat16", "float32"] | None = None
-  """Of the checkpoint's parameters; by default as config.json has it. A run
+  """Type of the checkpoint's parameters; by default config.json's. A run
   reads them in its own."""
   stage: load.Stage | None = None
-  """What the checkpoint is for: "warmup" gives a model without an indexer (V3,
+  """Stage to prepare for: "warmup" gives a model without an indexer (V3,
   V3.1) a new one."""
   format: config_json.Format = "bf16"
-  """Of the Hugging Face folder's weights."""
+  """Type of the Hugging Face folder's weights."""
   max_shard_size: str = "5GB"
-  """Of each of its files."""
+  """Largest size of a file of it."""
   like: str | None = None
   """A folder of the model it began as, for the tokenizer, the chat template,
   the rest of config.json, and the FP8 scales of weights that did not change."""
@@ -101,7 +101,7 @@ class Journal:
     self._add(part)
 
   def finish(self) -> None:
-    """What was made takes its place."""
+    """Moves the result into its place."""
     self._file.unlink()
     self.folder.rename(self.target)
 
@@ -180,7 +180,7 @@ def _write_unread(out, cfg, has_indexer) -> None:
 
 
 def _keep(stored, wanted, folder) -> None:
-  """What a Hugging Face folder is made of besides the parameters' values."""
+  """Ingredients of a Hugging Face folder besides the parameters' values."""
   folder.mkdir(exist_ok=True)
   save.carry(stored.path, folder)
   shutil.copyfile(stored.path / "config.json", folder / "config.json")

@@ -1,4 +1,4 @@
-"""What a checkpoint is worth: held-out text, retrieval, and what it selects."""
+"""Evaluation of a model: held-out text, retrieval, and the keys it selects."""
 
 from collections.abc import Callable
 import functools
@@ -182,7 +182,7 @@ def make_answer_step(
 
 @functools.lru_cache
 def make_select_step(model: step_lib.Model) -> Callable[..., Any]:
-  """Of a sample of the queries of a batch: selected keys, and positions."""
+  """Returns a step that samples queries: their selected keys and positions."""
 
   @jax.jit
   def select_step(state, batch):

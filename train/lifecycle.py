@@ -66,7 +66,7 @@ class ModelRow:
 
 @dataclasses.dataclass(frozen=True)
 class StageRow:
-  """What a step of one stage took."""
+  """Cost of a step of one stage."""
 
   stage: str
   steps: int

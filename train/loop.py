@@ -129,7 +129,7 @@ class Run:
       self._farewell(state)
 
   def summary(self) -> str:
-    """What is about to run, and what it costs."""
+    """Describes the run and its cost."""
     cfg, model = self.cfg, self.cfg.model
     total = metrics_lib.count(flops.total_parameters(model))
     active = metrics_lib.count(flops.active_parameters(model))
@@ -236,6 +236,6 @@ def open_checkpoints(
 
 
 def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
-  """What a device holds of an array."""
+  """Bytes of an array on one device."""
   shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
   return int(np.prod(shape)) * x.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Everything short of training: what a run would be, and whether it fits."""
+"""Preflight checks: everything short of training, and whether it fits."""
 
 from collections.abc import Iterator
 import os
@@ -42,7 +42,7 @@ def report(cfg: config_lib.TrainConfig) -> None:
 
 
 def _short(cfg: config_lib.TrainConfig) -> str:
-  """What the run's summary does not say."""
+  """Describes what the run's summary leaves out."""
   optimizer, save, log = cfg.optimizer, cfg.checkpoint, cfg.log
   return (
     f"learns   at {optimizer.peak_lr:g}, the indexer at"
@@ -87,7 +87,7 @@ def _size(state: step_lib.TrainState) -> int:
 
 
 def _memory(states: list[step_lib.TrainState], mesh: jax.sharding.Mesh) -> str:
-  """What a device holds of the largest state, beside what it has."""
+  """Compares the largest state on a device with the device's memory."""
   held = max(
     sum(
       int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
@@ -112,7 +112,7 @@ def _memory(states: list[step_lib.TrainState], mesh: jax.sharding.Mesh) -> str:
 
 
 def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
-  """What checkpoints will take, beside what is free.
+  """Compares the disk space that checkpoints need with what is free.
 
   Those of stages' ends stay; the newest do; and one more is written before the
   oldest goes.
@@ -142,7 +142,7 @@ def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
 
 
 def _origin(cfg: config_lib.TrainConfig, run: loop.Run) -> str:
-  """What the run begins with; opened, and compared with the model."""
+  """Opens what the run begins with, and compares it with the model."""
   found = origin_lib.find(pathlib.Path(cfg.run_dir).resolve())
   if cfg.resume and found:
     return f"resumes  {origin_lib.Origin(str(found), cfg.model)}"

@@ -42,14 +42,14 @@ class Position:
   progress: checkpoint_lib.Progress = dataclasses.field(
     default_factory=checkpoint_lib.Progress
   )
-  """What a checkpoint holds besides the train state."""
+  """The part of a checkpoint besides the train state."""
   stopping: bool = False
   """Someone asked the run to stop: it saves after the step in flight."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Services:
-  """What a run has opened for its stages."""
+  """Resources that a run has opened for its stages."""
 
   mesh: jax.sharding.Mesh
   corpus: corpus_lib.Corpus
@@ -64,7 +64,7 @@ class Services:
 
 @dataclasses.dataclass(frozen=True)
 class _Due:
-  """What follows a step."""
+  """Actions due after a step."""
 
   stops: bool
   saves: bool

@@ -29,7 +29,7 @@ class TokenizerError(ValueError):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """What the pipeline and the sampler need of a tokenizer."""
+  """Interface of a tokenizer for the data pipeline and the sampler."""
 
   eos_id: int
   vocab_size: int

@@ -43,7 +43,7 @@ class Entry:
   """As the file has it: F32, BF16, F8_E4M3, ..."""
   shape: tuple[int, ...]
   begin: int
-  """Of its bytes in the file."""
+  """Place of its bytes in the file."""
   end: int
 
   @property
@@ -117,7 +117,7 @@ class Folder:
     return array
 
   def dtype(self, name: str) -> np.dtype:
-    """What a tensor is stored in.
+    """Storage type of a tensor.
 
     Raises:
       ValueError: It is none of `DTYPES`.

@@ -111,7 +111,7 @@ def wanted(
 def read(
   stored: files.Folder, tensor: tensors_lib.Tensor
 ) -> list[tuple[tensors_lib.Place, np.ndarray]]:
-  """What a tensor fills; float32 if it was FP8, else in its own dtype."""
+  """Values of a tensor; float32 if it was FP8, else its own dtype."""
   array = stored.read(tensor.name)
   if array.dtype == files.DTYPES["F8_E4M3"]:
     array = fp8.dequantise(array, stored.read(tensor.name + SCALE))

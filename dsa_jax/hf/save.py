@@ -155,7 +155,7 @@ class Export:
     return [self._name(i) for i in range(len(self._files))]
 
   def specs(self, i: int) -> list[files.Spec]:
-    """What is in file `i`."""
+    """Describes the tensors of file `i`."""
     return [spec for unit in self._files[i] for spec in unit.specs]
 
   def write(self, i: int, fetch: Fetch) -> int:
@@ -212,7 +212,7 @@ class Export:
     )
 
   def _exact(self, tensor, fetch) -> np.dtype:
-    """Of what is kept in float32: bf16 where it came so and still is that."""
+    """Type of a float32 value: bf16 where it came so and still is that."""
     known = self._entries.get(tensor.name) if self._entries else None
     if known is None or known.dtype != "BF16":
       return _F32

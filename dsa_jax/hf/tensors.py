@@ -23,14 +23,14 @@ type Kind = Literal["linear", "plain", "float32"]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """What a tensor fills of one parameter."""
+  """The part of a parameter that a tensor fills."""
 
   leaf: str
   """The parameter, as in `leaf_names`."""
   index: tuple[int, ...]
   """The layer of its stack, and the expert, if it has them."""
   shape: tuple[int, ...]
-  """Of the part: without these."""
+  """Shape of the part, without these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Tensor:
   inputs: int | None
   """How many of our leading dimensions are `in`; None: the same array."""
   copy: bool = False
-  """Of another tensor: written, but not read."""
+  """Copy of another tensor: written, but not read."""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ class Tensor:
     return whole.reshape(rows, -1).T
 
   def _matrix(self) -> tuple[int, int, list[int]]:
-    """Of our parts as [in, heads, width]: in, heads, and each one's width."""
+    """Sizes of our parts [in, heads, width]: in, heads, and each one's width."""
     shape, inputs = self.places[0].shape, self.inputs
     rows, heads = math.prod(shape[:inputs]), math.prod(shape[inputs:-1])
     return rows, heads, [p.shape[-1] for p in self.places]

@@ -77,7 +77,7 @@ class _Blocks:
     self.place_R = jnp.minimum(place_R, self.places - 1)
 
   def groups(self, i):
-    """Of the blocks of round i."""
+    """Groups of the blocks of round i."""
     return self._slice(self.group_G, i)
 
   def rows(self, x, i):

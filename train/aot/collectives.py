@@ -28,7 +28,7 @@ class Moved:
   times: int
   """How often it runs."""
   bytes: int
-  """Of its results (of a reduce-scatter, its operands) on one device."""
+  """Bytes of the results (a reduce-scatter: operands) on one device."""
 
 
 @dataclasses.dataclass
@@ -40,7 +40,7 @@ class _Computation:
 
 
 def moved(hlo: str) -> dict[str, Moved]:
-  """What each kind of collective moves, loops counted as often as they run.
+  """Returns the traffic of each kind of collective; loops count every turn.
 
   A loop whose number of rounds is not a constant counts once; of a conditional,
   every branch.

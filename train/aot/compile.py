@@ -31,7 +31,7 @@ from train.run import metrics as metrics_lib
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a device has; of the two cores of a tpu7x, each is a device."""
+  """Facts about a device; each of the two cores of a tpu7x is one."""
 
   memory: int
   """Bytes that a program may use."""
@@ -51,7 +51,7 @@ _CHIPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """What the steps of a run's stages have in common."""
+  """Settings that the steps of all stages share."""
 
   model: dsa_jax.ModelConfig
   optimizer: optimizer_lib.OptimizerConfig
@@ -64,7 +64,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-  """What the compiler says of one stage's step. Bytes are those of a device."""
+  """The compiler's report on one stage's step. Bytes are per device."""
 
   stage: stages_lib.StageConfig
   arguments: int
@@ -72,9 +72,9 @@ class Compiled:
   temporaries: int
   memory: int
   flops: float
-  """Of the model on one device: without what is computed twice."""
+  """FLOPs of the model on one device, without recomputation."""
   repeated: float
-  """Of these, what remat computes again."""
+  """FLOPs that remat adds to these."""
   peak: float
   moved: dict[str, collectives.Moved]
   network: float

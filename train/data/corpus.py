@@ -138,7 +138,7 @@ class Corpus:
 
   @property
   def source_names(self) -> tuple[str, ...]:
-    """Of the sources, by the numbers that "sources" of a batch has."""
+    """Names of the sources; a batch's "sources" are indices into them."""
     return tuple(source.name for source in self.sources)
 
   @property

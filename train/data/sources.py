@@ -33,7 +33,7 @@ class SourceConfig:
   text_field: str = "text"
   """Field (JSON) or column (Parquet, Hugging Face) that holds the text."""
   name: str | None = None
-  """What the log calls it; None: a name made of the path."""
+  """The name in logs; None derives it from the path."""
 
   def __post_init__(self):
     if not 0 < self.weight < math.inf:
@@ -105,7 +105,7 @@ class Source:
     self.train, self.heldout = documents_lib.split(reader, heldout_fraction)
 
   def __str__(self) -> str:
-    """What was found, for a log."""
+    """Describes the documents found, for a log."""
     path, bad = self._config.path, self.quarantine.count
     return (
       (path if path == self.name else f"{self.name} ({path})")

@@ -125,7 +125,7 @@ class Mixture:
 
   @property
   def seeds(self) -> list[int]:
-    """Of what is drawn for a shard; those of the only one are of old."""
+    """Seeds for a shard; an only shard keeps the seeds it would have alone."""
     first = self.streams[0]
     return [first.seed] + [first.shard] * (first.shards > 1)
 

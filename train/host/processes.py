@@ -133,7 +133,7 @@ def check_mesh(mesh: jax.sharding.Mesh) -> None:
 
 
 def number() -> int:
-  """Of this process, from 0."""
+  """Returns the number of this process, from 0."""
   return jax.process_index()
 
 
@@ -268,7 +268,7 @@ def parts_here(
 
 
 def gather_json(own: dict[int, Any]) -> dict[int, Any]:
-  """What each process says under numbers of its own, together."""
+  """Merges what each process gives under keys of its own."""
   if jax.process_count() == 1:
     return own
   text = json.dumps(own).encode()

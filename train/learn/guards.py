@@ -1,4 +1,4 @@
-"""What keeps one bad step from costing a run: steps skipped, alarms raised.
+"""Guards against bad steps: steps are skipped, alarms raised.
 
 A step is judged where it is computed, by its loss and by the norm of its
 gradient, and changes nothing if either is not finite or far above those of the
@@ -26,7 +26,7 @@ _LEAST_DEVIATION: Final = 0.01
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-  """What is not believed, and what is done about it."""
+  """Which steps are skipped, and what follows."""
 
   spike_deviations: ranges.Positive = 6.0
   """A step is skipped if its loss or gradient norm lies more than so many
@@ -50,7 +50,7 @@ class GuardConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GuardState:
-  """What a stage's steps remember of those before them."""
+  """A stage's memory of its recent steps."""
 
   history: Any  # Float[Array, "2 W"]: losses, gradient norms; a ring
   seen: Any  # Int[Array, ""], finite steps
@@ -59,7 +59,7 @@ class GuardState:
 
 
 def begin() -> GuardState:
-  """Of a stage that has made no step."""
+  """Returns the state of a stage that has made no step."""
   counts = (jnp.int32(0) for _ in range(3))
   return GuardState(jnp.zeros((2, _WINDOW)), *counts)
 

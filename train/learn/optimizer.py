@@ -31,9 +31,9 @@ class OptimizerConfig:
   beta2: float = 0.95
   epsilon: ranges.Positive = 1e-8
   weight_decay: float = 0.1
-  """Of matrices; norms have none."""
+  """Decay of matrices; norms are not decayed."""
   moments: Literal["float32", "bfloat16"] = "float32"
-  """What both moments are kept in; DeepSeek-V3 took bfloat16."""
+  """Storage type of both moments; DeepSeek-V3 used bfloat16."""
   clip_norm: ranges.Positive = 1.0
   """Largest norm of the model's gradient, and of the indexer's."""
 
@@ -120,7 +120,7 @@ def norms(grads: Any) -> dict[str, jax.Array]:
 
 
 def _part(names: list[str]) -> str:
-  """What a parameter is part of; MTP's layer is like the others."""
+  """Labels each parameter with its part; MTP's layer is like the others."""
   for part in ("indexer", "router", "shared", "embed", "head", "attention"):
     if part in names:
       return part

@@ -264,7 +264,7 @@ def balance(bias: Any, load: Float[Array, "L E"], rate: float) -> Any:
 
 
 def _counts(segment_ids: Int[Array, "A B T"]) -> dict[str, jax.Array]:
-  """What the batch holds of all that losses are means over; at least 1."""
+  """Counts what the losses average over: tokens, queries, rows; at least 1."""
   counts = {
     "lm": losses_lib.has_target(segment_ids, 1),
     "mtp": losses_lib.has_target(segment_ids, 2),

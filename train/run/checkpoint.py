@@ -57,7 +57,7 @@ class NotSaved(OSError):
 
 @dataclasses.dataclass
 class Progress:
-  """What a run knows besides the state of its training."""
+  """State of a run besides its train state."""
 
   data: dict[str, Any] = dataclasses.field(default_factory=dict)
   """Where the data stand, as JSON can hold it."""
@@ -157,7 +157,7 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """Of the finished checkpoints, ascending."""
+    """Steps of the finished checkpoints, ascending."""
     return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
   def save(

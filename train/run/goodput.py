@@ -44,7 +44,7 @@ _TITLES: Final = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-  """What one attempt did until it last said so. Times are unix seconds."""
+  """One attempt, up to its last note. Times are Unix seconds."""
 
   began: float
   now: float
@@ -129,7 +129,7 @@ class Clock:
 
   @contextlib.contextmanager
   def spend(self, cause: Cause) -> Iterator[None]:
-    """What happens inside is due to `cause`, but for a `spend` in it."""
+    """Charges the time inside to `cause`, except for a nested `spend`."""
     self._charge()
     self._causes.append(cause)
     try:
@@ -218,7 +218,7 @@ class Account:
   """By cause: "steps" (kept), "again", "skipped", "down" (from the last note of
   an attempt to the next one's beginning), and those of `Clock.spend`."""
   damaged: tuple[str, ...]
-  """What is wrong with attempts that are left out; their time is "down"."""
+  """Problems of attempts that are left out; their time counts as "down"."""
 
   @property
   def wall(self) -> float:

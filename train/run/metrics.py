@@ -33,7 +33,7 @@ _PEAK: Final = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-  """What to print and write, and when."""
+  """When to print, evaluate and sample, and where to write metrics."""
 
   every: ranges.Count = 10
   """Steps between progress lines, and between measurements of the indexer."""
@@ -45,7 +45,7 @@ class LogConfig:
   sample_every: ranges.Count = 1000
   """Steps between samples of text; also at the end of the run."""
   sample_prompt: str = "def "
-  """What a sample continues."""
+  """Prompt of the samples."""
   sample_tokens: ranges.Count = 128
   """Tokens of a sample."""
   sample_temperature: ranges.NonNegative = 0.7
@@ -83,7 +83,7 @@ def memory_peak() -> int | None:
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-  """What the text costs, whatever the tokenizer."""
+  """Bits per byte of text, which do not depend on the tokenizer."""
   return nats / math.log(2) / max(num_bytes, 1)
 
 

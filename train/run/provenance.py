@@ -1,4 +1,4 @@
-"""What ran: versions, devices, command and code of each attempt of a run.
+"""Provenance: versions, devices, command and code of each attempt of a run.
 
 RUN_DIR/versions/N.json is that of the N-th; N.diff beside it is what the code
 had that is not committed.
@@ -92,7 +92,7 @@ def _code(folder: pathlib.Path) -> tuple[dict[str, Any], bytes]:
 
 
 def _git(folder: pathlib.Path, *arguments: str) -> bytes:
-  """What Git prints; it takes no locks, and changes nothing."""
+  """Returns Git's output; it takes no locks and changes nothing."""
   done = subprocess.run(
     ["git", *arguments],
     cwd=folder,

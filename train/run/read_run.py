@@ -1,4 +1,4 @@
-"""What a run's folder says of it: config, metrics and selections, read back."""
+"""Reads a run's folder: config, metrics and selections."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -27,7 +27,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """What was measured over one stage; NaN where there was nothing to."""
+  """Measurements over one stage; NaN where nothing was measured."""
 
   steps: Int[np.ndarray, " points"]
   values: Float[np.ndarray, "points ..."]
@@ -36,7 +36,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """What a run's folder tells."""
+  """Contents of a run's folder."""
 
   lines: list[Line]
   spans: list[Span]
@@ -110,7 +110,7 @@ def _within(lines: list[Line], kind: str, span: Span) -> list[Line]:
 def series(
   lines: list[Line], spans: list[Span], kind: str, name: str
 ) -> list[Series]:
-  """What lines of `kind` have by `name`: a series a stage that has any."""
+  """Collects `name` from lines of `kind`: one series per stage that has it."""
   found = []
   for span in spans:
     having = [line for line in _within(lines, kind, span) if name in line]
@@ -122,7 +122,7 @@ def series(
 
 
 def heldout(lines: list[Line], name: str, since: int) -> Series | None:
-  """What evaluations at the step `since` and later have by `name`."""
+  """Collects `name` from evaluations at the step `since` and later."""
   last = max((line["step"] for line in lines), default=0)
   found = series(lines, [Span("", since - 1, last)], "eval", name)
   return found[0] if found else None

@@ -168,8 +168,8 @@ class StageLog:
       )
 
   def _values(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What is known of every step, and of the indexer where it was measured;
-    None for what is not finite."""
+    """Collects a step's values, the indexer's where it was measured; None where
+    a value is not finite."""
     layers = {
       name: metrics.pop(name).tolist()
       for name in ("index_per_layer", "recall_per_layer")
@@ -205,7 +205,7 @@ class StageLog:
     }
 
   def _tokens_left(self, step: int) -> int:
-    """Of this stage and those after it."""
+    """Tokens left in this stage and those after it."""
     left, end = 0, 0
     for stage in self._stages:
       end += stage.steps
