@@ -68,7 +68,7 @@ class ModelConfig:
   index_rope_interleaved: bool = False
   """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
   indexer_types: tuple[str, ...] = ()
-  """Kind of each layer but MTP's, which is "full"; empty: all are. "full" has an
+  """Kind of each layer, without MTP's ("full"); empty: all full. "full" has an
   indexer of its own. "shared" reads the keys that the last full layer before it
   chose (GLM; IndexCache, arXiv 2603.12201): its place in the stacked parameters
   of the indexers and in their cache is there, but unused."""

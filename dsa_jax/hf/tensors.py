@@ -73,7 +73,7 @@ class Tensor:
     return whole.reshape(rows, -1).T
 
   def _matrix(self) -> tuple[int, int, list[int]]:
-    """Sizes of our parts [in, heads, width]: in, heads, and each one's width."""
+    """Sizes of our parts [in, heads, width]: in, heads, and each width."""
     shape, inputs = self.places[0].shape, self.inputs
     rows, heads = math.prod(shape[:inputs]), math.prod(shape[inputs:-1])
     return rows, heads, [p.shape[-1] for p in self.places]
