@@ -145,7 +145,7 @@ def test_the_cpu_is_chosen_only_where_nothing_else_is(tmp_path):
   program = """
 import os, pathlib, sys
 import jax
-from train import processes
+from train.host import processes
 
 def chosen(*files, platforms=None, devices=pathlib.Path(sys.argv[1])):
   for name in files:
