@@ -340,7 +340,7 @@ class ResumeTest(DataTestCase):
   def test_silent_at_exit(self):
     # An iterator that lives until Python exits must neither hang nor complain.
     program = (
-      "from train import data\n"
+      "from train.data import corpus as corpus_lib\n"
       f"s = corpus_lib.SourceConfig(path={str(self.folder)!r} + '/*')\n"
       "c = corpus_lib.Corpus(corpus_lib.DataConfig(sources=(s,)))\n"
       "it = c.batches(seq_len=8, batch_size=2, seed=0)\n"
