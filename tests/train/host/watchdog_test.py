@@ -22,7 +22,7 @@ def run(folder, *lines):
   """
   program = [
     "import ctypes, os, pathlib, sys, time",
-    "from train import watchdog",
+    "from train.host import watchdog",
     f"folder = pathlib.Path({str(folder)!r})",
     "def hang(seconds):",
     "  time.sleep(seconds)",
