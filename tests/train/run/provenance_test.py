@@ -82,13 +82,13 @@ def test_the_diff_makes_the_code_that_ran(checkout, run_dir, tmp_path):
   provenance.write(run_dir)
   changed = written(run_dir)[1]["code"]["changed"]
   assert sorted(changed) == [
-    " M train/run/provenance.py",
+    " M train/provenance.py",
     " M weights",
     '?? "new file"',
   ]
   git(tmp_path, "clone", "--quiet", str(checkout), "clone")
   git(tmp_path / "clone", "apply", str(run_dir / "versions" / "1.diff"))
-  for name in ("train/run/provenance.py", "weights"):
+  for name in ("train/provenance.py", "weights"):
     same = (tmp_path / "clone" / name).read_bytes()
     assert same == (checkout / name).read_bytes()
 
