@@ -311,7 +311,7 @@ def test_the_loop_reads_nothing_but_metrics_a_step_late(
 
   monkeypatch.setattr(processes, "fetch", fetched)
   monkeypatch.setattr(kind, "_value", property(read))
-  monkeypatch.setattr(loop.Run, "_compile", compiled)
+  monkeypatch.setattr(stage.Stage, "_compile", compiled)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", saved)
   train(cfg)
   first = events.index("step")
