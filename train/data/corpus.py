@@ -23,10 +23,12 @@ import functools
 import itertools
 import pathlib
 import sys
+from typing import Annotated
 
 import grain
 import numpy as np
 
+from dsa_jax import ranges
 from dsa_jax.chat import tokenizer as tokenizer_lib
 from train.data import documents as documents_lib
 from train.data import retrieval as retrieval_lib
@@ -59,9 +61,9 @@ class DataConfig:
   """Share of a source's records that may be bad: not of the kind they should
   be, or not to be read any more. They are left out, and written down in
   RUN_DIR/quarantine. With 0 the first one is an error."""
-  shuffle_seed: int = 0
+  shuffle_seed: Annotated[int, ranges.AtLeast(0)] = 0
   """Another seed, another order of the training documents."""
-  shards: int = 1
+  shards: ranges.Count = 1
   """Independent streams that the training documents are dealt to; a process
   reads those of its own rows only. The data hang on this number, not on that of
   processes or devices. It must divide the rows of a microbatch."""
@@ -69,6 +71,7 @@ class DataConfig:
   """Synthetic key-value retrieval, mixed into the training rows."""
 
   def __post_init__(self):
+    ranges.check(self, "data.", DataError)
     names = [source.label for source in self.sources]
     if not names:
       raise DataError("data.sources is empty; give at least one.")
@@ -81,10 +84,6 @@ class DataConfig:
       raise DataError(f"{self.max_bad_share=} must be at least 0 and below 1.")
     if not 0 < self.heldout_fraction < 1:
       raise DataError(f"{self.heldout_fraction=} must lie between 0 and 1.")
-    if self.shards < 1:
-      raise DataError(f"{self.shards=} must be at least 1.")
-    if self.shuffle_seed < 0:
-      raise DataError(f"{self.shuffle_seed=} must be 0 or more.")
 
 
 class Corpus:
