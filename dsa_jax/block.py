@@ -4,7 +4,6 @@ Letters: B batch, T tokens, D model width, L layers of a stack.
 """
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 import jax
@@ -158,7 +157,7 @@ def run_stack(
 
 def _unread(stack, x, frame, cache) -> indexer.Indexed:
   """Zeros in place of what a layer before the first would have found."""
-  treedef: Any = None
+  treedef: jax.tree_util.PyTreeDef | None = None
 
   def first(stack, cache, x):
     nonlocal treedef
@@ -169,4 +168,5 @@ def _unread(stack, x, frame, cache) -> indexer.Indexed:
 
   shapes = jax.eval_shape(first, stack, cache, x)
   zeros = [jnp.zeros(y.shape, y.dtype, out_sharding=y.sharding) for y in shapes]
+  assert treedef is not None  # `first` was traced
   return jax.tree.unflatten(treedef, zeros)

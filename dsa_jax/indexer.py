@@ -8,6 +8,7 @@ import dataclasses
 
 from flax import nnx
 import jax
+from jax import P
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -25,24 +26,22 @@ from pallas_kernels import checkpoint_names
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scoring:
-  """Factors of a score: `I[t, s] = sum_m w[t, m] relu(q[t, m] . k[s])`."""
-
-  q_BTMI: Float[Array, "B T M I"]
-  k_BSI: Float[Array, "BX S I"]
-  """A copy for each device of the context axis: see zigzag.py."""
-  w_BTM: Float[Array, "B T M"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Indexed:
   """Result of an indexer, for its own layer and those that share it."""
 
   selected: Int[Array, "B T K"] | None
   """The keys to read; None in dense attention, which reads all."""
-  scoring: Scoring | None
-  """Input of the index loss; None if that is not asked for."""
+  index: pallas_kernels.Index | None
+  """Learns from the index loss; None if that is not asked for."""
+
+
+def index_specs(rules: sharding.ShardingRules) -> tuple[P | None, ...]:
+  """Specs of an index's q, k and w."""
+  return (
+    rules("batch", "seq", "index_heads", None),
+    rules("keys", None, None),
+    rules("batch", "seq", "index_heads"),
+  )
 
 
 class Indexer(nnx.Module):
@@ -68,7 +67,7 @@ class Indexer(nnx.Module):
     q_latent: Float[Array, "B T Q"],
     frame: frame_lib.Frame,
     cached: Float[Array, "B S I"] | None = None,
-  ) -> Scoring:
+  ) -> pallas_kernels.Index:
     """Index queries, keys and weights; the trunk gets no gradient from here.
 
     Args:
@@ -116,7 +115,7 @@ class Indexer(nnx.Module):
     )
     w_BTM = w_BTM * (cfg.index_heads * cfg.index_head_dim) ** -0.5
 
-    return Scoring(q_BTMI, k_BSI, w_BTM)
+    return pallas_kernels.Index(q_BTMI, k_BSI, w_BTM)
 
   def find(
     self,
@@ -140,12 +139,12 @@ class Indexer(nnx.Module):
     """
 
     def own():
-      scoring = self(x, q_latent, frame, cached)
+      index = self(x, q_latent, frame, cached)
       selected = None
       if frame.attention == "sparse":
-        selected = self.select(scoring, frame.start, frame.end)
-      indexed = Indexed(selected, scoring if frame.index_loss else None)
-      return indexed, None if cached is None else scoring.k_BSI
+        selected = self.select(index, frame.start, frame.end)
+      indexed = Indexed(selected, index if frame.index_loss else None)
+      return indexed, None if cached is None else index.k
 
     if full is None:
       return own()
@@ -154,25 +153,21 @@ class Indexer(nnx.Module):
   @jax.named_scope("select")
   def select(
     self,
-    scoring: Scoring,
+    index: pallas_kernels.Index,
     start: Int[Array, "B T"],
     end: Int[Array, "B T"],
   ) -> Int[Array, "B T K"]:
     """The K best of the keys [start, end), ascending, then -1."""
     cfg, rules = self.cfg, self.cfg.rules
-    K = min(cfg.top_k, scoring.k_BSI.shape[1])
+    K = min(cfg.top_k, index.k.shape[1])
     per_query = rules("batch", "seq")
     select = sharding.local(
-      lambda *inputs: pallas_kernels.indexer_topk(*inputs, K)[0],
-      in_specs=(
-        rules("batch", "seq", "index_heads", None),
-        rules("keys", None, None),
-        rules("batch", "seq", "index_heads"),
-        per_query,
-        per_query,
-      ),
+      lambda q, k, w, start, end: pallas_kernels.indexer_topk(
+        pallas_kernels.Index(q, k, w), start, end, K
+      )[0],
+      in_specs=(*index_specs(rules), per_query, per_query),
       out_specs=rules("batch", "seq", None),
     )
-    indices = select(scoring.q_BTMI, scoring.k_BSI, scoring.w_BTM, start, end)
+    indices = select(index.q, index.k, index.w, start, end)
     # Kept by remat: choosing again could choose otherwise.
     return checkpoint_name(indices, checkpoint_names.INDEXER_TOPK)

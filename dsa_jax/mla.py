@@ -5,7 +5,6 @@ head width without position, R with, U value width, Q query rank, C latent rank.
 """
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 import jax
@@ -50,6 +49,16 @@ class AttentionOutput:
   """KL of each query's attention from its index scores, if asked for."""
   recall: Float[Array, "B Q"] | None
   """Recall of a sample of the queries, if asked for; see recall.py."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queries:
+  """Both parts of every head's query."""
+
+  nope: Float[Array, "B T N H"]
+  rope: Float[Array, "B T N R"]
+  """Rotated."""
 
 
 def softmax_scale(cfg: config_lib.ModelConfig) -> float:
@@ -118,6 +127,7 @@ class MLA(nnx.Module):
     q_rope_BTNR = rope.rotate(
       q_rope_BTNR, frame.cos, frame.sin, interleaved=True
     )
+    queries = Queries(q_nope_BTNH, q_rope_BTNR)
     kv_BTX = jnp.einsum(
       "BTD,DX->BTX", x, self.kv_a_DX[...].astype(dtype), out_sharding=per_token
     )
@@ -132,20 +142,14 @@ class MLA(nnx.Module):
       indexed, cached_index = self.indexer.find(
         x, q_latent, frame, cached_index, shared, full
       )
-    scoring: Any = indexed.scoring
-    selected_BTK = indexed.selected
     T, S = x.shape[1] // rules.shards("seq"), kv_BSX.shape[1]
     expanded = frame.attention == "dense" or (
       cache is None and crossover.dense_is_faster(T, S, cfg.top_k)
     )
     attend = self._expanded if expanded else self._absorbed
-    out_BTNU, index_loss_BT = attend(
-      q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
-    )
+    out_BTNU, index_loss_BT = attend(queries, kv_BSX, indexed, frame)
     if frame.index_loss:
-      recall_BQ = self._recall(
-        q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
-      )
+      recall_BQ = self._recall(queries, kv_BSX, indexed, frame)
     if cached_index is not None:
       cache = LayerCache(kv_BSX, cached_index)
     y_BTD = jnp.einsum(
@@ -157,15 +161,18 @@ class MLA(nnx.Module):
     return AttentionOutput(y_BTD, cache, indexed, index_loss_BT, recall_BQ)
 
   def _expanded(
-    self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
-  ):
+    self,
+    queries: Queries,
+    kv_BSX: Float[Array, "BX S CR"],
+    indexed: indexer_lib.Indexed,
+    frame: frame_lib.Frame,
+  ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T"] | None]:
     """Keys `[c Wuk; kr]` and values `c Wuv` for each head.
 
     Reads all visible keys, or of these the selected ones.
     """
     cfg, rules = self.cfg, self.cfg.rules
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
-    queries = rules("batch", "seq", "heads", None)
     keys = rules("keys", None, "heads", None)
     k_BSNX = self._keys(kv_BSX)
     v_BSNU = jnp.einsum(
@@ -174,49 +181,71 @@ class MLA(nnx.Module):
       self.v_b_CNU[...].astype(dtype),
       out_sharding=keys,
     )
-    q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], -1)
-    ranges = frame.start, frame.end
-    selected = [] if frame.attention == "dense" else [selected_BTK]
+    q_BTNX = jnp.concatenate([queries.nope, queries.rope], -1)
+    selected = [] if frame.attention == "dense" else [indexed.selected]
     per_query = rules("batch", "seq")
-    per_head = rules("batch", "seq", "heads")
-    per_selected = rules("batch", "seq", None)
+    per_part = rules("batch", "seq", "heads", None)
     attend = sharding.local(
       lambda q, k, v, start, end, *indices: pallas_kernels.dense_mla(
         *(q, k, v, start, end, scale, *indices)
       ),
       in_specs=(
-        *(queries, keys, keys, per_query, per_query),
-        *(per_selected for _ in selected),
+        *(per_part, keys, keys, per_query, per_query),
+        *(rules("batch", "seq", None) for _ in selected),
       ),
-      out_specs=(queries, per_head),
+      out_specs=(per_part, rules("batch", "seq", "heads")),
     )
     with jax.named_scope("attend"):
-      out_BTNU, lse_BTN = attend(q_BTNX, k_BSNX, v_BSNU, *ranges, *selected)
+      out_BTNU, lse_BTN = attend(
+        *(q_BTNX, k_BSNX, v_BSNU, frame.start, frame.end), *selected
+      )
     if not frame.index_loss:
       return out_BTNU, None
-    index_specs, index = self._scoring(scoring)
-    heads_axis = rules.mesh_axes("heads")
     if selected:
-      op, read = pallas_kernels.sparse_indexer_loss, selected
-      read_specs = (per_selected,)
-      q_BTNX, k_BSNX = self._absorb(q_nope_BTNH, q_rope_BTNR), kv_BSX
-      keys = rules("keys", None, None)
+      attended = pallas_kernels.Attended(self._absorb(queries), kv_BSX, lse_BTN)
     else:
-      op, read = pallas_kernels.dense_indexer_loss, ranges
-      read_specs = per_query, per_query
-    compare = sharding.local(
-      lambda measure, *inputs: op(*inputs, scale, heads_axis, measure),
-      in_specs=(
-        *(rules(), *index_specs, *read_specs),
-        *(queries, keys, per_head),
-      ),
-      out_specs=per_query,
+      attended = pallas_kernels.Attended(q_BTNX, k_BSNX, lse_BTN)
+    return out_BTNU, self._index_loss(attended, indexed, frame)
+
+  @jax.named_scope("index_loss")
+  def _index_loss(
+    self,
+    attended: pallas_kernels.Attended,
+    indexed: indexer_lib.Indexed,
+    frame: frame_lib.Frame,
+  ) -> Float[Array, "B T"]:
+    """KL of each query's attention from its index scores.
+
+    Over all visible keys, or of these the selected ones.
+    """
+    rules, scale = self.cfg.rules, softmax_scale(self.cfg)
+    heads_axis = rules.mesh_axes("heads")
+    per_query = rules("batch", "seq")
+    if frame.attention == "dense":
+      op, read = pallas_kernels.dense_indexer_loss, (frame.start, frame.end)
+      read_specs, keys = (per_query, per_query), ("keys", None, "heads", None)
+    else:
+      op, read = pallas_kernels.sparse_indexer_loss, (indexed.selected,)
+      read_specs, keys = (rules("batch", "seq", None),), ("keys", None, None)
+
+    def compare(measure, q_index, k_index, w, q, kv, lse, *read):
+      index = pallas_kernels.Index(q_index, k_index, w)
+      attended = pallas_kernels.Attended(q, kv, lse)
+      return op(index, attended, *read, scale, heads_axis, measure)
+
+    in_specs = (
+      *(rules(), *indexer_lib.index_specs(rules)),
+      *(rules("batch", "seq", "heads", None), rules(*keys)),
+      *(rules("batch", "seq", "heads"), *read_specs),
     )
+    index = indexed.index
+    assert index is not None  # there is one wherever its loss is asked for
     # The target is a constant: the trunk learns nothing from the indexer.
-    attention = jax.lax.stop_gradient((q_BTNX, k_BSNX, lse_BTN))
-    with jax.named_scope("index_loss"):
-      index_loss_BT = compare(frame.measure, *index, *read, *attention)
-    return out_BTNU, index_loss_BT
+    attended = jax.lax.stop_gradient(attended)
+    return sharding.local(compare, in_specs, per_query)(
+      *(frame.measure, index.q, index.k, index.w),
+      *(attended.q, attended.kv, attended.lse, *read),
+    )
 
   def _keys(self, kv_BSX: Float[Array, "B S CR"]) -> Float[Array, "B S N HR"]:
     """Keys `[c Wuk; kr]` of each head: `[c; kr] [[Wuk, 0], [0, 1]]`.
@@ -245,71 +274,70 @@ class MLA(nnx.Module):
     return jnp.reshape(side_by_side, (B, S, N, X), out_sharding=keys)
 
   def _absorbed(
-    self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
-  ):
+    self,
+    queries: Queries,
+    kv_BSX: Float[Array, "BX S CR"],
+    indexed: indexer_lib.Indexed,
+    frame: frame_lib.Frame,
+  ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T"] | None]:
     """Queries go to the latent's space, results come back from it."""
     cfg, rules = self.cfg, self.cfg.rules
     C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
-    queries = rules("batch", "seq", "heads", None)
-    keys = rules("keys", None, None)
-    per_query = rules("batch", "seq", None)
+    per_part = rules("batch", "seq", "heads", None)
     per_head = rules("batch", "seq", "heads")
-    q_BTNX = self._absorb(q_nope_BTNH, q_rope_BTNR)
-    index_loss_BT = None
-    if frame.index_loss:
-      index_specs, index = self._scoring(scoring)
+    specs = per_part, rules("keys", None, None), rules("batch", "seq", None)
+    inputs = self._absorb(queries), kv_BSX, indexed.selected
+    if (index := indexed.index) is not None:
       heads_axis = rules.mesh_axes("heads")
       attend = sharding.local(
-        lambda measure, *inputs: pallas_kernels.sparse_mla_with_loss(
-          *inputs, C, scale, heads_axis, measure
+        lambda measure, q, kv, selected, *index: (
+          pallas_kernels.sparse_mla_with_loss(
+            *(q, kv, selected, pallas_kernels.Index(*index)),
+            *(C, scale, heads_axis, measure),
+          )
         ),
-        in_specs=(rules(), queries, keys, per_query, *index_specs),
-        out_specs=(queries, per_head, rules("batch", "seq")),
+        in_specs=(rules(), *specs, *indexer_lib.index_specs(rules)),
+        out_specs=(per_part, per_head, rules("batch", "seq")),
       )
       with jax.named_scope("attend_and_index_loss"):
         out_BTNC, _, index_loss_BT = attend(
-          frame.measure, q_BTNX, kv_BSX, selected_BTK, *index
+          frame.measure, *inputs, index.q, index.k, index.w
         )
     else:
       attend = sharding.local(
         lambda *inputs: pallas_kernels.sparse_mla(*inputs, C, scale),
-        in_specs=(queries, keys, per_query),
-        out_specs=(queries, per_head),
+        in_specs=specs,
+        out_specs=(per_part, per_head),
       )
       with jax.named_scope("attend"):
-        out_BTNC, _ = attend(q_BTNX, kv_BSX, selected_BTK)
+        out_BTNC, _ = attend(*inputs)
+      index_loss_BT = None
     out_BTNU = jnp.einsum(
       "BTNC,CNU->BTNU",
       out_BTNC,
       self.v_b_CNU[...].astype(dtype),
-      out_sharding=queries,
+      out_sharding=per_part,
     )
     return out_BTNU, index_loss_BT
 
-  def _absorb(self, q_nope_BTNH, q_rope_BTNR):
+  def _absorb(self, queries: Queries) -> Float[Array, "B T N CR"]:
     """Queries of the latent's space, `[q Wuk; qr]`, C+R wide."""
     q_BTNC = jnp.einsum(
       "BTNH,CNH->BTNC",
-      q_nope_BTNH,
+      queries.nope,
       self.k_b_CNH[...].astype(self.cfg.dtype),
       out_sharding=self.cfg.rules("batch", "seq", "heads", None),
     )
-    return jnp.concatenate([q_BTNC, q_rope_BTNR], -1)
-
-  def _scoring(self, scoring):
-    """Returns the specs and the arrays of the index for the indexer's loss."""
-    rules = self.cfg.rules
-    specs = (
-      rules("batch", "seq", "index_heads", None),
-      rules("keys", None, None),
-      rules("batch", "seq", "index_heads"),
-    )
-    return specs, (scoring.q_BTMI, scoring.k_BSI, scoring.w_BTM)
+    return jnp.concatenate([q_BTNC, queries.rope], -1)
 
   @jax.named_scope("recall")
   def _recall(
-    self, q_nope_BTNH, q_rope_BTNR, kv_BSX, scoring, selected_BTK, frame
-  ):
+    self,
+    queries: Queries,
+    kv_BSX: Float[Array, "BX S CR"],
+    indexed: indexer_lib.Indexed,
+    frame: frame_lib.Frame,
+  ) -> Float[Array, "B Q"]:
     """Recall of a sample of the queries; zeros where it is not measured."""
     cfg, rules = self.cfg, self.cfg.rules
     C, scale = cfg.kv_rank, softmax_scale(cfg)
@@ -329,22 +357,21 @@ class MLA(nnx.Module):
     )
 
     def measured(inputs):
-      q_nope_BQNH, q_rope_BQNR, kv_BSX, scoring, selected_BQK = inputs
+      queries, kv_BSX, index, selected_BQK = inputs
       if selected_BQK is None:  # dense attention: it has not chosen
-        selected_BQK = self.indexer.select(scoring, start, end)
-      q_BQNX = self._absorb(q_nope_BQNH, q_rope_BQNR)
+        selected_BQK = self.indexer.select(index, start, end)
+      q_BQNX = self._absorb(queries)
       return measure(q_BQNX, kv_BSX, selected_BQK, start, end)
 
+    index = indexed.index
+    assert index is not None  # there is one wherever recall is asked for
     inputs = (
-      recall.sample(q_nope_BTNH),
-      recall.sample(q_rope_BTNR),
+      jax.tree.map(recall.sample, queries),
       kv_BSX,
-      indexer_lib.Scoring(
-        recall.sample(scoring.q_BTMI),
-        scoring.k_BSI,
-        recall.sample(scoring.w_BTM),
+      pallas_kernels.Index(
+        recall.sample(index.q), index.k, recall.sample(index.w)
       ),
-      None if selected_BTK is None else recall.sample(selected_BTK),
+      jax.tree.map(recall.sample, indexed.selected),
     )
     nothing = jnp.zeros(start.shape, jnp.float32, out_sharding=per_query)
     return jax.lax.cond(

@@ -10,16 +10,24 @@ Every query sees one contiguous range of keys [start, end). This covers causal
 attention, packed documents, padding (an empty range) and decoding.
 """
 
-from pallas_kernels.dense_indexer_loss import (
-  dense_indexer_loss as dense_indexer_loss,
-)
-from pallas_kernels.dense_mla import dense_mla as dense_mla
-from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul
-from pallas_kernels.indexer_topk import indexer_topk as indexer_topk
-from pallas_kernels.sparse_indexer_loss import (
-  sparse_indexer_loss as sparse_indexer_loss,
-)
-from pallas_kernels.sparse_mla import sparse_mla as sparse_mla
-from pallas_kernels.sparse_mla_with_loss import (
-  sparse_mla_with_loss as sparse_mla_with_loss,
-)
+from pallas_kernels.operands import Attended
+from pallas_kernels.operands import Index
+from pallas_kernels.ops.dense_indexer_loss import dense_indexer_loss
+from pallas_kernels.ops.dense_mla import dense_mla
+from pallas_kernels.ops.grouped_matmul import grouped_matmul
+from pallas_kernels.ops.indexer_topk import indexer_topk
+from pallas_kernels.ops.sparse_indexer_loss import sparse_indexer_loss
+from pallas_kernels.ops.sparse_mla import sparse_mla
+from pallas_kernels.ops.sparse_mla_with_loss import sparse_mla_with_loss
+
+__all__ = [
+  "Attended",
+  "Index",
+  "dense_indexer_loss",
+  "dense_mla",
+  "grouped_matmul",
+  "indexer_topk",
+  "sparse_indexer_loss",
+  "sparse_mla",
+  "sparse_mla_with_loss",
+]

@@ -141,7 +141,7 @@ def _shapes(args: tuple[Any, ...]) -> str:
   """Formats the arrays' types, as in "bfloat16[1,8,4,576] int32[1,8,64]"."""
   return " ".join(
     f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    for x in args
+    for x in jax.tree.leaves(args)
     if isinstance(x, jax.Array)
   )
 

@@ -11,6 +11,7 @@ PACKAGES = ("configs", "train", "dsa_jax", "pallas_kernels")  # top to bottom
 ROOMS = {
   "train": ("", "aot", "run", "learn", "data", "host"),
   "dsa_jax": ("hf", "chat", ""),
+  "pallas_kernels": ("bench", "ops", "tuned", ""),
 }
 # Rooms that need no accelerator's library, and are imported without one.
 WITHOUT_JAX = ("dsa_jax/chat",)
@@ -89,7 +90,7 @@ def test_some_rooms_do_without_jax(room):
   [
     ("pallas_kernels.tiles", "import dsa_jax"),
     ("pallas_kernels.tiles", "import jax, train.learn.step as step"),
-    ("pallas_kernels.sparse_mla.api", "from configs import tiny"),
+    ("pallas_kernels.ops.sparse_mla.api", "from configs import tiny"),
     ("dsa_jax.mla", "from train.config import TrainConfig"),
     ("dsa_jax.mla", "def f():\n  from configs import tiny\n  return tiny"),
     ("dsa_jax.mla", "from dsa_jax.hf import load"),

@@ -181,14 +181,19 @@ def make_answer_step(
 
 
 @functools.lru_cache
-def make_select_step(model: step_lib.Model) -> Callable[..., Any]:
+def make_select_step(
+  model: step_lib.Model,
+) -> Callable[
+  [step_lib.TrainState, step_lib.Batch], tuple[jax.Array, jax.Array]
+]:
   """Returns a step that samples queries: their selected keys and positions."""
 
   @jax.jit
   def select_step(state, batch):
-    output: Any = model.merge(state.params, state.router_bias).forward(
+    output = model.merge(state.params, state.router_bias).forward(
       batch["tokens"], batch["positions"], batch["segment_ids"]
     )
+    assert output.selected is not None  # attention is sparse
     selected_LQBK = recall.sample(output.selected.swapaxes(1, 2))
     return selected_LQBK, recall.sample(batch["positions"])
 

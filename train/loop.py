@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from typing import Any
+import types
 
 import jax
 import numpy as np
@@ -162,7 +162,7 @@ class Run:
     """Shapes of everything that a stage changes and saves; needs the mesh."""
     return stage_lib.state_shapes(self.cfg, stage, self._parameters())
 
-  def _parameters(self) -> Any:
+  def _parameters(self) -> step_lib.Parameters:
     return jax.eval_shape(self._init, jax.random.key(0))
 
   def _start(self) -> step_lib.TrainState:
@@ -214,7 +214,7 @@ class Run:
       "train on your own text."
     )
 
-  def _ask_to_stop(self, signum: int, frame: Any) -> None:
+  def _ask_to_stop(self, signum: int, frame: types.FrameType | None) -> None:
     del frame
     if self.position.stopping:
       sys.exit(128 + signum)

@@ -1,12 +1,10 @@
 """One stage of a run: data, step, log, evaluate, sample, save."""
 
-from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -53,7 +51,7 @@ class Services:
 
   mesh: jax.sharding.Mesh
   corpus: corpus_lib.Corpus
-  parameters: Any
+  parameters: step_lib.Parameters
   """Shapes of the parameters and of the router biases."""
   checkpoints: checkpoint_lib.Checkpoints
   metrics: metrics_lib.Writer
@@ -72,7 +70,9 @@ class _Due:
 
 
 def state_shapes(
-  cfg: config_lib.TrainConfig, stage: stages_lib.StageConfig, parameters: Any
+  cfg: config_lib.TrainConfig,
+  stage: stages_lib.StageConfig,
+  parameters: step_lib.Parameters,
 ) -> step_lib.TrainState:
   """Shapes of everything that a stage changes and saves; needs the mesh."""
   begin = functools.partial(step_lib.begin_stage, cfg.optimizer, stage)
@@ -82,7 +82,7 @@ def state_shapes(
 def restore(
   cfg: config_lib.TrainConfig,
   checkpoints: checkpoint_lib.Checkpoints,
-  parameters: Any,
+  parameters: step_lib.Parameters,
   mesh: jax.sharding.Mesh,
   steps: list[int],
 ) -> tuple[step_lib.TrainState, Position] | None:
@@ -190,7 +190,7 @@ class Stage:
 
   def _compile(
     self, state: step_lib.TrainState, batch: step_lib.Batch
-  ) -> Callable[..., Any]:
+  ) -> jax.stages.Compiled:
     cfg, services, start = self._cfg, self._services, time.perf_counter()
     train_step = step_lib.make_train_step(
       self._model,
@@ -219,7 +219,7 @@ class Stage:
 
   def _advance(
     self,
-    train_step: Callable[..., Any],
+    train_step: jax.stages.Compiled,
     state: step_lib.TrainState,
     batch: step_lib.Batch,
   ) -> tuple[step_lib.TrainState, step_lib.Batch | None]:

@@ -172,10 +172,9 @@ def indexer_topk(
 ) -> Case:
   start, end = ranges(shape, visible)
 
-  def call(*inputs, implementation):
+  def call(q_index, k_index, w, start, end, *, implementation):
     return pallas_kernels.indexer_topk(
-      *inputs,
-      shape.K,
+      *(pallas_kernels.Index(q_index, k_index, w), start, end, shape.K),
       score_dtype=score_dtype,
       implementation=implementation,
     )
@@ -269,9 +268,11 @@ def sparse_indexer_loss(
   """Compares with `attention`, sparse, which returned `lse`."""
   constants: dict[str, Any] = dict(scale=shape.scale, measure=measure)
 
-  def call(*inputs, implementation):
+  def call(q_index, k_index, w, indices, q, kv, lse, *, implementation):
+    index = pallas_kernels.Index(q_index, k_index, w)
+    attended = pallas_kernels.Attended(q, kv, lse)
     return pallas_kernels.sparse_indexer_loss(
-      *inputs, implementation=implementation, **constants
+      *(index, attended, indices), implementation=implementation, **constants
     )
 
   indices = attention.inputs["indices"]
@@ -308,7 +309,8 @@ def sparse_mla_with_loss(
 
   def call(q, kv, q_index, k_index, w, indices, *, implementation):
     return pallas_kernels.sparse_mla_with_loss(
-      *(q, kv, indices, q_index, k_index, w, shape.C, shape.scale),
+      *(q, kv, indices, pallas_kernels.Index(q_index, k_index, w)),
+      *(shape.C, shape.scale),
       measure=measure,
       implementation=implementation,
     )
@@ -345,9 +347,13 @@ def dense_indexer_loss(
   """Compares with `attention`, dense, which returned `lse`."""
   constants: dict[str, Any] = dict(scale=shape.scale, measure=measure)
 
-  def call(*inputs, implementation):
+  def call(q_index, k_index, w, start, end, q, k, lse, *, implementation):
+    index = pallas_kernels.Index(q_index, k_index, w)
+    attended = pallas_kernels.Attended(q, k, lse)
     return pallas_kernels.dense_indexer_loss(
-      *inputs, implementation=implementation, **constants
+      *(index, attended, start, end),
+      implementation=implementation,
+      **constants,
     )
 
   start, end = attention.inputs["start"], attention.inputs["end"]

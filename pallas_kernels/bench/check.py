@@ -17,7 +17,7 @@ import numpy as np
 
 from pallas_kernels.bench import cases
 from pallas_kernels.bench import measure
-from pallas_kernels.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk import fp8
 
 # What results in bf16 of sums in fp32 may differ by. Of a number: either the
 # difference or that over the number; of a row: 1 - cosine.

@@ -16,8 +16,8 @@ import numpy as np
 from pallas_kernels import shapes
 from pallas_kernels.bench import bundles
 from pallas_kernels.bench import cases
-from pallas_kernels.dense_mla import mosaic_tpu_heads as heads
-from pallas_kernels.sparse_indexer_loss import mosaic_tpu as sparse_loss
+from pallas_kernels.ops.dense_mla import mosaic_tpu_heads as heads
+from pallas_kernels.ops.sparse_indexer_loss import mosaic_tpu as sparse_loss
 
 # A branch with no more bundles of its own around one loop is the loop's guard.
 _GUARD: Final = 12

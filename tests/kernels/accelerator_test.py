@@ -45,7 +45,9 @@ def make_inputs():
 
 
 def indexer_topk(x):
-  return pallas_kernels.indexer_topk(*x["index"], *x["ranges"], K)
+  return pallas_kernels.indexer_topk(
+    pallas_kernels.Index(*x["index"]), *x["ranges"], K
+  )
 
 
 def with_gradients(op, *args):
@@ -68,18 +70,20 @@ def dense_mla(x):
 
 def sparse_indexer_loss(x):
   (_, lse), _ = sparse_mla(x)
-  op = lambda *index: pallas_kernels.sparse_indexer_loss(
-    *index, x["indices"], *x["absorbed"], lse, SCALE
+  attended = pallas_kernels.Attended(*x["absorbed"], lse)
+  op = lambda index: pallas_kernels.sparse_indexer_loss(
+    index, attended, x["indices"], SCALE
   )
-  return with_gradients(op, *x["index"])
+  return with_gradients(op, pallas_kernels.Index(*x["index"]))
 
 
 def dense_indexer_loss(x):
   (_, lse), _ = dense_mla(x)
-  op = lambda *index: pallas_kernels.dense_indexer_loss(
-    *index, *x["ranges"], *x["expanded"][:2], lse, SCALE
+  attended = pallas_kernels.Attended(*x["expanded"][:2], lse)
+  op = lambda index: pallas_kernels.dense_indexer_loss(
+    index, attended, *x["ranges"], SCALE
   )
-  return with_gradients(op, *x["index"])
+  return with_gradients(op, pallas_kernels.Index(*x["index"]))
 
 
 OPS = (

@@ -14,7 +14,7 @@ from pallas_kernels.bench import __main__ as bench
 from pallas_kernels.bench import bundles
 from pallas_kernels.bench import counts
 from pallas_kernels.bench import static
-from pallas_kernels.dense_mla import api as dense_mla
+from pallas_kernels.ops.dense_mla import api as dense_mla
 
 # libtpu writes schedules only where it was told to before it was loaded, which
 # other tests may have done: this is a process of its own. Of each kernel,

@@ -16,11 +16,11 @@ from pallas_kernels.bench import __main__ as bench
 from pallas_kernels.bench import cases
 from pallas_kernels.bench import check
 from pallas_kernels.bench import measure
-from pallas_kernels.dense_indexer_loss import api as dense_indexer_loss
-from pallas_kernels.dense_mla import api as dense_mla
-from pallas_kernels.indexer_topk import api as indexer_topk
-from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
-from pallas_kernels.sparse_mla import api as sparse_mla
+from pallas_kernels.ops.dense_indexer_loss import api as dense_indexer_loss
+from pallas_kernels.ops.dense_mla import api as dense_mla
+from pallas_kernels.ops.indexer_topk import api as indexer_topk
+from pallas_kernels.ops.sparse_indexer_loss import api as sparse_indexer_loss
+from pallas_kernels.ops.sparse_mla import api as sparse_mla
 
 TINY = shapes.SHAPES["tiny"]
 APIS = {

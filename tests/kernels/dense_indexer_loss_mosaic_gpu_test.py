@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_indexer_loss import mosaic_gpu
-from pallas_kernels.dense_indexer_loss import mosaic_gpu_kernels
-from pallas_kernels.dense_indexer_loss import mosaic_gpu_scores
-from pallas_kernels.dense_indexer_loss import mosaic_gpu_target
-from pallas_kernels.dense_indexer_loss import reference
+from pallas_kernels import operands
+from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu
+from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu_kernels
+from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu_scores
+from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu_target
+from pallas_kernels.ops.dense_indexer_loss import reference
 from tests.kernels import inputs
 from tests.kernels import rows
 
@@ -46,12 +47,14 @@ def value_and_gradient(
   op, q_index, k_index, w, start, end, q, k, lse, d_loss, measure=True, **kwargs
 ):
   loss, pullback = jax.vjp(
-    lambda *index: op(
-      *(*index, start, end, q, k, lse, SCALE), measure=measure, **kwargs
+    lambda index: op(
+      *(index, operands.Attended(q, k, lse), start, end, SCALE),
+      measure=measure,
+      **kwargs,
     ),
-    *(q_index, k_index, w),
+    operands.Index(q_index, k_index, w),
   )
-  return loss, *pullback(d_loss)
+  return loss, *jax.tree.leaves(pullback(d_loss))
 
 
 def make_inputs(kind, T, S, N, M):

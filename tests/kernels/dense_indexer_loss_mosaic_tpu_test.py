@@ -8,15 +8,15 @@ import functools
 
 import chex
 import jax
-from jax import P
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_indexer_loss import api
-from pallas_kernels.dense_indexer_loss import mosaic_tpu
-from pallas_kernels.dense_indexer_loss import mosaic_tpu_kernels
+from pallas_kernels.ops.dense_indexer_loss import api
+from pallas_kernels.ops.dense_indexer_loss import mosaic_tpu
+from pallas_kernels.ops.dense_indexer_loss import mosaic_tpu_kernels
 from tests.kernels import dense_indexer_loss_test as portable
+from tests.kernels import heads
 from tests.kernels import hlo
 from tests.kernels import oracles
 from tests.kernels import rows
@@ -161,18 +161,9 @@ def test_compiles_at_real_shapes(chip, S, N):
 
 @pytest.mark.slow
 def test_heads_over_devices():
-  n, heads = P(), P(None, None, "x")
   auto = jax.sharding.AxisType.Auto
-
-  def sharded(*args, measure):
-    return jax.shard_map(
-      lambda *args: op(*args, portable.SCALE, "x", measure),
-      in_specs=(n, n, n, n, n, heads, heads, heads),
-      out_specs=n,
-      check_vma=False,
-    )(*args[:-1])
-
   with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
+    sharded = heads.sharded(op, "x")
     step = jax.jit(functools.partial(portable.value_and_vjp, sharded))
     actual = step(*make_inputs("any"))
   expected = result("any")

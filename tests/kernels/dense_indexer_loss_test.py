@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_indexer_loss import chunked_xla
-from pallas_kernels.dense_indexer_loss import reference
+from pallas_kernels import operands
+from pallas_kernels.ops.dense_indexer_loss import chunked_xla
+from pallas_kernels.ops.dense_indexer_loss import reference
+from tests.kernels import heads
 from tests.kernels import inputs
 from tests.kernels import oracles
 from tests.kernels import rows
@@ -36,12 +38,13 @@ def value_and_vjp(
 ):
   """The loss, and the gradients to q_index, k_index, w, and to q, k, lse."""
   loss, pullback = jax.vjp(
-    lambda q_index, k_index, w, q, k, lse: op(
-      *(q_index, k_index, w, start, end, q, k, lse, SCALE), measure=measure
+    lambda index, attended: op(
+      index, attended, start, end, SCALE, measure=measure
     ),
-    *(q_index, k_index, w, q, k, lse),
+    operands.Index(q_index, k_index, w),
+    operands.Attended(q, k, lse),
   )
-  return loss, *pullback(d_loss)
+  return loss, *jax.tree.leaves(pullback(d_loss))
 
 
 @functools.cache  # tests share what they compile
@@ -244,15 +247,7 @@ def test_heads_may_be_sharded(op, axes):
   specs = P(), P(), P(), P(), P(), of_heads, of_heads, of_heads
   mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
   with jax.set_mesh(mesh):
-
-    def sharded(*args, measure):
-      return jax.shard_map(
-        lambda *args: OPS[op](*args, SCALE, axes, measure),
-        in_specs=specs,
-        out_specs=P(),
-        check_vma=False,
-      )(*args[:-1])
-
+    sharded = heads.sharded(OPS[op], axes)
     run = jax.jit(functools.partial(value_and_vjp, sharded))
     actual = run(*map(jax.device_put, args, specs), d_loss)
   assert_close(actual, compiled(op)(*args, d_loss))

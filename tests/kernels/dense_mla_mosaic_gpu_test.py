@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_mla import api
-from pallas_kernels.dense_mla import mosaic_gpu
-from pallas_kernels.dense_mla import mosaic_gpu_backward
-from pallas_kernels.dense_mla import mosaic_gpu_forward
-from pallas_kernels.dense_mla import reference
+from pallas_kernels.ops.dense_mla import api
+from pallas_kernels.ops.dense_mla import mosaic_gpu
+from pallas_kernels.ops.dense_mla import mosaic_gpu_backward
+from pallas_kernels.ops.dense_mla import mosaic_gpu_forward
+from pallas_kernels.ops.dense_mla import reference
 from tests.kernels import inputs
 from tests.kernels import rows
 

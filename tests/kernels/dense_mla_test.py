@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_mla import chunked_xla
-from pallas_kernels.dense_mla import reference
+from pallas_kernels.ops.dense_mla import chunked_xla
+from pallas_kernels.ops.dense_mla import reference
 from tests.kernels import inputs
 from tests.kernels import oracles
 from tests.kernels import rows

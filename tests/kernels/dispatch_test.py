@@ -13,6 +13,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
+from pallas_kernels import operands
 from tests.kernels import inputs
 
 B, T, S, K, N = inputs.B, inputs.T, inputs.S, inputs.K, inputs.N
@@ -22,13 +23,14 @@ f32, i32 = (
   functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
   for dtype in (jnp.float32, jnp.int32)
 )
+INDEX = operands.Index(
+  jnp.zeros((B, T, M, I)), jnp.zeros((B, S, I)), jnp.zeros((B, T, M))
+)
 # What each op takes and what it returns.
 CALLS = {
   "indexer_topk": (
     {
-      "q": f32((B, T, M, I)),
-      "k": f32((B, S, I)),
-      "w": f32((B, T, M)),
+      "index": INDEX,
       "start": i32((B, T)),
       "end": i32((B, T)),
       "top_k": K,
@@ -51,9 +53,7 @@ CALLS = {
       "q": f32((B, T, N, C + R)),
       "kv": f32((B, S, C + R)),
       "indices": i32((B, T, K)),
-      "q_index": f32((B, T, M, I)),
-      "k_index": f32((B, S, I)),
-      "w": f32((B, T, M)),
+      "index": INDEX,
       "latent_rank": C,
       "scale": 0.5,
       "heads_axis": "tensor",
@@ -75,13 +75,12 @@ CALLS = {
   ),
   "sparse_indexer_loss": (
     {
-      "q_index": f32((B, T, M, I)),
-      "k_index": f32((B, S, I)),
-      "w": f32((B, T, M)),
+      "index": INDEX,
+      "attended": operands.Attended(
+        *(jnp.zeros((B, T, N, C + R)), jnp.zeros((B, S, C + R))),
+        jnp.zeros((B, T, N)),
+      ),
       "indices": i32((B, T, K)),
-      "q": f32((B, T, N, C + R)),
-      "kv": f32((B, S, C + R)),
-      "lse": f32((B, T, N)),
       "scale": 0.5,
       "heads_axis": "tensor",
       "measure": False,
@@ -90,14 +89,13 @@ CALLS = {
   ),
   "dense_indexer_loss": (
     {
-      "q_index": f32((B, T, M, I)),
-      "k_index": f32((B, S, I)),
-      "w": f32((B, T, M)),
+      "index": INDEX,
+      "attended": operands.Attended(
+        *(jnp.zeros((B, T, N, HR)), jnp.zeros((B, S, N, HR))),
+        jnp.zeros((B, T, N)),
+      ),
       "start": i32((B, T)),
       "end": i32((B, T)),
-      "q": f32((B, T, N, HR)),
-      "k": f32((B, S, N, HR)),
-      "lse": f32((B, T, N)),
       "scale": 0.5,
       "heads_axis": "tensor",
       "measure": False,
@@ -238,7 +236,7 @@ def test_hands_each_argument_to_the_parameter_of_its_name(op, implementation):
     CALLS[op],
   )
 
-  api = importlib.import_module(f"pallas_kernels.{op}.api")
+  api = importlib.import_module(f"pallas_kernels.ops.{op}.api")
   taken = implementation or "chunked_xla"
   signature = inspect.signature(api.IMPLEMENTATIONS[taken])
   spies = {

@@ -11,9 +11,9 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import chunked_xla
-from pallas_kernels.grouped_matmul import ragged_dot
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.ops.grouped_matmul import chunked_xla
+from pallas_kernels.ops.grouped_matmul import ragged_dot
+from pallas_kernels.ops.grouped_matmul import reference
 
 from . import inputs
 from . import rows

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk import fp8
 
 
 def numbers(*shape, dtype=jnp.bfloat16, seed=0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import shapes
-from pallas_kernels.indexer_topk import mosaic_gpu_scores
+from pallas_kernels.ops.indexer_topk import mosaic_gpu_scores
 
 bS = mosaic_gpu_scores.bS
 

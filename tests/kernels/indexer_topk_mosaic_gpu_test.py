@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.indexer_topk import mosaic_gpu
-from pallas_kernels.indexer_topk import mosaic_gpu_select
+from pallas_kernels import operands
+from pallas_kernels.ops.indexer_topk import mosaic_gpu
+from pallas_kernels.ops.indexer_topk import mosaic_gpu_select
 from tests.kernels import simulated_threads as threads
 
 S, K = 20000, 1000
@@ -157,7 +158,7 @@ def test_lowers_at_real_shapes(T, S, score_dtype):
   def step(q, k, w, start, end):
     def op(q, k, w):
       indices, scores = mosaic_gpu.indexer_topk(
-        q, k, w, start, end, 2048, score_dtype=score_dtype
+        *(operands.Index(q, k, w), start, end, 2048), score_dtype=score_dtype
       )
       return jnp.sum(scores), indices
 

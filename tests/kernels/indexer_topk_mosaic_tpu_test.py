@@ -10,17 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import operands
 from pallas_kernels import shapes
 from pallas_kernels import tpu
-from pallas_kernels.indexer_topk import mosaic_tpu
-from pallas_kernels.indexer_topk import mosaic_tpu_select
-from pallas_kernels.indexer_topk import reference
+from pallas_kernels.ops.indexer_topk import mosaic_tpu
+from pallas_kernels.ops.indexer_topk import mosaic_tpu_select
+from pallas_kernels.ops.indexer_topk import reference
 from tests.kernels import inputs
 from tests.kernels import rows
 from tests.kernels import tpu_topologies
 
 bS = mosaic_tpu.bS
 INF = np.inf
+
+
+def topk(q, k, w, *args, **kwargs):
+  index = operands.Index(q, k, w)
+  return mosaic_tpu.indexer_topk(index, *args, **kwargs)
+
+
+def topk_of_reference(q, k, w, *args, **kwargs):
+  index = operands.Index(q, k, w)
+  return reference.indexer_topk(index, *args, **kwargs)
 
 
 def choose(scores, start, end, top_k):
@@ -140,12 +151,10 @@ def test_more_keys_than_a_sample_has():
 def test_chooses_what_the_reference_chooses():
   B, T, S, M, I, K = 2, 19, bS + 400, 3, 16, 300
   args = case(B, T, S, M, I)
-  run = jax.jit(
-    functools.partial(mosaic_tpu.indexer_topk, top_k=K, query_tile=8)
-  )
+  run = jax.jit(functools.partial(topk, top_k=K, query_tile=8))
   indices, scores = run(*args)
-  expected = reference.indexer_topk(*args, top_k=K)
-  next_best = reference.indexer_topk(*args, top_k=K + 1)[1].min(-1)
+  expected = topk_of_reference(*args, top_k=K)
+  next_best = topk_of_reference(*args, top_k=K + 1)[1].min(-1)
   kept = expected[1].min(-1)
   assert ((kept == next_best) | (kept > next_best + 1e-5)).all()
   np.testing.assert_array_equal(indices, expected[0])
@@ -162,7 +171,7 @@ def test_chooses_what_the_reference_chooses():
   ],
 )
 def test_refusals_name_their_reason(kwargs, reason):
-  op = functools.partial(mosaic_tpu.indexer_topk, top_k=2048)
+  op = functools.partial(topk, top_k=2048)
   with pytest.raises(NotImplementedError, match=reason):
     jax.eval_shape(op, *structs(**kwargs))
 
@@ -189,14 +198,14 @@ def step(q, k, w, start, end):
   """With the scores and gradients, all of which are zero."""
 
   def op(q, k, w):
-    indices, scores = mosaic_tpu.indexer_topk(q, k, w, start, end, 2048)
+    indices, scores = topk(q, k, w, start, end, 2048)
     return jnp.sum(scores), indices
 
   return jax.value_and_grad(op, argnums=(0, 1, 2), has_aux=True)(q, k, w)
 
 
 def choice(q, k, w, start, end):
-  return mosaic_tpu.indexer_topk(q, k, w, start, end, 2048)[0]
+  return topk(q, k, w, start, end, 2048)[0]
 
 
 def test_scores_that_nobody_reads_are_not_computed():

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.indexer_topk import api
-from pallas_kernels.indexer_topk import chunked_xla
-from pallas_kernels.indexer_topk import fp8
-from pallas_kernels.indexer_topk import reference
+from pallas_kernels import operands
+from pallas_kernels.ops.indexer_topk import api
+from pallas_kernels.ops.indexer_topk import chunked_xla
+from pallas_kernels.ops.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk import reference
 from tests.kernels import inputs
 from tests.kernels import oracles
 from tests.kernels import rows
@@ -22,13 +23,21 @@ B, T, S, K = inputs.B, inputs.T, inputs.S, inputs.K
 M, I = inputs.M, inputs.I
 FLT_MAX = float(np.finfo(np.float32).max)
 
+
+def of_arrays(op):
+  """`op` of an index's three arrays, of which tests change one or another."""
+  return lambda q, k, w, *args, **kwargs: op(
+    operands.Index(q, k, w), *args, **kwargs
+  )
+
+
 OPS = {
-  "reference": reference.indexer_topk,
-  "chunked": chunked_xla.indexer_topk,
+  "reference": of_arrays(reference.indexer_topk),
+  "chunked": of_arrays(chunked_xla.indexer_topk),
 }
 TILED = {  # one by one, odd, larger than T and S; by default, powers of two
   f"{query_tile}x{key_tile}": functools.partial(
-    chunked_xla.indexer_topk, query_tile=query_tile, key_tile=key_tile
+    OPS["chunked"], query_tile=query_tile, key_tile=key_tile
   )
   for query_tile, key_tile in ((1, 1), (5, 7), (64, 128))
 }
@@ -299,4 +308,4 @@ def test_has_no_gradient(op):
 @pytest.mark.parametrize("top_k", [0, -1])
 def test_refuses_to_choose_no_key(top_k):
   with pytest.raises(ValueError, match=f"{top_k=}"):
-    api.indexer_topk(*exact_inputs(), top_k)
+    of_arrays(api.indexer_topk)(*exact_inputs(), top_k)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.dense_indexer_loss import api as dense_indexer_loss
-from pallas_kernels.dense_mla import api as dense_mla
-from pallas_kernels.indexer_topk import api as indexer_topk
-from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
-from pallas_kernels.sparse_mla import api as sparse_mla
+from pallas_kernels import operands
+from pallas_kernels.ops.dense_indexer_loss import api as dense_indexer_loss
+from pallas_kernels.ops.dense_mla import api as dense_mla
+from pallas_kernels.ops.indexer_topk import api as indexer_topk
+from pallas_kernels.ops.sparse_indexer_loss import api as sparse_indexer_loss
+from pallas_kernels.ops.sparse_mla import api as sparse_mla
 from tests.kernels import hlo
 from tests.kernels import inputs
 
@@ -29,7 +30,7 @@ T, S, K = 24576, 20480, 1600
 
 def indexer_topk_step(op, q, k, w, start, end):
   def scores(q, k, w):
-    indices, scores = op(q, k, w, start, end, K)
+    indices, scores = op(operands.Index(q, k, w), start, end, K)
     return jnp.sum(scores), indices
 
   return jax.value_and_grad(scores, argnums=(0, 1, 2), has_aux=True)(q, k, w)
@@ -48,13 +49,15 @@ def dense_mla_step(op, q, k, v, d_lse, start, end):
 
 
 def sparse_indexer_loss_step(op, q_index, k_index, w, q, kv, lse, indices):
-  f = lambda *index: jnp.sum(op(*index, indices, q, kv, lse, SCALE))
-  return jax.value_and_grad(f, argnums=(0, 1, 2))(q_index, k_index, w)
+  attended = operands.Attended(q, kv, lse)
+  f = lambda index: jnp.sum(op(index, attended, indices, SCALE))
+  return jax.value_and_grad(f)(operands.Index(q_index, k_index, w))
 
 
 def dense_indexer_loss_step(op, q_index, k_index, w, q, k, lse, start, end):
-  f = lambda *index: jnp.sum(op(*index, start, end, q, k, lse, SCALE))
-  return jax.value_and_grad(f, argnums=(0, 1, 2))(q_index, k_index, w)
+  attended = operands.Attended(q, k, lse)
+  f = lambda index: jnp.sum(op(index, attended, start, end, SCALE))
+  return jax.value_and_grad(f)(operands.Index(q_index, k_index, w))
 
 
 def shapes(op, T, S):

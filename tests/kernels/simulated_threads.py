@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 
-from pallas_kernels.indexer_topk import mosaic_gpu_threads
+from pallas_kernels.ops.indexer_topk import mosaic_gpu_threads
 
 WARP = mosaic_gpu_threads.WARP
 MINUS_INFINITY = mosaic_gpu_threads.MINUS_INFINITY

@@ -8,12 +8,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.sparse_indexer_loss import mosaic_gpu
+from pallas_kernels import operands
+from pallas_kernels.ops.sparse_indexer_loss import mosaic_gpu
 
 T, S, N, CR, M, I = 16, 32_768, 128, 576, 64, 128
 SCALE = 0.07
 bf16 = jnp.bfloat16
-op = mosaic_gpu.sparse_indexer_loss
+
+
+def op(q_index, k_index, w, indices, q, kv, lse, *options):
+  return mosaic_gpu.sparse_indexer_loss(
+    operands.Index(q_index, k_index, w),
+    operands.Attended(q, kv, lse),
+    *(indices, SCALE, *options),
+  )
 
 
 def shapes(B=1, K=2048, N=N, M=M, I=I, CR=CR, index=bf16, attention=bf16):
@@ -32,7 +40,7 @@ def shapes(B=1, K=2048, N=N, M=M, I=I, CR=CR, index=bf16, attention=bf16):
 
 
 def gradients(*args):
-  loss = lambda *index: jnp.sum(op(*index, *args[3:], SCALE))
+  loss = lambda *index: jnp.sum(op(*index, *args[3:]))
   return jax.value_and_grad(loss, (0, 1, 2))(*args[:3])
 
 
@@ -51,7 +59,7 @@ def test_lowers_for_cuda_with_gradients(sizes):
 
 def test_a_loss_that_is_not_measured_is_behind_a_condition():
   def step(measure, *args):
-    return op(*args, SCALE, None, measure)
+    return op(*args, None, measure)
 
   measure = jax.ShapeDtypeStruct((), bool)
   text = lowered(step, [measure, *shapes()])
@@ -62,7 +70,7 @@ def test_a_loss_that_is_not_measured_is_behind_a_condition():
 @pytest.mark.parametrize(
   "sizes, reason",
   [
-    ({"index": jnp.float32}, "q_index.dtype=float32"),
+    ({"index": jnp.float32}, "index.q.dtype=float32"),
     ({"attention": jnp.float32}, "q.dtype=float32"),
     ({"M": 65}, "M=65"),
     ({"I": 64}, "I=64"),
@@ -74,7 +82,7 @@ def test_a_loss_that_is_not_measured_is_behind_a_condition():
 )
 def test_refuses_before_it_compiles(sizes, reason):
   with pytest.raises(NotImplementedError, match=reason):
-    jax.eval_shape(lambda *args: op(*args, SCALE), *shapes(**sizes))
+    jax.eval_shape(op, *shapes(**sizes))
 
 
 def test_heads_without_weight_and_keys_without_place_are_added():

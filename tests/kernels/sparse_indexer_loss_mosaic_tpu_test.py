@@ -9,15 +9,15 @@ from unittest import mock
 
 import chex
 import jax
-from jax import P
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_indexer_loss import api
-from pallas_kernels.sparse_indexer_loss import mosaic_tpu
-from pallas_kernels.sparse_indexer_loss import mosaic_tpu_walk
-from pallas_kernels.sparse_mla import mosaic_tpu_plan as plan_lib
+from pallas_kernels.ops.sparse_indexer_loss import api
+from pallas_kernels.ops.sparse_indexer_loss import mosaic_tpu
+from pallas_kernels.ops.sparse_indexer_loss import mosaic_tpu_walk
+from pallas_kernels.ops.sparse_mla import mosaic_tpu_plan as plan_lib
+from tests.kernels import heads
 from tests.kernels import inputs
 from tests.kernels import oracles
 from tests.kernels import rows
@@ -156,18 +156,9 @@ def test_bfloat16():
 
 @pytest.mark.slow
 def test_heads_over_devices():
-  n, heads = P(), P(None, None, "x")
   auto = jax.sharding.AxisType.Auto
-
-  def sharded(*args, measure):
-    return jax.shard_map(
-      lambda *args: op(*args, portable.SCALE, "x", measure),
-      in_specs=(n, n, n, n, heads, n, heads),
-      out_specs=n,
-      check_vma=False,
-    )(*args[:-1])
-
   with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
+    sharded = heads.sharded(op, "x")
     step = jax.jit(functools.partial(portable.value_and_vjp, sharded))
     actual = step(*make_inputs())
   expected = result()

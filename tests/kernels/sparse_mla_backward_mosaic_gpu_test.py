@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_mla import mosaic_gpu_backward
-from pallas_kernels.sparse_mla import mosaic_gpu_backward_rows
-from pallas_kernels.sparse_mla import mosaic_gpu_key_sums
+from pallas_kernels.ops.sparse_mla import mosaic_gpu_backward
+from pallas_kernels.ops.sparse_mla import mosaic_gpu_backward_rows
+from pallas_kernels.ops.sparse_mla import mosaic_gpu_key_sums
 
 C, D = 512, 576
 SCALE = 0.1

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.sparse_mla import api
-from pallas_kernels.sparse_mla import mosaic_gpu
+from pallas_kernels.ops.sparse_mla import api
+from pallas_kernels.ops.sparse_mla import mosaic_gpu
 
 C, CR = 512, 576
 

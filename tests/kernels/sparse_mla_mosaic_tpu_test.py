@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_mla import mosaic_tpu
-from pallas_kernels.sparse_mla import mosaic_tpu_forward
-from pallas_kernels.sparse_mla import mosaic_tpu_plan
-from pallas_kernels.sparse_mla import reference
+from pallas_kernels.ops.sparse_mla import mosaic_tpu
+from pallas_kernels.ops.sparse_mla import mosaic_tpu_forward
+from pallas_kernels.ops.sparse_mla import mosaic_tpu_plan
+from pallas_kernels.ops.sparse_mla import reference
 from tests.kernels import inputs
 from tests.kernels import rows
 from tests.kernels import tpu_topologies

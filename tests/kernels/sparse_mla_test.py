@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_mla import reference as dense_reference
-from pallas_kernels.sparse_mla import api
-from pallas_kernels.sparse_mla import chunked_xla
-from pallas_kernels.sparse_mla import reference
+from pallas_kernels.ops.dense_mla import reference as dense_reference
+from pallas_kernels.ops.sparse_mla import api
+from pallas_kernels.ops.sparse_mla import chunked_xla
+from pallas_kernels.ops.sparse_mla import reference
 from tests.kernels import inputs
 from tests.kernels import oracles
 from tests.kernels import rows

@@ -23,7 +23,8 @@ def shapes(T, S, N, K=2048):
 def step(q, kv, indices, q_index, k_index, w, measure):
   def total(q, kv, q_index, k_index, w):
     out, _, loss = pallas_kernels.sparse_mla_with_loss(
-      *(q, kv, indices, q_index, k_index, w, LATENT_RANK, SCALE),
+      *(q, kv, indices, pallas_kernels.Index(q_index, k_index, w)),
+      *(LATENT_RANK, SCALE),
       measure=measure,
     )
     return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(loss)

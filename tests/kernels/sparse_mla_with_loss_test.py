@@ -12,9 +12,9 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import checkpoint_names
-from pallas_kernels.sparse_indexer_loss import api as sparse_indexer_loss
-from pallas_kernels.sparse_mla_with_loss import api
-from pallas_kernels.sparse_mla_with_loss import mosaic_gpu
+from pallas_kernels.ops.sparse_indexer_loss import api as sparse_indexer_loss
+from pallas_kernels.ops.sparse_mla_with_loss import api
+from pallas_kernels.ops.sparse_mla_with_loss import mosaic_gpu
 from tests.kernels import inputs
 
 B, T, S, N = inputs.B, inputs.T, inputs.S, inputs.N
@@ -28,17 +28,22 @@ def in_turn(
     q, kv, indices, C, scale, implementation=implementation
   )
   loss = pallas_kernels.sparse_indexer_loss(
-    *(q_index, k_index, w, indices, q, kv, lse, scale),
+    pallas_kernels.Index(q_index, k_index, w),
+    pallas_kernels.Attended(q, kv, lse),
+    *(indices, scale),
     measure=measure,
     implementation=implementation,
   )
   return out, lse, loss
 
 
-def at_once(*args):
-  *args, measure, implementation = args
+def at_once(
+  q, kv, indices, q_index, k_index, w, C, scale, measure, implementation
+):
   return pallas_kernels.sparse_mla_with_loss(
-    *args, measure=measure, implementation=implementation
+    *(q, kv, indices, pallas_kernels.Index(q_index, k_index, w), C, scale),
+    measure=measure,
+    implementation=implementation,
   )
 
 
@@ -112,7 +117,8 @@ def shapes(T=16, S=8192, K=2048, N=128, dtype=jnp.bfloat16, I=128):
 def step(q, kv, indices, q_index, k_index, w, measure):
   def total(q, kv, q_index, k_index, w):
     out, _, loss = mosaic_gpu.sparse_mla_with_loss(
-      *(q, kv, indices, q_index, k_index, w, 512, SCALE), measure=measure
+      *(q, kv, indices, pallas_kernels.Index(q_index, k_index, w), 512, SCALE),
+      measure=measure,
     )
     return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(loss)
 
@@ -133,7 +139,9 @@ def test_remat_keeps_what_the_attention_returned():
     checkpoint_names.SPARSE_MLA
   )
   f = jax.checkpoint(
-    lambda *args: mosaic_gpu.sparse_mla_with_loss(*args, 512, SCALE)[0],
+    lambda q, kv, indices, *index: mosaic_gpu.sparse_mla_with_loss(
+      *(q, kv, indices, pallas_kernels.Index(*index), 512, SCALE)
+    )[0],
     policy=policy,
   )
   with contextlib.redirect_stdout(io.StringIO()) as kept:

@@ -82,11 +82,9 @@ def q_latent(mla, x):
 
 def log_index(indexer, mla, x, frame, read_BTS):
   """The log of the softmax of an indexer's scores."""
-  scoring = indexer(x, q_latent(mla, x), frame)
-  similarity = jnp.einsum("BTMI,BSI->BTMS", scoring.q_BTMI, scoring.k_BSI)
-  scores_BTS = jnp.einsum(
-    "BTMS,BTM->BTS", jax.nn.relu(similarity), scoring.w_BTM
-  )
+  index = indexer(x, q_latent(mla, x), frame)
+  similarity = jnp.einsum("BTMI,BSI->BTMS", index.q, index.k)
+  scores_BTS = jnp.einsum("BTMS,BTM->BTS", jax.nn.relu(similarity), index.w)
   return jax.nn.log_softmax(jnp.where(read_BTS, scores_BTS, -1e30))
 
 

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from typing import Any
 
 import jax
@@ -188,7 +189,9 @@ def _write(text: str) -> None:
 
 
 @contextlib.contextmanager
-def signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def signals(
+  handler: Callable[[int, types.FrameType | None], None],
+) -> Iterator[None]:
   """Inside, SIGINT and SIGTERM call `handler`.
 
   Not so in one of several processes: there, JAX hears SIGTERM, and makes them
@@ -204,7 +207,7 @@ def signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
       signal.signal(kind, former)
 
 
-def fetch(tree: Any) -> Any:
+def fetch[Tree](tree: Tree) -> Tree:
   """NumPy arrays of global ones, everywhere the whole; all processes call."""
   if jax.process_count() == 1:
     return jax.device_get(tree)

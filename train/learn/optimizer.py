@@ -1,8 +1,9 @@
 """AdamW for the model and the indexer, each with its own rate and clipping."""
 
 import dataclasses
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,7 +66,9 @@ def rates(
   return {part: schedule(cfg, x, stage.steps) for part, x in peaks.items()}
 
 
-def split(params: Any, stage: stages_lib.StageConfig) -> tuple[Any, Any]:
+def split(
+  params: nnx.State, stage: stages_lib.StageConfig
+) -> tuple[nnx.State, nnx.State]:
   """The parameters that a stage trains, and the others; None in their place."""
   trained = {"model": stage.trains_model, "indexer": stage.trains_indexer}
   labels = label(params)
@@ -75,7 +78,7 @@ def split(params: Any, stage: stages_lib.StageConfig) -> tuple[Any, Any]:
   )
 
 
-def merge(trained: Any, frozen: Any) -> Any:
+def merge(trained: nnx.State, frozen: nnx.State) -> nnx.State:
   """Undoes `split`."""
   return jax.tree.map(
     lambda x, y: y if x is None else x,
@@ -99,21 +102,21 @@ def schedule(cfg: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
   )
 
 
-def label(params: Any) -> Any:
+def label(params: nnx.State) -> nnx.State:
   """ "indexer" or "model" for each parameter."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: "indexer" if "indexer" in _names(path) else "model", params
   )
 
 
-def norms(grads: Any) -> dict[str, jax.Array]:
+def norms(grads: nnx.State) -> dict[str, jax.Array]:
   """The gradient's norm, and that of each part of the model in it:
   "grad_norm", "grad_norm_attention", ..."""
-  squares: dict[str, Any] = {}
+  squares: dict[str, jax.Array] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(grads):
     part = _part(_names(path))
     square = jnp.square(x.astype(jnp.float32)).sum()
-    squares[part] = squares.get(part, 0.0) + square
+    squares[part] = squares[part] + square if part in squares else square
   return {"grad_norm": jnp.sqrt(sum(squares.values()))} | {
     f"grad_norm_{part}": jnp.sqrt(square) for part, square in squares.items()
   }
@@ -160,7 +163,7 @@ def _kept_in(
   )
 
 
-def _decayed(params: Any) -> Any:
+def _decayed(params: optax.Params) -> optax.Params:
   """All but norms."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: _names(path)[-1] not in _UNDECAYED, params

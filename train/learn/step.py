@@ -17,11 +17,14 @@ import optax
 import dsa_jax
 from dsa_jax import losses as losses_lib
 from dsa_jax import moe
+from dsa_jax import transformer
 from train.learn import guards
 from train.learn import optimizer as optimizer_lib
 from train.learn import stages as stages_lib
 
 type Batch = dict[str, jax.Array]  # of `BATCH_DTYPES`
+type Parameters = tuple[nnx.State, nnx.State]
+"""A model's parameters, and its routers' biases."""
 type Metrics = dict[str, jax.Array]
 
 BATCH_DTYPES: Final = {
@@ -40,9 +43,9 @@ class TrainState:
 
   step: Any  # Int[Array, ""]
   """Steps done, over all stages."""
-  params: Any
-  router_bias: Any
-  opt_state: Any
+  params: nnx.State
+  router_bias: nnx.State
+  opt_state: optax.OptState
   guard: guards.GuardState
 
 
@@ -50,13 +53,17 @@ class TrainState:
 class Model:
   """The parts of a module: what to merge parameters with."""
 
-  graphdef: Any
+  graphdef: nnx.GraphDef[dsa_jax.Transformer]
 
-  def merge(self, params: Any, router_bias: Any) -> dsa_jax.Transformer:
+  def merge(
+    self, params: nnx.State, router_bias: nnx.State
+  ) -> dsa_jax.Transformer:
     return nnx.merge(self.graphdef, params, router_bias)
 
 
-def split(model: dsa_jax.Transformer) -> tuple[Model, Any, Any]:
+def split(
+  model: dsa_jax.Transformer,
+) -> tuple[Model, nnx.State, nnx.State]:
   """The model's structure, its parameters, and its routers' biases."""
   graphdef, params, bias = nnx.split(model, nnx.Param, moe.RouterBias)
   return Model(graphdef), params, bias
@@ -64,7 +71,7 @@ def split(model: dsa_jax.Transformer) -> tuple[Model, Any, Any]:
 
 def init(
   cfg: dsa_jax.ModelConfig, seed: int
-) -> tuple[Model, Callable[[jax.Array], tuple[Any, Any]]]:
+) -> tuple[Model, Callable[[jax.Array], Parameters]]:
   """The model's structure, and what makes parameters and biases from a key."""
 
   def make(key):
@@ -77,8 +84,8 @@ def init(
 def begin_stage(
   cfg: optimizer_lib.OptimizerConfig,
   stage: stages_lib.StageConfig,
-  params: Any,
-  router_bias: Any,
+  params: nnx.State,
+  router_bias: nnx.State,
   step: int = 0,
 ) -> TrainState:
   """The state in which a stage begins: its optimizer knows nothing yet."""
@@ -90,7 +97,7 @@ def begin_stage(
   )
 
 
-def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def on_mesh[Tree](tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
   """The same shapes, with their specs on `mesh`."""
 
   def shape_on_mesh(x):
@@ -213,9 +220,11 @@ def make_train_step(
   return train_step
 
 
-def recall(losses: Any) -> tuple[jax.Array, jax.Array] | None:
+def recall(
+  losses: transformer.Losses,
+) -> tuple[jax.Array, jax.Array] | None:
   """Sum of each layer's recall over the queries that count; their number."""
-  if losses.recall is None:
+  if losses.recall is None or losses.recall_queries is None:
     return None
   counted = losses.recall_queries
   held = jnp.where(counted, losses.recall, 0.0).sum((1, 2))
@@ -225,13 +234,13 @@ def recall(losses: Any) -> tuple[jax.Array, jax.Array] | None:
 @functools.lru_cache  # stages of one model share what is compiled
 def make_eval_step(
   model: Model, attention: Literal["dense", "sparse"]
-) -> Callable[[TrainState, Batch], dict[str, Any]]:
+) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
   """Sums over a batch [B, T]: nats of its targets, the bytes they stand for,
   and of sparse attention each layer's recall and the number of its queries."""
 
   @jax.jit
   def eval_step(state: TrainState, batch: Batch):
-    losses: Any = model.merge(state.params, state.router_bias).losses(
+    losses = model.merge(state.params, state.router_bias).losses(
       batch["tokens"],
       batch["positions"],
       batch["segment_ids"],
@@ -239,6 +248,7 @@ def make_eval_step(
       lm_loss=True,
       index_loss=attention == "sparse",
     )
+    assert losses.lm is not None  # it was asked for
     sums = {"nats": losses.lm.sum(), "bytes": _next_bytes(batch)}
     if (held := recall(losses)) is not None:
       sums["recall"], sums["queries"] = held
@@ -247,7 +257,9 @@ def make_eval_step(
   return eval_step
 
 
-def balance(bias: Any, load: Float[Array, "L E"], rate: float) -> Any:
+def balance[Biases](
+  bias: Biases, load: Float[Array, "L E"], rate: float
+) -> Biases:
   """Moves the bias of overloaded experts down and of idle ones up, by `rate`.
 
   (DeepSeek-V3, 2.1.2.) `load` is over the whole batch. Its layers come in the

@@ -7,7 +7,7 @@ import math
 import pathlib
 import secrets
 import sys
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import jax
 import tensorboardX
@@ -115,8 +115,8 @@ class Writer:
     Raises:
       ValueError: A line in the file is malformed, and not the last one.
     """
-    self._out: Any = None
-    self._board: Any = None
+    self._out: TextIO | None = None
+    self._board: tensorboardX.SummaryWriter | None = None
     self._wandb = None
     self.file = pathlib.Path(run_dir) / "metrics.jsonl"
     self._board_dir = None

@@ -49,7 +49,9 @@ class Origin:
   def __str__(self) -> str:
     return str(self._path)
 
-  def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+  def restore(
+    self, like: step_lib.Parameters, mesh: jax.sharding.Mesh
+  ) -> step_lib.Parameters:
     """Parameters and router biases, in the shapes of `like`, on `mesh`."""
     params, bias = step_lib.on_mesh(like, mesh)
     context = ocp.Context()

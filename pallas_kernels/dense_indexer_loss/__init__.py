@@ -1,3 +1,0 @@
-from pallas_kernels.dense_indexer_loss.api import (
-  dense_indexer_loss as dense_indexer_loss,
-)

@@ -1,1 +1,0 @@
-from pallas_kernels.indexer_topk.api import indexer_topk as indexer_topk

@@ -1,0 +1,1 @@
+"""The ops: each folder has an api, its definition, and implementations."""

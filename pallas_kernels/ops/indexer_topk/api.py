@@ -1,0 +1,70 @@
+"""Public entry point: selects an implementation."""
+
+from typing import Final, Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels import operands
+from pallas_kernels.ops.indexer_topk import chunked_xla
+from pallas_kernels.ops.indexer_topk import mosaic_gpu
+from pallas_kernels.ops.indexer_topk import mosaic_tpu
+from pallas_kernels.ops.indexer_topk import reference
+
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
+
+IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": mosaic_tpu.indexer_topk,
+  "mosaic_gpu": mosaic_gpu.indexer_topk,
+  "chunked_xla": chunked_xla.indexer_topk,
+  "reference": reference.indexer_topk,
+}
+
+
+def indexer_topk(
+  index: operands.Index,
+  start: Int[Array, "B T"],
+  end: Int[Array, "B T"],
+  top_k: int,
+  *,
+  score_dtype: Literal["float8_e4m3fn"] | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+  """Selects the `top_k` keys of highest index score for each query.
+
+  Products and sums of the scores are in fp32. Ties go to the lowest key. The
+  result is the same for every tiling, with and without jit, grad and remat, up
+  to scores that differ by no more than the matmul's rounding. It has no
+  gradient: the loss recomputes the scores.
+
+  Memory: O(T K) and one tile of queries x S, except for `reference`.
+
+  Args:
+    index: Factors of the scores.
+    start: First key that each query sees.
+    end: One past the last key it sees; with `start >= end` it sees none.
+    top_k: K, at least 1; may exceed S.
+    score_dtype: Dtype of queries and keys in their product; `None` keeps their
+      own. In 8 bits they are rotated and scaled first, as in DeepSeek-V3.2
+      (`fp8.quantize`; I must be a power of 2): Hopper's tensor cores are twice
+      as fast, and the scores a few percent off. The same for every
+      implementation.
+    implementation: `None` takes the fastest that supports these inputs on this
+      backend. A name takes that one, or raises `NotImplementedError`.
+
+  Returns:
+    Indices, int32, ascending, padded with -1 at the end where a query sees
+    fewer than K keys; and their scores, fp32, -inf there.
+
+  Raises:
+    ValueError: `top_k` is below 1.
+  """
+  if top_k < 1:
+    raise ValueError(f"indexer_topk: {top_k=} must be at least 1.")
+  return dispatch.call(
+    *("indexer_topk", IMPLEMENTATIONS, implementation),
+    *(index, start, end, top_k),
+    score_dtype=score_dtype,
+  )

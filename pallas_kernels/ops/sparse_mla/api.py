@@ -1,0 +1,82 @@
+"""Public entry point: selects an implementation."""
+
+import functools
+from typing import Final, Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.ops.sparse_mla import chunked_xla
+from pallas_kernels.ops.sparse_mla import mosaic_gpu
+from pallas_kernels.ops.sparse_mla import mosaic_tpu
+from pallas_kernels.ops.sparse_mla import reference
+
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
+
+IMPLEMENTATIONS: Final = {
+  "mosaic_tpu": mosaic_tpu.sparse_mla,
+  "mosaic_gpu": mosaic_gpu.sparse_mla,
+  "chunked_xla": chunked_xla.sparse_mla,
+  "reference": reference.sparse_mla,
+}
+
+
+def sparse_mla(
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  indices: Int[Array, "B T K"],
+  latent_rank: int,
+  scale: float,
+  *,
+  deterministic: bool = False,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+  """Attention of each query to its selected keys, in absorbed MLA form.
+
+  All heads share one key row `[c; kr]` of width C+R, whose first C values are
+  the value too: `out[t, n] = sum_j softmax_j(scale q[t, n] . kv[i_j]) c[i_j]`.
+  Softmax and accumulation in fp32. Differentiable in `q` and `kv`, through both
+  results. Work and memory are O(T K), except for `reference`'s gathered copy.
+
+  Args:
+    q: Absorbed queries `[q_nope Wuk^T; q_rope]`.
+    kv: Latents and rotated keys `[c; kr]`.
+    indices: Selected keys of each query. Entries outside [0, S) are ignored, at
+      any position. An index that occurs twice counts twice.
+    latent_rank: C.
+    scale: Multiplies the logits: (H+R)^-1/2 m^2, as without absorption.
+    deterministic: Whether kv's gradient must be bitwise reproducible. On a
+      Hopper GPU it then takes almost three times as long; kernels elsewhere are
+      deterministic anyway. Plain XLA on a GPU also needs
+      --xla_gpu_deterministic_ops.
+    implementation: `None` takes the fastest that supports these inputs on this
+      backend. A name takes that one, or raises `NotImplementedError`.
+
+  Returns:
+    The output, mixed latents in q's dtype, and the logsumexp (natural, fp32) of
+    the scaled logits. A query without a valid key gives 0 and -inf.
+
+  Raises:
+    ValueError: `latent_rank` exceeds the width of the rows.
+  """
+  if not 0 < latent_rank <= kv.shape[-1]:
+    raise ValueError(
+      f"{latent_rank=} must lie in 1..{kv.shape[-1]}, kv's width."
+    )
+  implementations = dict(IMPLEMENTATIONS)
+  if deterministic:
+    implementations["mosaic_gpu"] = functools.partial(
+      mosaic_gpu.sparse_mla, deterministic=True
+    )
+  return dispatch.call(
+    "sparse_mla",
+    implementations,
+    implementation,
+    q,
+    kv,
+    indices,
+    latent_rank,
+    scale,
+  )

@@ -1,3 +1,0 @@
-from pallas_kernels.sparse_indexer_loss.api import (
-  sparse_indexer_loss as sparse_indexer_loss,
-)

@@ -1,1 +1,0 @@
-from pallas_kernels.sparse_mla.api import sparse_mla as sparse_mla

@@ -1,3 +1,0 @@
-from pallas_kernels.sparse_mla_with_loss.api import (
-  sparse_mla_with_loss as sparse_mla_with_loss,
-)
