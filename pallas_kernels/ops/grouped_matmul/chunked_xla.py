@@ -53,7 +53,10 @@ class _Blocks:
     first_row_E = jnp.cumsum(sizes) - sizes
 
     def group_of(place, first):  # empty groups begin where the next one does
-      return jnp.searchsorted(first, place, side="right") - 1
+      # By comparing all: without a loop, so that XLA does it once for all
+      # products of the same rows.
+      found = jnp.searchsorted(first, place, "right", method="compare_all")
+      return found - 1
 
     # At most one partial block a group; what is too many here is empty.
     most = R // block + E
