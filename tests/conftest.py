@@ -1,5 +1,7 @@
 """Settings that every test runs under."""
 
+import gc
+
 import jax
 import pytest
 
@@ -10,6 +12,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time here; what is compiled is small.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# Tracing makes millions of objects that live on: to look at them all again and
+# again takes an eighth of a test's time.
+gc.set_threshold(200_000, 50, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,12 +1,9 @@
 import json
 import pathlib
 import sys
-import tempfile
-from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import numpy as np
+import pytest
 import tokenizers
 
 from dsa_jax.chat import tokenizer as tokenizer_lib
@@ -14,7 +11,9 @@ from dsa_jax.chat import tokenizer as tokenizer_lib
 TEXT = "Größe: 3 €, 語 🙂\r\n\tdef f(x): return x\n"
 
 
-def write_hf(folder: str, *, eos="</s>", special=True, config=None) -> str:
+def write_hf(
+  folder: pathlib.Path, *, eos="</s>", special=True, config=None
+) -> str:
   """Trains a byte-level BPE on `TEXT` and returns its tokenizer.json's path."""
   hf = tokenizers.Tokenizer(tokenizers.models.BPE())
   hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,101 +29,96 @@ def write_hf(folder: str, *, eos="</s>", special=True, config=None) -> str:
   # What a careless export leaves behind; it must not change a text.
   hf.enable_truncation(3)
   hf.enable_padding(length=64)
-  path = pathlib.Path(folder, "tokenizer.json")
+  path = folder / "tokenizer.json"
   hf.save(str(path))
   if config is not None:
     path.with_name("tokenizer_config.json").write_text(json.dumps(config))
   return str(path)
 
 
-class TokenizerTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    folder = tempfile.TemporaryDirectory()
-    self.addCleanup(folder.cleanup)
-    self.folder = folder.name
+@pytest.mark.parametrize("kind", ["bytes", "hf"])
+def test_round_trip(tmp_path, kind):
+  name = kind if kind == "bytes" else write_hf(tmp_path)
+  tokenizer = tokenizer_lib.load_tokenizer(name)
+  for text in (TEXT, "", "\0", "a" * 1000):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.ndim == 1
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids.tolist(), tokenizer.eos_id]) == text
+  assert tokenizer.eos_id < tokenizer.vocab_size
 
-  @parameterized.parameters("bytes", "hf")
-  def test_round_trip(self, kind):
-    name = kind if kind == "bytes" else write_hf(self.folder)
-    tokenizer = tokenizer_lib.load_tokenizer(name)
-    for text in (TEXT, "", "\0", "a" * 1000):
-      ids = tokenizer.encode(text)
-      self.assertEqual(ids.dtype, np.int32)
-      self.assertEqual(ids.ndim, 1)
-      self.assertNotIn(tokenizer.eos_id, ids)
-      self.assertEqual(tokenizer.decode(ids), text)
-      self.assertEqual(
-        tokenizer.decode([*ids.tolist(), tokenizer.eos_id]), text
-      )
-    self.assertLess(tokenizer.eos_id, tokenizer.vocab_size)
 
-  def test_bytes(self):
-    tokenizer = tokenizer_lib.load_tokenizer("bytes")
-    np.testing.assert_array_equal(tokenizer.encode("aé"), [97, 0xC3, 0xA9])
-    self.assertEqual((tokenizer.eos_id, tokenizer.vocab_size), (256, 257))
-    self.assertEqual(tokenizer.decode([97, 0xC3, 256, 300, 98]), "a\ufffdb")
+def test_bytes():
+  tokenizer = tokenizer_lib.load_tokenizer("bytes")
+  np.testing.assert_array_equal(tokenizer.encode("aé"), [97, 0xC3, 0xA9])
+  assert (tokenizer.eos_id, tokenizer.vocab_size) == (256, 257)
+  assert tokenizer.decode([97, 0xC3, 256, 300, 98]) == "a\ufffdb"
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "eos, options",
+  [
     # The configuration decides, in either form, even against a known name.
-    dict(eos="<end>", config={"eos_token": "<end>"}),
-    dict(eos="<end>", config={"eos_token": {"content": "<end>", "id": 1}}),
-    dict(eos="<end>", special=False, config={"eos_token": "<end>"}),
+    ("<end>", dict(config={"eos_token": "<end>"})),
+    ("<end>", dict(config={"eos_token": {"content": "<end>", "id": 1}})),
+    ("<end>", dict(special=False, config={"eos_token": "<end>"})),
     # Without one, or when it is silent, a well-known name does.
-    dict(eos="<｜end▁of▁sentence｜>"),
-    dict(eos="<|endoftext|>", config={}),
-    dict(eos="<eos>", config={"eos_token": None}),
-  )
-  def test_finds_eos(self, eos, **kwargs):
-    path = write_hf(self.folder, eos=eos, **kwargs)
-    tokenizer = tokenizer_lib.HfTokenizer(path)
-    hf = tokenizers.Tokenizer.from_file(path)
-    self.assertEqual(tokenizer.eos_id, hf.token_to_id(eos))
-    self.assertEqual(tokenizer.vocab_size, hf.get_vocab_size())
-    self.assertGreater(
-      tokenizer.vocab_size, hf.get_vocab_size(with_added_tokens=False)
-    )
+    ("<｜end▁of▁sentence｜>", dict()),
+    ("<|endoftext|>", dict(config={})),
+    ("<eos>", dict(config={"eos_token": None})),
+  ],
+)
+def test_finds_eos(tmp_path, eos, options):
+  path = write_hf(tmp_path, eos=eos, **options)
+  tokenizer = tokenizer_lib.HfTokenizer(path)
+  hf = tokenizers.Tokenizer.from_file(path)
+  assert tokenizer.eos_id == hf.token_to_id(eos)
+  assert tokenizer.vocab_size == hf.get_vocab_size()
+  assert tokenizer.vocab_size > hf.get_vocab_size(with_added_tokens=False)
 
-  @parameterized.parameters(True, False)
-  def test_a_text_cannot_spell_eos(self, special):
-    path = write_hf(self.folder, special=special, config={"eos_token": "</s>"})
-    tokenizer = tokenizer_lib.HfTokenizer(path)
-    ids = tokenizer.encode("a</s>b")
-    self.assertNotIn(tokenizer.eos_id, ids)
-    self.assertEqual(tokenizer.decode(ids), "a</s>b")
 
-  @parameterized.parameters(
-    dict(eos=None, message="which token ends a document"),
+@pytest.mark.parametrize("special", [True, False])
+def test_a_text_cannot_spell_eos(tmp_path, special):
+  path = write_hf(tmp_path, special=special, config={"eos_token": "</s>"})
+  tokenizer = tokenizer_lib.HfTokenizer(path)
+  ids = tokenizer.encode("a</s>b")
+  assert tokenizer.eos_id not in ids
+  assert tokenizer.decode(ids) == "a</s>b"
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(eos=None), "which token ends a document"),
     # An ordinary token with a well-known name may be an accident.
-    dict(eos="</s>", special=False, message="which token ends a document"),
-    dict(config={"eos_token": "<end>"}, message="'<end>'.* is not in"),
-  )
-  def test_refuses_to_guess_eos(self, message, **kwargs):
-    path = write_hf(self.folder, **kwargs)
-    with self.assertRaisesRegex(tokenizer_lib.TokenizerError, message):
-      tokenizer_lib.HfTokenizer(path)
-
-  def test_bad_file(self):
-    with self.assertRaisesRegex(
-      tokenizer_lib.TokenizerError, "'byte' is not a file"
-    ):
-      tokenizer_lib.load_tokenizer("byte")
-    path = pathlib.Path(self.folder, "x.json")
-    path.write_text("{}")
-    with self.assertRaisesRegex(
-      tokenizer_lib.TokenizerError, "not a tokenizer.json"
-    ):
-      tokenizer_lib.load_tokenizer(str(path))
-
-  def test_missing_package(self):
-    with (
-      mock.patch.dict(sys.modules, {"tokenizers": None}),
-      self.assertRaisesRegex(
-        tokenizer_lib.TokenizerError, r"pip install .dsa-jax\[hf\]"
-      ),
-    ):
-      tokenizer_lib.load_tokenizer("tokenizer.json")
+    (dict(eos="</s>", special=False), "which token ends a document"),
+    (dict(config={"eos_token": "<end>"}), "'<end>'.* is not in"),
+  ],
+)
+def test_refuses_to_guess_eos(tmp_path, options, message):
+  path = write_hf(tmp_path, **options)
+  with pytest.raises(tokenizer_lib.TokenizerError, match=message):
+    tokenizer_lib.HfTokenizer(path)
 
 
-if __name__ == "__main__":
-  absltest.main()
+def test_bad_file(tmp_path):
+  with pytest.raises(
+    tokenizer_lib.TokenizerError, match="'byte' is not a file"
+  ):
+    tokenizer_lib.load_tokenizer("byte")
+  path = tmp_path / "x.json"
+  path.write_text("{}")
+  with pytest.raises(
+    tokenizer_lib.TokenizerError, match="not a tokenizer.json"
+  ):
+    tokenizer_lib.load_tokenizer(str(path))
+
+
+def test_missing_package(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tokenizers", None)
+  with pytest.raises(
+    tokenizer_lib.TokenizerError, match=r"pip install .dsa-jax\[hf\]"
+  ):
+    tokenizer_lib.load_tokenizer("tokenizer.json")

@@ -157,6 +157,7 @@ class TestGolden:
   def expected(self):
     return load_file(GOLDEN / "expected.safetensors")
 
+  @pytest.mark.slow
   def test_several_files_onto_a_mesh(self, folder, tensors):
     names = sorted(tensors)
     for i in range(3):

@@ -89,6 +89,7 @@ def test_what_belongs_to_a_model_comes_along(tmp_path):
   assert (tmp_path / "out" / "chat_template.jinja").exists()
 
 
+@pytest.mark.slow
 def test_tensors_are_those_of_the_release(tmp_path):
   raw = dict(
     hidden_size=7168,

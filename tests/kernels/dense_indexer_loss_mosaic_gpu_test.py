@@ -179,8 +179,8 @@ def run_without_kernels(kind, size, wrap=lambda f: f, **kwargs):
   [
     (1, 32768, 32768, 128, 64),
     (2, 95, 300, 8, 32),
-    (1, 1, 1, 16, 64),
-    (1, 4096, 131072, 128, 64),
+    pytest.param(1, 1, 1, 16, 64, marks=pytest.mark.slow),
+    pytest.param(1, 4096, 131072, 128, 64, marks=pytest.mark.slow),
   ],
 )
 def test_lowers(B, T, S, N, M):
@@ -212,7 +212,13 @@ def test_refuses(change, why):
     jax.eval_shape(op, *args)
 
 
-@pytest.mark.parametrize("kind, size", SIZES.items())
+@pytest.mark.parametrize(
+  "kind, size",
+  [
+    ("any", SIZES["any"]),
+    pytest.param("packed", SIZES["packed"], marks=pytest.mark.slow),
+  ],
+)
 def test_surroundings(kind, size):
   actual = run_without_kernels(kind, size)
   expected = jax.jit(
@@ -224,6 +230,7 @@ def test_surroundings(kind, size):
     rows.assert_close(x, y, rtol, 2**-8)
 
 
+@pytest.mark.slow
 def test_heads_over_devices():
   n, heads = P(), P(None, None, "x")
   auto = jax.sharding.AxisType.Auto

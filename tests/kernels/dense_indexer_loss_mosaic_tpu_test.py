@@ -80,11 +80,14 @@ def assert_close(actual, expected, rtol=5e-6, atol=5e-6):
     rows.assert_close(x, y, rtol, atol)
 
 
-@pytest.mark.parametrize("kind", ["any", "packed"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("any", marks=pytest.mark.slow), "packed"]
+)
 def test_is_what_the_loops_compute(kind):
   assert_close(result(kind), expected(kind))
 
 
+@pytest.mark.slow
 def test_no_key_no_loss():
   q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs("any")
   dead_BT = ~portable.alive("any")[:, QUERIES["any"]]
@@ -99,6 +102,7 @@ def test_no_key_no_loss():
   chex.assert_trees_all_equal(actual, result("any"))
 
 
+@pytest.mark.slow
 def test_all_dead():
   q_index, k_index, w, start, _, q, k, lse, d_loss = make_inputs("any")
   lse = jnp.full_like(lse, -jnp.inf)
@@ -132,6 +136,7 @@ def test_is_chosen_on_a_tpu():
   assert next(iter(api.IMPLEMENTATIONS)) == "mosaic_tpu"
 
 
+@pytest.mark.slow
 def test_compiles():
   tpu_topologies.compile_step("v5p", step, shapes(512, 1024, 16))
 

@@ -106,7 +106,10 @@ def assert_close(actual, expected, rtol=2e-6, atol=4e-6):
     rows.assert_close(x, y, rtol, atol, name)
 
 
-@pytest.mark.parametrize("kind, group", [("causal", 2), ("any", 1)])
+@pytest.mark.parametrize(
+  "kind, group",
+  [("causal", 2), pytest.param("any", 1, marks=pytest.mark.slow)],
+)
 def test_matches_reference(kind, group):
   """With chunks that need no mask; queries in one group, and in two."""
   args = make_inputs(kind)
@@ -115,6 +118,7 @@ def test_matches_reference(kind, group):
   assert_close(actual, value_and_vjp(reference.dense_mla, *args))
 
 
+@pytest.mark.slow
 def test_bfloat16():
   args = [x[:1] for x in make_inputs("packed", bf16)]
   actual = compiled(TILES)(*args)
@@ -130,6 +134,7 @@ def test_bfloat16():
     rows.assert_close(x, y, 2**-6, 2**-6)
 
 
+@pytest.mark.slow
 def test_reads_only_indices():
   args = *make_inputs("any"), make_indices()
   dead = ~bits(args[-1], *args[3:5], S).any(-1)
@@ -199,6 +204,7 @@ def test_refuses(change, message):
     jax.eval_shape(op, *args, bound, bound)
 
 
+@pytest.mark.slow
 def test_compiles():
   """A TPU takes it by itself, forward and backward."""
   args = shapes(4096, 8192, 16)

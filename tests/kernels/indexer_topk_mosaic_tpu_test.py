@@ -148,6 +148,7 @@ def test_more_keys_than_a_sample_has():
     np.testing.assert_array_equal(actual[q, :K], expected)
 
 
+@pytest.mark.slow
 def test_chooses_what_the_reference_chooses():
   B, T, S, M, I, K = 2, 19, bS + 400, 3, 16, 300
   args = case(B, T, S, M, I)

@@ -95,6 +95,7 @@ def test_is_what_the_loops_compute():
   assert np.mean(loss) > 0.1
 
 
+@pytest.mark.slow
 def test_what_is_ignored_does_not_matter():
   q_index, k_index, w, indices, q, kv, lse, d_loss = make_inputs()
   dead_BT = ~((indices >= 0) & (indices < portable.S)).any(-1)
@@ -113,6 +114,7 @@ def test_what_is_ignored_does_not_matter():
   chex.assert_trees_all_equal(actual, result())
 
 
+@pytest.mark.slow
 def test_the_gradient_needs_no_loss():
   loss, *gradients = run(*make_inputs(), measure=False)
   np.testing.assert_array_equal(loss, 0)
@@ -139,6 +141,7 @@ def test_is_first():
   assert next(iter(api.IMPLEMENTATIONS)) == "mosaic_tpu"
 
 
+@pytest.mark.slow
 def test_compiles():
   tpu_topologies.compile_step("v6e", step, shapes(64, 4096, 16, K=256))
 

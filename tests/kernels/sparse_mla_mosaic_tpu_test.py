@@ -94,7 +94,16 @@ def assert_close(actual, expected, rtol=5e-6, atol=5e-6):
     rows.assert_close(x, y, rtol, atol, name)
 
 
-@pytest.mark.parametrize("kind", ["near", "plain", "invalid", "twice"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "invalid",
+    *(
+      pytest.param(kind, marks=pytest.mark.slow)
+      for kind in ("near", "plain", "twice")
+    ),
+  ],
+)
 def test_matches_reference(kind):
   assert_close(run("kernel", kind), run("reference", kind))
 
@@ -104,6 +113,7 @@ def test_blocks_with_a_union_and_without():
   assert not unions("plain").all()
 
 
+@pytest.mark.slow
 @mock.patch.object(mosaic_tpu_forward, "_LOGIT_ROWS", 2 * N)
 def test_a_union_in_several_products():
   """As blocks of many heads need; each starts a part of the copies."""
@@ -114,6 +124,7 @@ def test_a_union_in_several_products():
   chex.assert_trees_all_equal((out, lse), compiled("kernel")(*args)[:2])
 
 
+@pytest.mark.slow
 def test_bfloat16():
   """bfloat16 rounds by 2^-9: the results, and factors of each product."""
   args = make_inputs("invalid", bf16)
@@ -127,6 +138,7 @@ def test_bfloat16():
     rows.assert_close(x, y, 2**-6, 2**-6)
 
 
+@pytest.mark.slow
 def test_no_key_no_output():
   """Dead queries: 0, -inf, no gradient, whatever the cotangents are.
 
@@ -166,6 +178,7 @@ def test_refuses(change, message):
     )
 
 
+@pytest.mark.slow
 def test_compiles():
   """On a chip with two cores, which is what kv's gradient depends on."""
   op, shapes = step(T=64, S=4096, N=16, K=256)

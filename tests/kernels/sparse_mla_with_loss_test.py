@@ -72,7 +72,11 @@ def value_and_vjp(op, measure, implementation):
 
 @pytest.mark.parametrize(
   "measure, implementation",
-  [(True, None), (False, "chunked_xla"), (True, "reference")],
+  [
+    (True, None),
+    (False, "chunked_xla"),
+    pytest.param(True, "reference", marks=pytest.mark.slow),
+  ],
 )
 def test_is_one_op_after_the_other(measure, implementation):
   expected, actual = (

@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +12,7 @@ from dsa_jax import cache as cache_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import mla as mla_lib
 from dsa_jax import rope
+from tests.model import generation_test
 from tests.model import mesh_test
 from tests.model import models
 from tests.model import transformer_test
@@ -133,134 +131,141 @@ def by_definition(attention):
   return run(models.model(CONFIG), output.hidden, output.selected)
 
 
-class IndexLossTest(chex.TestCase):
-  ATTENTION = "sparse"
-
-  @pytest.mark.slow
-  def test_is_each_layers_kl_over_the_layers_that_its_indexer_serves(self):
-    (_, parts), _, _ = gradients(self.ATTENTION)
-    kl, _ = by_definition(self.ATTENTION)
-    self.assertLen(parts.index, 6)  # MTP's is the last
-    for served in SERVED.values():
-      for i in served:
-        expected = kl[i] / len(served)
-        np.testing.assert_allclose(parts.index[i], expected, atol=1e-5, rtol=0)
-        self.assertGreater(expected.max(), 0.01)
-
-  @pytest.mark.slow
-  def test_an_indexer_learns_the_mean_attention_of_its_layers(self):
-    _, of_index, _ = gradients(self.ATTENTION)
-    _, expected = by_definition(self.ATTENTION)
-    for source, grads in expected.items():
-      actual = layer(of_index, source).attention.indexer
-      actual = dict(transformer_test.leaves(actual))
-      for name, grad in transformer_test.leaves(grads):
-        scale = np.abs(grad).max()
-        self.assertGreater(scale, 1e-3, name)
-        np.testing.assert_allclose(
-          actual[name], grad, atol=1e-5 * scale, rtol=0, err_msg=name
-        )
-
-  def test_nothing_else_learns_from_it(self):
-    _, of_index, _ = gradients(self.ATTENTION)
-    for name, grad in transformer_test.leaves(of_index):
-      if "indexer" not in name:
-        np.testing.assert_array_equal(grad, 0, name)
-      if "mtp" in name and "indexer" in name:
-        self.assertGreater(np.abs(grad).max(), 0, name)
-    for i in (1, 2, 4):
-      shared = layer(of_index, i).attention.indexer
-      for name, grad in transformer_test.leaves(shared):
-        np.testing.assert_array_equal(grad, 0, name)
-
-  def test_the_other_losses_teach_all_but_the_indexers(self):
-    _, _, of_others = gradients(self.ATTENTION)
-    for name, grad in transformer_test.leaves(of_others):
-      if "indexer" in name or "bias_E" in name:
-        np.testing.assert_array_equal(grad, 0, name)
-      else:
-        self.assertGreater(np.abs(grad).max(), 0, name)
+both = pytest.mark.parametrize("attention", ["sparse", "dense"])
 
 
 @pytest.mark.slow
-class DenseIndexLossTest(IndexLossTest):
-  """The same of the warm-up, over all visible keys."""
+@both
+def test_is_each_layers_kl_over_the_layers_that_its_indexer_serves(attention):
+  (_, parts), _, _ = gradients(attention)
+  kl, _ = by_definition(attention)
+  assert len(parts.index) == 6  # MTP's is the last
+  for served in SERVED.values():
+    for i in served:
+      expected = kl[i] / len(served)
+      np.testing.assert_allclose(parts.index[i], expected, atol=1e-5, rtol=0)
+      assert expected.max() > 0.01
 
-  ATTENTION = "dense"
 
-  def test_recall_is_of_the_keys_that_the_indexer_would_choose(self):
-    """Dense attention has chosen none."""
-    (output, parts), _, _ = gradients("dense")
-    model, K = models.model(CONFIG), CONFIG.top_k
-
-    @jax.jit
-    def expected(model, hidden):
-      frame = frame_lib.make_frame(CONFIG, TOKENS.shape, *PACKED)
-      keys = jnp.arange(TOKENS.shape[1])[None, None]
-      seen = (frame.start[..., None] <= keys) & (keys < frame.end[..., None])
-      held = {}
-      for source, served in SERVED.items():
-        first = layer(model, source)
-        x = first.attention_norm(hidden[source])
-        scores = log_index(
-          first.attention.indexer, first.attention, x, frame, seen
-        )
-        _, chosen = jax.lax.top_k(scores, K)
-        for i in served:
-          block = layer(model, i)
-          x = block.attention_norm(hidden[i])
-          p_BTS = attention_weights(block.attention, x, frame, seen)
-          held[i] = jnp.take_along_axis(p_BTS, chosen, -1).sum(-1)
-      return held
-
-    held = expected(model, output.hidden)
-    counted = np.asarray(parts.recall_queries)
-    self.assertTrue(counted.any())
-    for i, expected_BT in held.items():
+@pytest.mark.slow
+@both
+def test_an_indexer_learns_the_mean_attention_of_its_layers(attention):
+  _, of_index, _ = gradients(attention)
+  _, expected = by_definition(attention)
+  for source, grads in expected.items():
+    actual = layer(of_index, source).attention.indexer
+    actual = dict(transformer_test.leaves(actual))
+    for name, grad in transformer_test.leaves(grads):
+      scale = np.abs(grad).max()
+      assert scale > 1e-3, name
       np.testing.assert_allclose(
-        parts.recall[i][counted], expected_BT[counted], atol=1e-5, rtol=0
+        actual[name], grad, atol=1e-5 * scale, rtol=0, err_msg=name
       )
 
 
-class SharingTest(chex.TestCase):
-  def test_a_shared_layer_reads_what_the_last_full_one_chose(self):
-    (output, _), _, _ = gradients("sparse")
-    selected_LBTK = output.selected
+@pytest.mark.slow
+@both
+def test_nothing_else_learns_from_it(attention):
+  _, of_index, _ = gradients(attention)
+  for name, grad in transformer_test.leaves(of_index):
+    if "indexer" not in name:
+      np.testing.assert_array_equal(grad, 0, name)
+    if "mtp" in name and "indexer" in name:
+      assert np.abs(grad).max() > 0, name
+  for i in (1, 2, 4):
+    shared = layer(of_index, i).attention.indexer
+    for name, grad in transformer_test.leaves(shared):
+      np.testing.assert_array_equal(grad, 0, name)
+
+
+@pytest.mark.slow
+@both
+def test_the_other_losses_teach_all_but_the_indexers(attention):
+  _, _, of_others = gradients(attention)
+  for name, grad in transformer_test.leaves(of_others):
+    if "indexer" in name or "bias_E" in name:
+      np.testing.assert_array_equal(grad, 0, name)
+    else:
+      assert np.abs(grad).max() > 0, name
+
+
+@pytest.mark.slow
+def test_recall_is_of_the_keys_that_the_indexer_would_choose():
+  """Dense attention has chosen none."""
+  (output, parts), _, _ = gradients("dense")
+  model, K = models.model(CONFIG), CONFIG.top_k
+
+  @jax.jit
+  def expected(model, hidden):
+    frame = frame_lib.make_frame(CONFIG, TOKENS.shape, *PACKED)
+    keys = jnp.arange(TOKENS.shape[1])[None, None]
+    seen = (frame.start[..., None] <= keys) & (keys < frame.end[..., None])
+    held = {}
     for source, served in SERVED.items():
+      first = layer(model, source)
+      x = first.attention_norm(hidden[source])
+      scores = log_index(
+        first.attention.indexer, first.attention, x, frame, seen
+      )
+      _, chosen = jax.lax.top_k(scores, K)
       for i in served:
-        np.testing.assert_array_equal(selected_LBTK[i], selected_LBTK[source])
-    self.assertTrue((selected_LBTK[0] != selected_LBTK[3]).any())
-    # With the same parameters, each layer would choose otherwise.
-    own = transformer_test.forward(models.model(FULL), TOKENS, *PACKED).selected
-    np.testing.assert_array_equal(own[0], selected_LBTK[0])
-    for i in (1, 2, 4):
-      self.assertTrue((own[i] != selected_LBTK[i]).any())
+        block = layer(model, i)
+        x = block.attention_norm(hidden[i])
+        p_BTS = attention_weights(block.attention, x, frame, seen)
+        held[i] = jnp.take_along_axis(p_BTS, chosen, -1).sum(-1)
+    return held
 
-  def test_the_mtp_block_has_an_indexer_of_its_own(self):
-    np.testing.assert_array_equal(CONFIG.layers_served, [3, 3, 3, 2, 2, 1])
-    np.testing.assert_array_equal(CONFIG.has_indexer, [1, 0, 0, 1, 0, 1])
-    np.testing.assert_array_equal(FULL.layers_served, 1)
-
-  @parameterized.parameters(5, 12)
-  def test_decoding_equals_the_full_forward(self, prefill):
-    # K = 8: 5 tokens are prefilled below it and 12 above.
-    model, tokens = models.model(CONFIG), models.tokens(2, 24)
-    full = jax.jit(lambda m: m(tokens))(model)
-    decode = jax.jit(lambda m, t, c: m.decode(t, c))
-    cache = cache_lib.make_cache(CONFIG, 2, 24)
-    logits, cache = decode(model, tokens[:, :prefill], cache)
-    np.testing.assert_allclose(logits, full[:, prefill - 1], atol=1e-4, rtol=0)
-    for t in range(prefill, 24):
-      logits, cache = decode(model, tokens[:, t : t + 1], cache)
-      np.testing.assert_allclose(logits, full[:, t], atol=1e-4, rtol=0)
-    for i, k_BSI in enumerate(cache.layers.k_index):
-      self.assertEqual(bool((k_BSI != 0).any()), i in SERVED)
-
-  def test_dense_attention_does_not_ask_the_indexers(self):
-    forward = jax.jit(lambda m: m(TOKENS, attention="dense"))
-    np.testing.assert_array_equal(
-      forward(models.model(CONFIG)), forward(models.model(FULL))
+  held = expected(model, output.hidden)
+  counted = np.asarray(parts.recall_queries)
+  assert counted.any()
+  for i, expected_BT in held.items():
+    np.testing.assert_allclose(
+      parts.recall[i][counted], expected_BT[counted], atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.slow
+def test_a_shared_layer_reads_what_the_last_full_one_chose():
+  (output, _), _, _ = gradients("sparse")
+  selected_LBTK = output.selected
+  for source, served in SERVED.items():
+    for i in served:
+      np.testing.assert_array_equal(selected_LBTK[i], selected_LBTK[source])
+  assert (selected_LBTK[0] != selected_LBTK[3]).any()
+  # With the same parameters, each layer would choose otherwise.
+  own = transformer_test.forward(models.model(FULL), TOKENS, *PACKED).selected
+  np.testing.assert_array_equal(own[0], selected_LBTK[0])
+  for i in (1, 2, 4):
+    assert (own[i] != selected_LBTK[i]).any()
+
+
+def test_the_mtp_block_has_an_indexer_of_its_own():
+  np.testing.assert_array_equal(CONFIG.layers_served, [3, 3, 3, 2, 2, 1])
+  np.testing.assert_array_equal(CONFIG.has_indexer, [1, 0, 0, 1, 0, 1])
+  np.testing.assert_array_equal(FULL.layers_served, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefill", [5, 12])
+def test_decoding_equals_the_full_forward(prefill):
+  # K = 8: 5 tokens are prefilled below it and 12 above.
+  model, tokens = models.model(CONFIG), models.tokens(2, 24)
+  full = generation_test.logits(model, tokens)
+  cache = cache_lib.make_cache(CONFIG, 2, 24)
+  logits, cache = generation_test.decode(model, tokens[:, :prefill], cache)
+  np.testing.assert_allclose(logits, full[:, prefill - 1], atol=1e-4, rtol=0)
+  for t in range(prefill, 24):
+    logits, cache = generation_test.decode(model, tokens[:, t : t + 1], cache)
+    np.testing.assert_allclose(logits, full[:, t], atol=1e-4, rtol=0)
+  for i, k_BSI in enumerate(cache.layers.k_index):
+    assert bool((k_BSI != 0).any()) == (i in SERVED)
+
+
+def test_dense_attention_does_not_ask_the_indexers():
+  forward = jax.jit(lambda m: m(TOKENS, attention="dense"))
+  np.testing.assert_array_equal(
+    forward(models.model(CONFIG)), forward(models.model(FULL))
+  )
 
 
 @pytest.mark.parametrize(
@@ -289,7 +294,3 @@ def test_on_a_mesh(attention):
     indexer_types=("full", "shared", "shared"),  # into the next stack
   )
   mesh_test.check(attention, axes, cfg)
-
-
-if __name__ == "__main__":
-  absltest.main()

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsa_jax import recall
 from tests.model import models
@@ -47,6 +48,7 @@ def test_samples_evenly():
   np.testing.assert_array_equal(recall.sample(places[:, :40]), places[:, :40])
 
 
+@pytest.mark.slow
 def test_both_ways_of_attending_agree():
   """The first layer has the same input, whatever the attention."""
   tokens = models.tokens(2, 32)

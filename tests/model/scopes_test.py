@@ -31,7 +31,7 @@ ALWAYS = {
   "attention, attend",
   [
     ("sparse", {"attend_and_index_loss"}),
-    ("dense", {"attend", "index_loss"}),
+    pytest.param(*("dense", {"attend", "index_loss"}), marks=pytest.mark.slow),
   ],
 )
 def test_names_of_a_lowered_step(attention, attend):

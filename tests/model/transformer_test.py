@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest
-from absl.testing import parameterized
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,157 +31,158 @@ def leaves(grads):
     yield jax.tree_util.keystr(path), np.asarray(leaf)
 
 
-class IsolationTest(chex.TestCase):
-  """Exact zeros: who learns from which loss."""
+@functools.cache
+def gradients(attention):
+  """Of the index loss, and of the others: who learns from which."""
 
-  ATTENTION = "sparse"
-
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-
-    def losses(model):
-      parts = model.losses(
-        *(TOKENS, *PACKED),
-        attention=cls.ATTENTION,
-        lm_loss=True,
-        index_loss=True,
-      )
-      others = parts.lm.sum() + parts.mtp.sum() + parts.balance.sum()
-      return parts.index.sum(), others
-
-    @jax.jit
-    def gradients(model):
-      pullback = jax.vjp(losses, model)[1]
-      return pullback((1.0, 0.0))[0], pullback((0.0, 1.0))[0]
-
-    cls.of_index, cls.of_others = gradients(models.model())
-
-  def test_the_index_loss_teaches_only_the_indexer(self):
-    taught = 0
-    for name, grad in leaves(self.of_index):
-      if "indexer" not in name:
-        np.testing.assert_array_equal(grad, 0, name)
-        continue
-      layers = grad if "layers" in name else grad[None]
-      for layer in layers:
-        self.assertGreater(np.abs(layer).max(), 0, name)
-      taught += 1
-    self.assertEqual(taught, 3 * 5)  # dense, expert and MTP layers; 5 tensors
-
-  def test_the_other_losses_teach_all_but_the_indexer(self):
-    for name, grad in leaves(self.of_others):
-      if "indexer" in name or "bias_E" in name:
-        np.testing.assert_array_equal(grad, 0, name)
-      else:
-        self.assertGreater(np.abs(grad).max(), 0, name)
-
-
-class DenseIsolationTest(IsolationTest):
-  """The same where the indexer learns from dense attention."""
-
-  ATTENTION = "dense"
-
-
-class PackingTest(chex.TestCase):
-  @parameterized.parameters("dense", "sparse")
-  def test_packed_documents_equal_separate_ones(self, attention):
-    tokens = np.zeros_like(TOKENS)
-    segments = np.zeros_like(TOKENS)
-    for row, (begin, end) in enumerate(((0, 11), (11, 28))):
-      tokens[row, : end - begin] = TOKENS[0, begin:end]
-      segments[row, : end - begin] = 1
-    positions = np.tile(np.arange(32, dtype=np.int32), (2, 1))
-    alone = forward(
-      models.model(), tokens, positions, segments, attention=attention
-    ).logits
-    logits = packed(attention).logits[0]
-    np.testing.assert_allclose(logits[:11], alone[0, :11], atol=2e-5)
-    np.testing.assert_allclose(logits[11:28], alone[1, :17], atol=2e-5)
-
-  def test_selections_stay_in_their_document(self):
-    selected_LTK = packed().selected[:, 0]
-    for t in range(32):
-      first = 0 if t < 11 else 11
-      keys = selected_LTK[:, t]
-      if t >= 28:
-        np.testing.assert_array_equal(keys, -1)
-        continue
-      visible = min(t + 1 - first, 8)
-      np.testing.assert_array_equal((keys >= 0).sum(-1), visible)
-      self.assertTrue(((keys == -1) | ((keys >= first) & (keys <= t))).all())
-
-  def test_padding_has_no_loss_and_no_load(self):
-    parts = packed().losses
-    np.testing.assert_array_equal(parts.lm[0, 27:], 0)  # nor has the last token
-    np.testing.assert_array_equal(parts.lm[0, 10], 0)
-    np.testing.assert_array_equal(parts.mtp[0, 9:11], 0)
-    np.testing.assert_array_equal(parts.index[:, 0, 28:], 0)
-    self.assertGreater(parts.index[:, :, 8:11].min(), 0)
-    np.testing.assert_array_equal(parts.load.sum(-1), 2 * (28 + 32))
-
-
-class TransformerTest(chex.TestCase):
-  @parameterized.parameters("dense", "sparse")
-  def test_losses_are_those_of_the_logits(self, attention):
-    output = packed(attention)
-    log_p = jax.nn.log_softmax(output.logits)
-    targets = np.roll(TOKENS, -1, 1)
-    nats = -np.take_along_axis(np.asarray(log_p), targets[..., None], -1)
-    counted = np.asarray(losses_lib.has_target(jnp.asarray(models.SEGMENTS)))
-    np.testing.assert_allclose(
-      output.losses.lm, np.where(counted, nats[..., 0], 0), atol=1e-5
+  def losses(model):
+    parts = model.losses(
+      *(TOKENS, *PACKED), attention=attention, lm_loss=True, index_loss=True
     )
-    self.assertEqual(output.selected is None, attention == "dense")
-    self.assertEqual(output.losses.index is None, attention == "dense")
+    others = parts.lm.sum() + parts.mtp.sum() + parts.balance.sum()
+    return parts.index.sum(), others
 
-  def test_a_call_gives_the_logits_of_forward(self):
-    logits = jax.jit(lambda m: m(TOKENS, *PACKED))(models.model())
-    np.testing.assert_allclose(logits, packed().logits, atol=1e-5)
+  @jax.jit
+  def run(model):
+    pullback = jax.vjp(losses, model)[1]
+    return pullback((1.0, 0.0))[0], pullback((0.0, 1.0))[0]
 
-  @parameterized.parameters("dense", "sparse")
-  def test_predicts_at_chosen_places(self, attention):
-    at = np.array([[3, 27, 3, 12], [31, 0, 5, 5]], np.int32)
-    logits = jax.jit(
-      lambda m: m.predict(TOKENS, at, *PACKED, attention=attention)
-    )(models.model())
-    expected = np.take_along_axis(packed(attention).logits, at[..., None], 1)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+  return run(models.model())
 
-  @parameterized.parameters("dense", "sparse")
-  def test_the_future_does_not_matter(self, attention):
-    changed = TOKENS.copy()
-    changed[:, 20:] = (changed[:, 20:] + 1) % 64
-    one = packed(attention).logits
-    other = forward(
-      models.model(), changed, *PACKED, attention=attention
-    ).logits
-    np.testing.assert_array_equal(one[:, :20], other[:, :20])
-    self.assertGreater(np.abs(one - other)[:, 20:].max(), 0.1)
 
-  def test_mtp_predicts_the_token_after_the_next(self):
-    # MTP at t sees the tokens up to t + 1, and is asked for t + 2.
-    changed = TOKENS.copy()
-    changed[1, 20] = (changed[1, 20] + 1) % 64
-    one = packed().losses.mtp
-    other = forward(models.model(), changed, *PACKED).losses.mtp
-    different = np.flatnonzero(np.asarray(one != other)[1])
-    self.assertEqual(different[0], 18)  # its target changed
-    np.testing.assert_array_equal(one[0], other[0])
+teaches = pytest.mark.parametrize(
+  "attention", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
+)
 
-  def test_computes_in_bfloat16_where_asked(self):
-    cfg = dataclasses.replace(
-      models.CONFIG, dtype="bfloat16", init_std=0.05, num_mtp_layers=0
-    )
-    exact = dataclasses.replace(cfg, dtype="float32")
-    logits, expected = (
-      jax.jit(lambda m: m(TOKENS, attention="dense"))(models.model(c))
-      for c in (cfg, exact)
-    )
-    self.assertEqual(logits.dtype, jnp.float32)
-    error = np.abs(logits - expected).max(-1) / np.abs(expected).max(-1)
-    self.assertLess(error.max(), 0.1)
-    self.assertGreater(error.max(), 1e-4)
+
+@teaches
+def test_the_index_loss_teaches_only_the_indexer(attention):
+  of_index, _ = gradients(attention)
+  taught = 0
+  for name, grad in leaves(of_index):
+    if "indexer" not in name:
+      np.testing.assert_array_equal(grad, 0, name)
+      continue
+    layers = grad if "layers" in name else grad[None]
+    for layer in layers:
+      assert np.abs(layer).max() > 0, name
+    taught += 1
+  assert taught == 3 * 5  # dense, expert and MTP layers; 5 tensors
+
+
+@teaches
+def test_the_other_losses_teach_all_but_the_indexer(attention):
+  _, of_others = gradients(attention)
+  for name, grad in leaves(of_others):
+    if "indexer" in name or "bias_E" in name:
+      np.testing.assert_array_equal(grad, 0, name)
+    else:
+      assert np.abs(grad).max() > 0, name
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_packed_documents_equal_separate_ones(attention):
+  tokens = np.zeros_like(TOKENS)
+  segments = np.zeros_like(TOKENS)
+  for row, (begin, end) in enumerate(((0, 11), (11, 28))):
+    tokens[row, : end - begin] = TOKENS[0, begin:end]
+    segments[row, : end - begin] = 1
+  positions = np.tile(np.arange(32, dtype=np.int32), (2, 1))
+  alone = forward(
+    models.model(), tokens, positions, segments, attention=attention
+  ).logits
+  logits = packed(attention).logits[0]
+  np.testing.assert_allclose(logits[:11], alone[0, :11], atol=2e-5)
+  np.testing.assert_allclose(logits[11:28], alone[1, :17], atol=2e-5)
+
+
+def test_selections_stay_in_their_document():
+  selected_LTK = packed().selected[:, 0]
+  for t in range(32):
+    first = 0 if t < 11 else 11
+    keys = selected_LTK[:, t]
+    if t >= 28:
+      np.testing.assert_array_equal(keys, -1)
+      continue
+    visible = min(t + 1 - first, 8)
+    np.testing.assert_array_equal((keys >= 0).sum(-1), visible)
+    assert ((keys == -1) | ((keys >= first) & (keys <= t))).all()
+
+
+def test_padding_has_no_loss_and_no_load():
+  parts = packed().losses
+  np.testing.assert_array_equal(parts.lm[0, 27:], 0)  # nor has the last token
+  np.testing.assert_array_equal(parts.lm[0, 10], 0)
+  np.testing.assert_array_equal(parts.mtp[0, 9:11], 0)
+  np.testing.assert_array_equal(parts.index[:, 0, 28:], 0)
+  assert parts.index[:, :, 8:11].min() > 0
+  np.testing.assert_array_equal(parts.load.sum(-1), 2 * (28 + 32))
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_losses_are_those_of_the_logits(attention):
+  output = packed(attention)
+  log_p = jax.nn.log_softmax(output.logits)
+  targets = np.roll(TOKENS, -1, 1)
+  nats = -np.take_along_axis(np.asarray(log_p), targets[..., None], -1)
+  counted = np.asarray(losses_lib.has_target(jnp.asarray(models.SEGMENTS)))
+  np.testing.assert_allclose(
+    output.losses.lm, np.where(counted, nats[..., 0], 0), atol=1e-5
+  )
+  assert (output.selected is None) == (attention == "dense")
+  assert (output.losses.index is None) == (attention == "dense")
+
+
+def test_a_call_gives_the_logits_of_forward():
+  logits = jax.jit(lambda m: m(TOKENS, *PACKED))(models.model())
+  np.testing.assert_allclose(logits, packed().logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_predicts_at_chosen_places(attention):
+  at = np.array([[3, 27, 3, 12], [31, 0, 5, 5]], np.int32)
+  logits = jax.jit(
+    lambda m: m.predict(TOKENS, at, *PACKED, attention=attention)
+  )(models.model())
+  expected = np.take_along_axis(packed(attention).logits, at[..., None], 1)
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_the_future_does_not_matter(attention):
+  changed = TOKENS.copy()
+  changed[:, 20:] = (changed[:, 20:] + 1) % 64
+  one = packed(attention).logits
+  other = forward(models.model(), changed, *PACKED, attention=attention).logits
+  np.testing.assert_array_equal(one[:, :20], other[:, :20])
+  assert np.abs(one - other)[:, 20:].max() > 0.1
+
+
+def test_mtp_predicts_the_token_after_the_next():
+  # MTP at t sees the tokens up to t + 1, and is asked for t + 2.
+  changed = TOKENS.copy()
+  changed[1, 20] = (changed[1, 20] + 1) % 64
+  one = packed().losses.mtp
+  other = forward(models.model(), changed, *PACKED).losses.mtp
+  different = np.flatnonzero(np.asarray(one != other)[1])
+  assert different[0] == 18  # its target changed
+  np.testing.assert_array_equal(one[0], other[0])
+
+
+@pytest.mark.slow
+def test_computes_in_bfloat16_where_asked():
+  cfg = dataclasses.replace(
+    models.CONFIG, dtype="bfloat16", init_std=0.05, num_mtp_layers=0
+  )
+  exact = dataclasses.replace(cfg, dtype="float32")
+  logits, expected = (
+    jax.jit(lambda m: m(TOKENS, attention="dense"))(models.model(c))
+    for c in (cfg, exact)
+  )
+  assert logits.dtype == jnp.float32
+  error = np.abs(logits - expected).max(-1) / np.abs(expected).max(-1)
+  assert error.max() < 0.1
+  assert error.max() > 1e-4
 
 
 @pytest.mark.slow
@@ -225,7 +223,3 @@ def test_remat_changes_no_selection_and_no_gradient(indexer_types):
       np.testing.assert_allclose(
         other[name], grad, atol=1e-5 * scale, rtol=1e-4
       )
-
-
-if __name__ == "__main__":
-  absltest.main()

@@ -61,6 +61,7 @@ def test_there_and_back(tmp_path, form, scales):
   assert {p.name for p in tmp_path.iterdir()} == {"in", "orbax", "out"}
 
 
+@pytest.mark.slow
 def test_golden_logits_of_what_training_begins_with(tmp_path):
   run(folders.GOLDEN, tmp_path / "orbax")
   cfg = dsa_jax.read_model_config(folders.GOLDEN)
@@ -73,6 +74,7 @@ def test_golden_logits_of_what_training_begins_with(tmp_path):
   np.testing.assert_allclose(logits, expected["logits"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_training_reads_bfloat16_in_its_own_dtype(tmp_path):
   folders.write(tmp_path / "in", folders.tensors("bf16"))
   run(tmp_path / "in", tmp_path / "orbax")
@@ -243,18 +245,15 @@ def test_a_few_tensors_at_a_time(tmp_path):
     (["orbax", "out", "--like=nothing"], "nothing/config.json is missing"),
   ],
 )
-def test_bad_commands(tmp_path, options, says):
+def test_bad_commands(tmp_path, monkeypatch, capsys, options, says):
   folders.write(tmp_path / "in", folders.tensors("bf16"))
   if options[0] == "orbax":
     run(tmp_path / "in", tmp_path / "orbax")
-  root = pathlib.Path(convert.__file__).parents[1]
-  done = subprocess.run(
-    [sys.executable, "-m", "train.convert", *options],
-    cwd=tmp_path,
-    env={"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "PATH": ""},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode not in (0, None)
-  assert says in done.stdout + done.stderr
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", ["convert", *options])
+  with pytest.raises(SystemExit) as ended:
+    convert.main()
+  assert ended.value.code not in (0, None)
+  printed = capsys.readouterr()
+  assert says in f"{ended.value.code} {printed.out} {printed.err}"
   assert not list(tmp_path.glob("out*"))

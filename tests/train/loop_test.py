@@ -35,6 +35,7 @@ def losses(lines):
   return [{n: line[n] for n in names if n in line} for line in lines]
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_fixed_seed_are_golden(unbroken, update_golden):
   actual = losses(unbroken[1])
   if update_golden:
@@ -53,6 +54,7 @@ def test_the_losses_of_a_fixed_seed_are_golden(unbroken, update_golden):
       np.testing.assert_allclose(a[name], e[name], rtol=2e-4, err_msg=str(e))
 
 
+@pytest.mark.slow
 def test_it_learns_and_measures_both_ways(unbroken):
   cfg, lines = unbroken
   assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
@@ -76,6 +78,7 @@ def test_it_learns_and_measures_both_ways(unbroken):
   assert sample.startswith("the ")
 
 
+@pytest.mark.slow
 def test_the_selected_keys_are_kept(unbroken):
   file = pathlib.Path(unbroken[0].run_dir) / "selections" / "8.npz"
   kept = np.load(file)
@@ -103,6 +106,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, unbroken):
   assert one == other
 
 
+@pytest.mark.slow
 def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
   cfg = runs.config(folder, "signal")
   cfg = dataclasses.replace(cfg, stages=cfg.stages[:2])
@@ -127,6 +131,7 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
   assert losses(runs.lines(cfg.run_dir, "train")) == losses(unbroken[1][:4])
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_to_go_on_with(unbroken, capsys):
   cfg, lines = unbroken
   loop.Run(dataclasses.replace(cfg, resume=True)).train()
@@ -134,11 +139,13 @@ def test_a_finished_run_has_nothing_to_go_on_with(unbroken, capsys):
   assert runs.lines(cfg.run_dir, "train") == lines
 
 
+@pytest.mark.slow
 def test_the_ends_of_stages_stay(unbroken):
   steps = pathlib.Path(unbroken[0].run_dir).glob("checkpoints/*")
   assert {int(p.name) for p in steps if p.name.isdigit()} == {2, 4, 6, 8}
 
 
+@pytest.mark.slow
 def test_a_life_cycle_has_a_control(folder, unbroken, monkeypatch, capsys):
   cfg = unbroken[0]
   control = lifecycle.control(cfg)

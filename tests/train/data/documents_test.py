@@ -1,29 +1,25 @@
-import contextlib
-import io
+"""Documents of each kind of file, good and bad, and their split."""
+
 import json
 import os
 import pickle
 import re
 import sys
 import types
-import unittest.mock
+from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
 from array_record.python import array_record_module
 import grain
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
+import pytest
 import tyro
 
-from tests.train.data import corpus_test
+from tests.train.data import corpora
 from train.data import corpus as corpus_lib
 from train.data import documents as documents_lib
 from train.data import sources as sources_lib
-
-rows, served = corpus_test.rows, corpus_test.served
-side, take = corpus_test.side, corpus_test.take
 
 
 def open_documents(path, text_field="text") -> documents_lib.Documents:
@@ -34,176 +30,169 @@ def open_documents(path, text_field="text") -> documents_lib.Documents:
   return sources_lib.open_documents(config, reject)
 
 
-class SplitTest(corpus_test.DataTestCase):
-  def test_split(self):
-    texts = self.words(3000)
-    corpus = self.corpus(texts, heldout_fraction=0.1)
-    train, heldout = (
-      side(corpus.sources[0].train),
-      side(corpus.sources[0].heldout),
-    )
-    self.assertCountEqual(train + heldout, texts)
-    self.assertBetween(len(heldout), 250, 350)
-    # Documents added at the end change no side.
-    fewer = self.corpus(texts[:2000], heldout_fraction=0.1)
-    self.assertEqual(
-      side(fewer.sources[0].heldout), heldout[: len(fewer.sources[0].heldout)]
-    )
-    self.assertEqual(
-      side(fewer.sources[0].train), train[: len(fewer.sources[0].train)]
-    )
-
-  @parameterized.parameters(1e-9, 0.02, 1 - 1e-9)
-  def test_both_sides_have_a_document(self, fraction):
-    for n in range(2, 8):
-      corpus = self.corpus(self.words(n), heldout_fraction=fraction)
-      self.assertNotEmpty(corpus.sources[0].train)
-      self.assertNotEmpty(corpus.sources[0].heldout)
-      self.assertLen(
-        side(corpus.sources[0].train) + side(corpus.sources[0].heldout), n
-      )
-
-  def test_one_document_is_too_few(self):
-    with self.assertRaisesRegex(
-      corpus_lib.DataError, "1 document is too few.*Cut"
-    ):
-      self.corpus(["text"])
+def open_in(folder, *names, text_field="text") -> documents_lib.Documents:
+  paths = ",".join(f"{folder}/{name}" for name in names)
+  return open_documents(paths, text_field)
 
 
-class DocumentsTest(corpus_test.DataTestCase):
-  def open(self, *sources, text_field="text") -> documents_lib.Documents:
-    paths = ",".join(f"{self.folder}/{source}" for source in sources)
-    return open_documents(paths, text_field)
+def write_parquet(path, columns, **options) -> str:
+  parquet.write_table(pa.table(columns), path, **options)
+  return str(path)
 
-  def write_parquet(self, name, columns, **kwargs):
-    path = self.folder / name
-    parquet.write_table(pa.table(columns), path, **kwargs)
-    return str(path)
 
-  def test_stdlib(self):
-    documents = open_documents("stdlib")
-    texts = side(documents)
-    self.assertGreater(len(texts), 300)
-    self.assertTrue(all(texts))
-    root = os.path.dirname(os.__file__)
-    for name in ("json/decoder.py", "abc.py"):
-      with open(os.path.join(root, name), newline="") as file:
-        self.assertIn(file.read(), texts)
-    corpus = corpus_lib.Corpus(corpus_lib.DataConfig())
-    self.assertIn(
-      f"{len(corpus.sources[0].train):,} documents to train on", str(corpus)
-    )
-    self.assertBetween(len(corpus.sources[0].heldout) / len(texts), 0.005, 0.05)
-    batch = next(corpus.batches(seq_len=64, batch_size=2, seed=0))
-    self.assertEqual(batch["tokens"].shape, (2, 64))
+def write_array_records(path, records):
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  for record in records:
+    writer.write(record)
+  writer.close()
 
-  def test_globs(self):
-    self.write("b/deep/1.txt", "one\r\n")
-    self.write("a.txt", "zwei €")
-    self.write("b/empty.md", "")
-    self.write("b/3.MD", "three")
-    self.write("b/no.py", "pass")
-    expected = ["zwei €", "three", "one\r\n"]
-    self.assertEqual(side(self.open("**/*.txt", "b/*.[mM][dD]")), expected)
-    # Neither the order of the patterns nor overlaps matter.
-    self.assertEqual(
-      side(self.open("b/**/*.[mM][dD]", "**/*.txt", "a.*")), expected
-    )
 
-  def test_json_lines(self):
-    texts = ["one", "zwei €\n", "🙂\u2028x", "", "five"]
-    lines = [json.dumps({"id": i, "text": t}) for i, t in enumerate(texts)]
-    lines[2] = json.dumps({"text": texts[2]}, ensure_ascii=False)
-    lines.insert(1, "")
-    self.write("x.jsonl", "\r\n".join(lines) + "\n\n")
-    self.write("y.jsonl", '{"text": "last"}')
-    self.write("z.jsonl", "")
-    self.assertEqual(
-      side(self.open("*.jsonl")), [t for t in texts if t] + ["last"]
-    )
+def test_split(tmp_path):
+  texts = corpora.words(3000)
+  corpus = corpora.make(tmp_path, texts, heldout_fraction=0.1)
+  (source,) = corpus.sources
+  train, heldout = corpora.side(source.train), corpora.side(source.heldout)
+  assert sorted(train + heldout) == sorted(texts)
+  assert 250 <= len(heldout) <= 350
+  # Documents added at the end change no side.
+  (fewer,) = corpora.make(tmp_path, texts[:2000], heldout_fraction=0.1).sources
+  assert corpora.side(fewer.heldout) == heldout[: len(fewer.heldout)]
+  assert corpora.side(fewer.train) == train[: len(fewer.train)]
 
-  def test_parquet(self):
-    texts = [f"text {i} é" if i % 7 else None for i in range(25)]
-    columns = {"body": texts, "id": list(range(25))}
-    self.write_parquet("x.parquet", columns, row_group_size=4)
-    documents = self.open("x.parquet", text_field="body")
-    self.assertLen(documents, 25)
-    for i in np.random.default_rng(0).permutation(25):
-      self.assertEqual(documents[int(i)], texts[i] or "")
 
-  def test_empty_parquet_rows_are_skipped(self):
-    texts = [""] * 40
-    texts[::2] = [f"text {i}" for i in range(20)]
-    source = self.write_parquet("x.parquet", {"text": texts})
-    corpus = corpus_lib.Corpus(
-      corpus_lib.DataConfig(
-        sources=corpus_test.sources(source), heldout_fraction=0.3
-      )
-    )
-    self.set_block_tokens(1)  # the stream itself, unshuffled
-    batches = corpus.batches(seq_len=16, batch_size=1, seed=0)
-    self.assertNotIn("", served(rows(take(batches, 64))))
-    batches = corpus.heldout_batches(seq_len=16, batch_size=2, max_batches=99)
-    tokens = rows(list(batches))
-    heldout = [text for text in side(corpus.sources[0].heldout) if text]
-    self.assertCountEqual(served(tokens[tokens > 0]), heldout)
+@pytest.mark.parametrize("fraction", [1e-9, 0.02, 1 - 1e-9])
+def test_both_sides_have_a_document(tmp_path, fraction):
+  for n in range(2, 8):
+    corpus = corpora.make(tmp_path, corpora.words(n), heldout_fraction=fraction)
+    (source,) = corpus.sources
+    train, heldout = corpora.side(source.train), corpora.side(source.heldout)
+    assert train
+    assert heldout
+    assert len(train + heldout) == n
 
-  def write_array_records(self, name, records):
-    writer = array_record_module.ArrayRecordWriter(
-      f"{self.folder}/{name}", "group_size:1"
-    )
-    for record in records:
-      writer.write(record)
-    writer.close()
 
-  @parameterized.parameters("x.array_record", "x.ArrayRecord")
-  def test_array_record(self, name):
-    texts = ["one", "zwei €\n", "", "vier"]
-    records = [json.dumps({"body": text}).encode() for text in texts]
-    self.write_array_records(name, records)
-    documents = self.open(name, text_field="body")
-    self.assertEqual(side(documents), texts)
-    self.assertEqual(documents.place(3), (f"{self.folder}/{name}", 3))
+def test_one_document_is_too_few(tmp_path):
+  with pytest.raises(corpus_lib.DataError, match="1 document is too few.*Cut"):
+    corpora.make(tmp_path, ["text"])
 
-  def test_bad_array_records(self):
-    self.write_array_records("x.array_record", [b'{"text": "a"}', b"[1]"])
-    with self.assertRaisesRegex(
-      corpus_lib.DataError, "x.array_record, record 1, holds a list"
-    ):
-      self.open("x.array_record")
-    self.write("x.array_record", b"no record")
-    with self.assertRaisesRegex(
-      corpus_lib.DataError, "is not ArrayRecord.*narrow"
-    ):
-      self.open("x.array_record")
 
-  def test_kinds_mix(self):
-    self.write("b.txt", "text")
-    self.write("c.jsonl", '{"text": "line"}\n{"text": "line 2"}')
-    self.write_parquet("a.parquet", {"text": ["row", "row 2"]})
-    documents = self.open("*")
-    self.assertEqual(
-      side(documents), ["row", "row 2", "text", "line", "line 2"]
-    )
-    copy = pickle.loads(pickle.dumps(documents))
-    self.assertEqual(side(copy), side(documents))
-    with self.assertRaises(IndexError):
-      _ = documents[5]
-    with self.assertRaises(IndexError):
-      _ = documents[-1]
+def test_stdlib():
+  documents = open_documents("stdlib")
+  texts = corpora.side(documents)
+  assert len(texts) > 300
+  assert all(texts)
+  root = os.path.dirname(os.__file__)
+  for name in ("json/decoder.py", "abc.py"):
+    with open(os.path.join(root, name), newline="") as file:
+      assert file.read() in texts
+  corpus = corpus_lib.Corpus(corpus_lib.DataConfig())
+  (source,) = corpus.sources
+  assert f"{len(source.train):,} documents to train on" in str(corpus)
+  assert 0.005 <= len(source.heldout) / len(texts) <= 0.05
+  batch = next(corpus.batches(seq_len=64, batch_size=2, seed=0))
+  assert batch["tokens"].shape == (2, 64)
 
-  def test_threads_may_read_together(self):
-    texts = self.words(300)
-    self.write_parquet("x.parquet", {"text": texts}, row_group_size=7)
-    self.write(
-      "y.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)
-    )
-    documents = self.open("*")
-    read = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
-    dataset = grain.MapDataset.source(documents).to_iter_dataset(read)
-    self.assertEqual(list(dataset), texts * 2)
 
-  @parameterized.parameters(
+def test_globs(tmp_path):
+  corpora.write(tmp_path / "b/deep/1.txt", "one\r\n")
+  corpora.write(tmp_path / "a.txt", "zwei €")
+  corpora.write(tmp_path / "b/empty.md", "")
+  corpora.write(tmp_path / "b/3.MD", "three")
+  corpora.write(tmp_path / "b/no.py", "pass")
+  expected = ["zwei €", "three", "one\r\n"]
+  documents = open_in(tmp_path, "**/*.txt", "b/*.[mM][dD]")
+  assert corpora.side(documents) == expected
+  # Neither the order of the patterns nor overlaps matter.
+  documents = open_in(tmp_path, "b/**/*.[mM][dD]", "**/*.txt", "a.*")
+  assert corpora.side(documents) == expected
+
+
+def test_json_lines(tmp_path):
+  texts = ["one", "zwei €\n", "🙂\u2028x", "", "five"]
+  lines = [json.dumps({"id": i, "text": t}) for i, t in enumerate(texts)]
+  lines[2] = json.dumps({"text": texts[2]}, ensure_ascii=False)
+  lines.insert(1, "")
+  corpora.write(tmp_path / "x.jsonl", "\r\n".join(lines) + "\n\n")
+  corpora.write(tmp_path / "y.jsonl", '{"text": "last"}')
+  corpora.write(tmp_path / "z.jsonl", "")
+  expected = [text for text in texts if text] + ["last"]
+  assert corpora.side(open_in(tmp_path, "*.jsonl")) == expected
+
+
+def test_parquet(tmp_path):
+  texts = [f"text {i} é" if i % 7 else None for i in range(25)]
+  columns = {"body": texts, "id": list(range(25))}
+  write_parquet(tmp_path / "x.parquet", columns, row_group_size=4)
+  documents = open_in(tmp_path, "x.parquet", text_field="body")
+  assert len(documents) == 25
+  for i in np.random.default_rng(0).permutation(25):
+    assert documents[int(i)] == (texts[i] or "")
+
+
+def test_empty_parquet_rows_are_skipped(tmp_path, set_block_tokens):
+  texts = [""] * 40
+  texts[::2] = [f"text {i}" for i in range(20)]
+  source = write_parquet(tmp_path / "x.parquet", {"text": texts})
+  corpus = corpus_lib.Corpus(
+    corpus_lib.DataConfig(sources=corpora.sources(source), heldout_fraction=0.3)
+  )
+  set_block_tokens(1)  # the stream itself, unshuffled
+  batches = corpus.batches(seq_len=16, batch_size=1, seed=0)
+  assert "" not in corpora.served(corpora.take_rows(batches, 64))
+  batches = corpus.heldout_batches(seq_len=16, batch_size=2, max_batches=99)
+  tokens = corpora.rows(list(batches))
+  heldout = [text for text in corpora.side(corpus.sources[0].heldout) if text]
+  assert sorted(corpora.served(tokens[tokens > 0])) == sorted(heldout)
+
+
+@pytest.mark.parametrize("name", ["x.array_record", "x.ArrayRecord"])
+def test_array_record(tmp_path, name):
+  texts = ["one", "zwei €\n", "", "vier"]
+  records = [json.dumps({"body": text}).encode() for text in texts]
+  write_array_records(tmp_path / name, records)
+  documents = open_in(tmp_path, name, text_field="body")
+  assert corpora.side(documents) == texts
+  assert documents.place(3) == (f"{tmp_path}/{name}", 3)
+
+
+def test_bad_array_records(tmp_path):
+  write_array_records(tmp_path / "x.array_record", [b'{"text": "a"}', b"[1]"])
+  with pytest.raises(
+    corpus_lib.DataError, match="x.array_record, record 1, holds a list"
+  ):
+    open_in(tmp_path, "x.array_record")
+  corpora.write(tmp_path / "x.array_record", b"no record")
+  with pytest.raises(corpus_lib.DataError, match="is not ArrayRecord.*narrow"):
+    open_in(tmp_path, "x.array_record")
+
+
+def test_kinds_mix(tmp_path):
+  corpora.write(tmp_path / "b.txt", "text")
+  corpora.write(tmp_path / "c.jsonl", '{"text": "line"}\n{"text": "line 2"}')
+  write_parquet(tmp_path / "a.parquet", {"text": ["row", "row 2"]})
+  documents = open_in(tmp_path, "*")
+  assert corpora.side(documents) == ["row", "row 2", "text", "line", "line 2"]
+  copy = pickle.loads(pickle.dumps(documents))
+  assert corpora.side(copy) == corpora.side(documents)
+  with pytest.raises(IndexError):
+    _ = documents[5]
+  with pytest.raises(IndexError):
+    _ = documents[-1]
+
+
+def test_threads_may_read_together(tmp_path):
+  texts = corpora.words(300)
+  write_parquet(tmp_path / "x.parquet", {"text": texts}, row_group_size=7)
+  corpora.write_json_lines(tmp_path / "y.jsonl", texts)
+  documents = open_in(tmp_path, "*")
+  read = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
+  dataset = grain.MapDataset.source(documents).to_iter_dataset(read)
+  assert list(dataset) == texts * 2
+
+
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
     (
       "x.txt",
       b"ok \xc3\xa9 \xff",
@@ -220,49 +209,48 @@ class DocumentsTest(corpus_test.DataTestCase):
     ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "0xff at offset 24"),
     ("x.parquet", b"PAR", "x.parquet is not Parquet.*narrow the glob"),
     ("x.parquet", b"", "x.parquet is not Parquet"),
-  )
-  def test_bad_files(self, name, content, message):
-    self.write(name, content)
-    with self.assertRaisesRegex(corpus_lib.DataError, message):
-      self.open("x.*")
+  ],
+)
+def test_bad_files(tmp_path, name, content, message):
+  corpora.write(tmp_path / name, content)
+  with pytest.raises(corpus_lib.DataError, match=message):
+    open_in(tmp_path, "x.*")
 
-  def test_bad_parquet_columns(self):
-    columns = {"id": [1, 2], "body": ["a", "b"]}
-    self.write_parquet("x.parquet", columns)
-    for field in ("text", "id"):
-      with self.assertRaisesRegex(
-        corpus_lib.DataError, rf"no column '{field}' of strings.*\['body'\]"
-      ):
-        self.open("x.parquet", text_field=field)
 
-  def test_empty_parquet(self):
-    source = self.write_parquet("x.parquet", {"text": ["", None, ""]})
-    with self.assertRaisesRegex(corpus_lib.DataError, "all empty; remove"):
-      corpus_lib.Corpus(
-        corpus_lib.DataConfig(sources=corpus_test.sources(source))
-      )
-    self.write_parquet("y.parquet", {"text": pa.array([], pa.string())})
-    with self.assertRaisesRegex(corpus_lib.DataError, "all of them empty"):
-      self.open("y.parquet")
-
-  def test_no_match(self):
-    self.write("x.txt", "text")
-    with self.assertRaisesRegex(
-      corpus_lib.DataError, "nope.*matches no file in /"
+def test_bad_parquet_columns(tmp_path):
+  columns = {"id": [1, 2], "body": ["a", "b"]}
+  write_parquet(tmp_path / "x.parquet", columns)
+  for field in ("text", "id"):
+    with pytest.raises(
+      corpus_lib.DataError, match=rf"no column '{field}' of strings.*\['body'\]"
     ):
-      self.open("x.txt", "nope/*.txt")
-    with self.assertRaisesRegex(corpus_lib.DataError, "matches no file"):
-      open_documents("")
+      open_in(tmp_path, "x.parquet", text_field=field)
 
-  def test_missing_pyarrow(self):
-    self.write("x.parquet", "")
-    with (
-      unittest.mock.patch.dict(sys.modules, {"pyarrow": None}),
-      self.assertRaisesRegex(
-        corpus_lib.DataError, r"pip install .dsa-jax\[parquet"
-      ),
-    ):
-      self.open("x.parquet")
+
+def test_empty_parquet(tmp_path):
+  source = write_parquet(tmp_path / "x.parquet", {"text": ["", None, ""]})
+  with pytest.raises(corpus_lib.DataError, match="all empty; remove"):
+    corpus_lib.Corpus(corpus_lib.DataConfig(sources=corpora.sources(source)))
+  write_parquet(tmp_path / "y.parquet", {"text": pa.array([], pa.string())})
+  with pytest.raises(corpus_lib.DataError, match="all of them empty"):
+    open_in(tmp_path, "y.parquet")
+
+
+def test_no_match(tmp_path):
+  corpora.write(tmp_path / "x.txt", "text")
+  with pytest.raises(corpus_lib.DataError, match="nope.*matches no file in /"):
+    open_in(tmp_path, "x.txt", "nope/*.txt")
+  with pytest.raises(corpus_lib.DataError, match="matches no file"):
+    open_documents("")
+
+
+def test_missing_pyarrow(tmp_path, monkeypatch):
+  corpora.write(tmp_path / "x.parquet", "")
+  monkeypatch.setitem(sys.modules, "pyarrow", None)
+  with pytest.raises(
+    corpus_lib.DataError, match=r"pip install .dsa-jax\[parquet"
+  ):
+    open_in(tmp_path, "x.parquet")
 
 
 class Rows:
@@ -287,85 +275,83 @@ class Rows:
     return {name: values[i] for name, values in self._columns.items()}
 
 
-class HubDatasetTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.load = unittest.mock.Mock()
-    self.load.return_value = Rows(
-      {"id": [0, 1, 2], "body": ["one", None, "three"]}
-    )
-    datasets = types.ModuleType("datasets")
-    setattr(datasets, "load_dataset", self.load)  # noqa: B010
-    patch = unittest.mock.patch.dict(sys.modules, {"datasets": datasets})
-    patch.start()
-    self.addCleanup(patch.stop)
+@pytest.fixture
+def load_dataset(monkeypatch):
+  """Takes the place of `datasets.load_dataset`."""
+  rows = Rows({"id": [0, 1, 2], "body": ["one", None, "three"]})
+  load_dataset = mock.Mock(return_value=rows)
+  datasets = types.SimpleNamespace(load_dataset=load_dataset)
+  monkeypatch.setitem(sys.modules, "datasets", datasets)
+  return load_dataset
 
-  @parameterized.parameters(
+
+@pytest.mark.parametrize(
+  "path, name, options",
+  [
     ("hf:squad", "squad", dict(split="train")),
     (
       "hf:allenai/c4?name=en&split=train[:1%]+test",
       "allenai/c4",
       dict(name="en", split="train[:1%]+test"),
     ),
-  )
-  def test_opens(self, path, name, options):
-    documents = open_documents(path, "body")
-    self.load.assert_called_once_with(name, **options)
-    self.assertEqual(side(documents), ["one", "", "three"])
-    self.assertEqual(documents.num_bytes, 1000)
-    self.assertEqual(documents.place(2), (path, 2))
-
-  def test_refuses(self):
-    with self.assertRaisesRegex(
-      corpus_lib.DataError,
-      r"no column 'id' of strings.*\['body'\].*\['id', 'body'\]",
-    ):
-      open_documents("hf:x", "id")
-    for path in ("hf:x?config=en", "hf:x?split", "hf:x?name=", "hf:x?&"):
-      with self.assertRaisesRegex(corpus_lib.DataError, "is not OPTION=VALUE"):
-        open_documents(path, "body")
-    self.load.side_effect = FileNotFoundError("no such dataset")
-    with self.assertRaisesRegex(
-      corpus_lib.DataError, "'hf:x' cannot be loaded .*no such dataset"
-    ):
-      open_documents("hf:x", "body")
-
-  def test_missing_package(self):
-    with (
-      unittest.mock.patch.dict(sys.modules, {"datasets": None}),
-      self.assertRaisesRegex(
-        corpus_lib.DataError, r"pip install .dsa-jax\[datasets"
-      ),
-    ):
-      open_documents("hf:x")
+  ],
+)
+def test_opens_a_dataset_of_the_hub(load_dataset, path, name, options):
+  documents = open_documents(path, "body")
+  load_dataset.assert_called_once_with(name, **options)
+  assert corpora.side(documents) == ["one", "", "three"]
+  assert documents.num_bytes == 1000
+  assert documents.place(2) == (path, 2)
 
 
-class DataConfigTest(parameterized.TestCase):
-  @parameterized.parameters(
+def test_refuses_a_dataset_of_the_hub(load_dataset):
+  with pytest.raises(
+    corpus_lib.DataError,
+    match=r"no column 'id' of strings.*\['body'\].*\['id', 'body'\]",
+  ):
+    open_documents("hf:x", "id")
+  for path in ("hf:x?config=en", "hf:x?split", "hf:x?name=", "hf:x?&"):
+    with pytest.raises(corpus_lib.DataError, match="is not OPTION=VALUE"):
+      open_documents(path, "body")
+  load_dataset.side_effect = FileNotFoundError("no such dataset")
+  with pytest.raises(
+    corpus_lib.DataError, match="'hf:x' cannot be loaded .*no such dataset"
+  ):
+    open_documents("hf:x", "body")
+
+
+def test_missing_datasets(monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with pytest.raises(
+    corpus_lib.DataError, match=r"pip install .dsa-jax\[datasets"
+  ):
+    open_documents("hf:x")
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
     dict(heldout_fraction=0.0),
     dict(heldout_fraction=1.0),
     dict(heldout_fraction=float("nan")),
     dict(shuffle_seed=-1),
-  )
-  def test_validates(self, **config):
-    (name,) = config
-    with self.assertRaisesRegex(corpus_lib.DataError, name):
-      corpus_lib.DataConfig(**config)
-
-  def test_help(self):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), self.assertRaises(SystemExit):
-      tyro.cli(corpus_lib.DataConfig, args=["--help"])
-    help_text = re.sub(r"[│\s]+", " ", printed.getvalue())
-    for words in (
-      "Python's standard library",
-      "Field (JSON) or column",
-      "path of a tokenizer.json",
-      "kept out of training",
-      "order of the training documents",
-    ):
-      self.assertIn(words, help_text)
+  ],
+)
+def test_config_validates(config):
+  (name,) = config
+  with pytest.raises(corpus_lib.DataError, match=name):
+    corpus_lib.DataConfig(**config)
 
 
-if __name__ == "__main__":
-  absltest.main()
+def test_help(capsys):
+  with pytest.raises(SystemExit):
+    tyro.cli(corpus_lib.DataConfig, args=["--help"])
+  help_text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+  for words in (
+    "Python's standard library",
+    "Field (JSON) or column",
+    "path of a tokenizer.json",
+    "kept out of training",
+    "order of the training documents",
+  ):
+    assert words in help_text
