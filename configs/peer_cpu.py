@@ -3,6 +3,8 @@
 4 layers, 8 sequences of 512 tokens, K = 64, float32, with the indexer's KL.
 """
 
+import dataclasses
+
 from dsa_jax import config as model_lib
 from train import config as config_lib
 from train.learn import optimizer as optimizer_lib
@@ -13,25 +15,12 @@ def config() -> config_lib.TrainConfig:
   return config_lib.TrainConfig(
     run_dir="runs/peer_cpu",
     init_from="random",  # only its speed is of interest
-    model=model_lib.ModelConfig(
+    model=dataclasses.replace(
+      model_lib.tiny(),
       vocab_size=512,
-      embed_dim=128,
-      num_layers=4,
-      num_dense_layers=1,
-      num_heads=4,
-      nope_head_dim=32,
-      rope_head_dim=16,
-      value_head_dim=32,
-      q_rank=64,
-      kv_rank=32,
-      index_heads=4,
-      index_head_dim=32,
-      top_k=64,
-      dense_ffn_dim=256,
-      expert_ffn_dim=64,
-      num_experts=8,
-      experts_per_token=2,
-      dtype="float32",
+      expert_groups=1,
+      groups_per_token=1,
+      num_mtp_layers=0,
     ),
     stages=(
       stages_lib.StageConfig(

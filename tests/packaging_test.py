@@ -157,8 +157,20 @@ def chosen(*files, platforms=None, devices=pathlib.Path(sys.argv[1])):
     (devices / name).unlink()
   return jax.config.jax_platforms
 
-assert chosen() == "cpu"
+def flags(given):
+  os.environ["XLA_FLAGS"] = given
+  assert chosen() == "cpu"
+  return os.environ["XLA_FLAGS"].split()
+
+ours = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
+assert flags("") == [ours]
+assert flags("--xla_dump_to=x") == ["--xla_dump_to=x", ours]
+assert flags("--xla_backend_extra_options=y") == [
+  "--xla_backend_extra_options=y"
+]
+os.environ["XLA_FLAGS"] = ""
 assert chosen("vfio/vfio") == "cpu"
+os.environ["XLA_FLAGS"] = ""
 assert chosen("accel0") is None
 assert chosen("vfio/0") is None
 assert chosen(platforms="cuda,cpu") == "cuda,cpu"
@@ -167,6 +179,7 @@ assert chosen() is None
 del os.environ["JAX_FORCE_TPU_INIT"]
 processes.metadata.entry_points = lambda group: [group]  # as CUDA's
 assert chosen() is None
+assert os.environ["XLA_FLAGS"] == ""
 """
   subprocess.run(
     [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True

@@ -18,6 +18,7 @@ import dsa_jax
 from dsa_jax import losses as losses_lib
 from dsa_jax import moe
 from dsa_jax import transformer
+from pallas_kernels import dispatch
 from train.learn import guards
 from train.learn import optimizer as optimizer_lib
 from train.learn import stages as stages_lib
@@ -78,7 +79,13 @@ def init(
     return dsa_jax.Transformer(cfg, rngs=nnx.Rngs(key))
 
   model, _, _ = split(nnx.eval_shape(lambda: make(jax.random.key(seed))))
-  return model, jax.jit(lambda key: split(make(key))[1:])
+  # It runs once, but a CPU's compiler would spend longer on its many generators
+  # of random numbers than on a training step.
+  options = {"xla_backend_optimization_level": 0}
+  return model, jax.jit(
+    lambda key: split(make(key))[1:],
+    compiler_options=options if dispatch.platform() == "cpu" else None,
+  )
 
 
 def begin_stage(
@@ -132,56 +139,19 @@ def make_train_step(
   are counted by source, "skipped" since the stage began, "in_a_row" up to here.
   """
 
-  def loss_fn(trained, frozen, router_bias, batch, counts, measure):
-    params = optimizer_lib.merge(trained, frozen)
-    losses = model.merge(params, router_bias).losses(
-      batch["tokens"],
-      batch["positions"],
-      batch["segment_ids"],
-      attention=stage.attention,
-      lm_loss=stage.trains_model,
-      index_loss=stage.trains_indexer,
-      measure=measure,
-    )
-    parts, total = {}, jnp.float32(0)
-    if losses.lm is not None:
-      parts["lm"] = losses.lm.sum() / counts["lm"]
-      total += parts["lm"]
-    if losses.mtp is not None:
-      parts["mtp"] = losses.mtp.sum() / counts["mtp"]
-      total += stage.mtp_weight * parts["mtp"]
-    if losses.balance is not None and stage.trains_model:
-      parts["balance"] = losses.balance.sum() / counts["rows"]
-      total += stage.balance_weight * parts["balance"]
-    if losses.index is not None:
-      parts["index_per_layer"] = losses.index.sum((1, 2)) / counts["queries"]
-      total += parts["index_per_layer"].sum()
-    load = jnp.zeros((0, 1)) if losses.load is None else losses.load
-    return total, {"parts": parts, "load": load, "recall": recall(losses)}
-
   @jax.jit(donate_argnames="state")
   def train_step(state: TrainState, batch: Batch):
-    segments = batch["segment_ids"]
-    counts = _counts(segments)
+    counts = _counts(batch["segment_ids"])
     measure = (state.step + 1) % measure_every == 0
     trained, frozen = optimizer_lib.split(state.params, stage)
 
-    # As a jit of its own it is traced once, for its shapes and for the scan.
-    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
-
-    def constants(part):
-      return trained, frozen, state.router_bias, part, counts, measure
-
-    def microbatch(total, part):
-      new = gradient(*constants(part))
-      return jax.tree.map(jnp.add, total, new), None
-
-    part = {name: x[0] for name, x in batch.items()}
-    shapes = jax.eval_shape(gradient, *constants(part))
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes
+    gradient = jax.grad(functools.partial(_loss, model, stage), has_aux=True)
+    grads, aux = _accumulate(
+      lambda part: gradient(
+        *(trained, frozen, state.router_bias, part, counts, measure)
+      ),
+      batch,
     )
-    (grads, aux), _ = jax.lax.scan(microbatch, zeros, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     bias = state.router_bias
     if stage.trains_model:
@@ -210,14 +180,56 @@ def make_train_step(
     }
     if aux["recall"] is not None:
       held, queries = aux["recall"]
-      metrics["recall_per_layer"] = (
-        held / queries
-      )  # NaN where none can be asked
+      # NaN where none can be asked.
+      metrics["recall_per_layer"] = held / queries
     params = optimizer_lib.merge(trained, frozen)
     state = TrainState(state.step + 1, params, bias, opt_state, guard_state)
     return state, metrics
 
   return train_step
+
+
+def _loss(model, stage, trained, frozen, router_bias, batch, counts, measure):
+  """The loss of a microbatch, and what the step does with its parts."""
+  params = optimizer_lib.merge(trained, frozen)
+  losses = model.merge(params, router_bias).losses(
+    batch["tokens"],
+    batch["positions"],
+    batch["segment_ids"],
+    attention=stage.attention,
+    lm_loss=stage.trains_model,
+    index_loss=stage.trains_indexer,
+    measure=measure,
+  )
+  parts, total = {}, jnp.float32(0)
+  if losses.lm is not None:
+    parts["lm"] = losses.lm.sum() / counts["lm"]
+    total += parts["lm"]
+  if losses.mtp is not None:
+    parts["mtp"] = losses.mtp.sum() / counts["mtp"]
+    total += stage.mtp_weight * parts["mtp"]
+  if losses.balance is not None and stage.trains_model:
+    parts["balance"] = losses.balance.sum() / counts["rows"]
+    total += stage.balance_weight * parts["balance"]
+  if losses.index is not None:
+    parts["index_per_layer"] = losses.index.sum((1, 2)) / counts["queries"]
+    total += parts["index_per_layer"].sum()
+  load = jnp.zeros((0, 1)) if losses.load is None else losses.load
+  return total, {"parts": parts, "load": load, "recall": recall(losses)}
+
+
+def _accumulate[Sums](gradient: Callable[[Batch], Sums], batch: Batch) -> Sums:
+  """Sums `gradient(part)` over the microbatches of a batch [A, B / A, T]."""
+  gradient = jax.jit(gradient)  # traced once, for its shapes and for the scan
+
+  def microbatch(total, part):
+    return jax.tree.map(jnp.add, total, gradient(part)), None
+
+  shapes = jax.eval_shape(gradient, {name: x[0] for name, x in batch.items()})
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes
+  )
+  return jax.lax.scan(microbatch, zeros, batch)[0]
 
 
 def recall(
