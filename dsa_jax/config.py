@@ -1,10 +1,11 @@
 """Model configuration: the shape of a DeepSeek-V3.2, validated when made."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from dsa_jax import ranges
 from dsa_jax import sharding
 
 type Remat = Literal["none", "attention", "selection"]
@@ -15,8 +16,8 @@ type DType = Literal["float32", "bfloat16"]
 class YarnConfig:
   """YaRN: stretches RoPE to longer contexts. A factor of 1 changes nothing."""
 
-  factor: float = 1.0
-  """How many times longer the context is than in pretraining."""
+  factor: Annotated[float, ranges.AtLeast(1)] = 1.0
+  """How many times longer the context is than in pretraining; 1: no YaRN."""
   original_context: int = 4096
   """The context of pretraining, tokens."""
   beta_fast: float = 32.0
@@ -29,41 +30,40 @@ class YarnConfig:
   """Denominator of it; its square scales the softmax."""
 
   def __post_init__(self):
-    if self.factor < 1:
-      raise ValueError(f"yarn: {self.factor=} must be at least 1 (1: no YaRN).")
+    ranges.check(self, "yarn.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """The shape of the model. Defaults are what the family shares."""
 
-  vocab_size: int
+  vocab_size: ranges.Count
   """V."""
-  embed_dim: int
+  embed_dim: ranges.Count
   """D, the width of the residual stream."""
-  num_layers: int
+  num_layers: ranges.Count
   """L, without the MTP layer."""
-  num_dense_layers: int
+  num_dense_layers: Annotated[int, ranges.AtLeast(0)]
   """How many of them, from the first, have a dense MLP in place of experts."""
 
-  num_heads: int
+  num_heads: ranges.Count
   """N."""
-  nope_head_dim: int
+  nope_head_dim: ranges.Count
   """H, width of a query's or key's part without position."""
-  rope_head_dim: int
+  rope_head_dim: ranges.Count
   """R, width of the part with rotary position."""
-  value_head_dim: int
+  value_head_dim: ranges.Count
   """U."""
-  q_rank: int
+  q_rank: ranges.Count
   """Q, rank of the query latent."""
-  kv_rank: int
+  kv_rank: ranges.Count
   """C, rank of the key/value latent."""
 
-  index_heads: int
+  index_heads: ranges.Count
   """M, heads of the lightning indexer."""
-  index_head_dim: int
+  index_head_dim: ranges.Count
   """I, their width, of which the first R are rotated."""
-  top_k: int
+  top_k: ranges.Count
   """K, keys that sparse attention reads for a query."""
   index_rope_interleaved: bool = False
   """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
@@ -73,19 +73,19 @@ class ModelConfig:
   chose (GLM; IndexCache, arXiv 2603.12201): its place in the stacked parameters
   of the indexers and in their cache is there, but unused."""
 
-  dense_ffn_dim: int
+  dense_ffn_dim: ranges.Count
   """F of the dense MLP."""
-  expert_ffn_dim: int
+  expert_ffn_dim: ranges.Count
   """F of one expert."""
-  num_experts: int
+  num_experts: ranges.Count
   """E, routed experts."""
-  experts_per_token: int
+  experts_per_token: ranges.Count
   """Routed experts that a token goes through."""
-  num_shared_experts: int = 1
+  num_shared_experts: Annotated[int, ranges.AtLeast(0)] = 1
   """Experts that every token goes through."""
-  expert_groups: int = 1
+  expert_groups: ranges.Count = 1
   """Groups of experts; a token's come from `groups_per_token` of them."""
-  groups_per_token: int = 1
+  groups_per_token: ranges.Count = 1
   """See `expert_groups`."""
   routed_scale: float = 2.5
   """Multiplies the routed experts' weights."""
@@ -116,11 +116,7 @@ class ModelConfig:
   """Which mesh axes shard which dimensions."""
 
   def __post_init__(self):
-    may_be_zero = ("num_dense_layers", "num_shared_experts", "num_mtp_layers")
-    for field in dataclasses.fields(self):
-      value, least = getattr(self, field.name), field.name not in may_be_zero
-      if field.type is int and value < least:
-        raise ValueError(f"{field.name}={value} must be at least {int(least)}.")
+    ranges.check(self)
     if self.rope_head_dim % 2:
       raise ValueError(
         f"{self.rope_head_dim=} must be even: RoPE rotates pairs."
@@ -130,10 +126,8 @@ class ModelConfig:
         f"{self.index_head_dim=} must be at least {self.rope_head_dim=}: the "
         "indexer rotates that many of its dimensions."
       )
-    if not 0 <= self.num_dense_layers <= self.num_layers:
-      raise ValueError(
-        f"{self.num_dense_layers=} must lie in 0..{self.num_layers=}."
-      )
+    if self.num_dense_layers > self.num_layers:
+      raise ValueError(f"{self.num_dense_layers=} exceeds {self.num_layers=}.")
     self._check_experts()
     self._check_indexers()
 

@@ -18,7 +18,7 @@ from tests.hf import folders
 @pytest.mark.parametrize(
   ("form", "scales"),
   [
-    ("float32", "F32"),
+    pytest.param("float32", "F32", marks=pytest.mark.slow),
     ("bf16", "F32"),
     ("fp8", "F32"),
     ("fp8", "any"),

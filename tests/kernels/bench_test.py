@@ -76,7 +76,7 @@ def run_main(op, *options):
   "op, grad",
   [
     ("indexer_topk", False),
-    ("sparse_mla", True),
+    pytest.param("sparse_mla", True, marks=pytest.mark.slow),
     ("dense_indexer_loss", False),
   ],
 )

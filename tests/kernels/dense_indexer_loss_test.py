@@ -98,21 +98,14 @@ def assert_close(actual, expected, rtol=3e-6, atol=3e-6):
 
 
 @pytest.mark.parametrize("kind", inputs.RANGES)
-@pytest.mark.parametrize("op", [*OPS, *TILED])
+@pytest.mark.parametrize("op", [*OPS, *inputs.slow(TILED)])
 def test_is_what_the_loops_compute(kind, op):
   actual = compiled(op)(*make_inputs(kind))
   assert_close(actual, loops(kind))
+  again = compiled(op)(*make_inputs(kind))
+  chex.assert_trees_all_equal(again, actual, strict=True)
   assert jnp.min(actual[0]) > -1e-6
   assert np.asarray(actual[0])[alive(kind)].mean() > 0.1
-
-
-@pytest.mark.parametrize("op", ["chunked", *TILED])
-def test_the_gradient_is_that_of_the_reference(op):
-  args = make_inputs()
-  assert_close(compiled(op)(*args), compiled("reference")(*args))
-  chex.assert_trees_all_equal(
-    compiled(op)(*args), compiled(op)(*args), strict=True
-  )
 
 
 @pytest.mark.parametrize("op", OPS)

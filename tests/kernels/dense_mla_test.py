@@ -68,7 +68,7 @@ def test_reference_is_what_the_loops_compute(kind):
   assert_close(compiled("reference")(*args), loops(*args))
 
 
-@pytest.mark.parametrize("op", ["chunked", *TILED])
+@pytest.mark.parametrize("op", ["chunked", *inputs.slow(TILED)])
 @pytest.mark.parametrize("kind", inputs.RANGES)
 def test_matches_reference(op, kind):
   args = make_inputs(kind)
@@ -78,7 +78,7 @@ def test_matches_reference(op, kind):
   chex.assert_trees_all_equal(compiled(op)(*args), actual, strict=True)
 
 
-@pytest.mark.parametrize("op", [*OPS, *TILED])
+@pytest.mark.parametrize("op", [*OPS, *inputs.slow(TILED)])
 @pytest.mark.parametrize(
   "kind, choice",
   [

@@ -190,9 +190,13 @@ def test_the_op_refuses_what_its_kernels_cannot_do():
     q_BTMI = jax.ShapeDtypeStruct((1, 8, M, 128), dtype)
     k_BSI = jax.ShapeDtypeStruct((1, 9000, 128), dtype)
     w_BTM = jax.ShapeDtypeStruct((1, 8, M), jnp.float32)
-    op = functools.partial(mosaic_gpu.indexer_topk, top_k=K)
+
+    def op(q, k, w, K=K):
+      index = operands.Index(q, k, w)
+      return mosaic_gpu.indexer_topk(index, ranges, ranges, K)
+
     with pytest.raises(NotImplementedError):
-      jax.eval_shape(op, q_BTMI, k_BSI, w_BTM, ranges, ranges)
+      jax.eval_shape(op, q_BTMI, k_BSI, w_BTM)
 
 
 def test_chunks_keep_the_memory_law():

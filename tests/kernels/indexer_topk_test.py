@@ -93,7 +93,7 @@ def assert_choice(actual, expected):
   np.testing.assert_array_equal(scores, expected[1])
 
 
-@pytest.mark.parametrize("op", [*OPS, *TILED])
+@pytest.mark.parametrize("op", [*OPS, *inputs.slow(TILED)])
 @pytest.mark.parametrize("kind", inputs.RANGES)
 def test_chooses_what_the_loops_choose(op, kind):
   args = exact_inputs(kind)
@@ -103,8 +103,8 @@ def test_chooses_what_the_loops_choose(op, kind):
 @pytest.mark.parametrize(
   "op, dtype",
   [
-    *((op, jnp.float32) for op in (*OPS, *TILED)),
-    *((op, jnp.bfloat16) for op in OPS),
+    *((op, dtype) for op in OPS for dtype in (jnp.float32, jnp.bfloat16)),
+    *(pytest.param(op, jnp.float32, marks=pytest.mark.slow) for op in TILED),
   ],
 )
 def test_chooses_by_scores_that_round(op, dtype):

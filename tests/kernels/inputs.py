@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
+import pytest
 
 # No two are equal, no tile divides T or S, and S exceeds K.
 B, T, S, K = 2, 37, 53, 11
@@ -13,6 +14,12 @@ SCALE = 0.3
 
 RANGES = ("causal", "packed", "any")
 CHOICES = ("plain", "packed", "invalid", "twice")
+
+
+def slow(cases):
+  """Cases that only the slow tests go through."""
+  return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
 
 _INT32 = np.iinfo(np.int32)
 

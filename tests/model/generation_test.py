@@ -74,6 +74,7 @@ def test_padding_is_left_out_wherever_it_stands():
   np.testing.assert_array_equal(tokens[1:, 12:], expected[:, 9:])
 
 
+@pytest.mark.slow
 def test_samples_follow_the_temperature():
   model = models.model()
   prompt = np.repeat(models.tokens(1, 4), 512, 0)
@@ -87,6 +88,7 @@ def test_samples_follow_the_temperature():
   np.testing.assert_array_equal(again[:, -1], tokens)
 
 
+@pytest.mark.slow
 def test_compiles_once(caplog):
   model, prompt = models.model(), models.tokens(2, 7)
   with jax.log_compiles(False):

@@ -261,6 +261,7 @@ def test_decoding_equals_the_full_forward(prefill):
     assert bool((k_BSI != 0).any()) == (i in SERVED)
 
 
+@pytest.mark.slow
 def test_dense_attention_does_not_ask_the_indexers():
   forward = jax.jit(lambda m: m(TOKENS, attention="dense"))
   np.testing.assert_array_equal(

@@ -50,12 +50,8 @@ def gradients(attention):
   return run(models.model())
 
 
-teaches = pytest.mark.parametrize(
-  "attention", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
-)
-
-
-@teaches
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_the_index_loss_teaches_only_the_indexer(attention):
   of_index, _ = gradients(attention)
   taught = 0
@@ -70,7 +66,8 @@ def test_the_index_loss_teaches_only_the_indexer(attention):
   assert taught == 3 * 5  # dense, expert and MTP layers; 5 tensors
 
 
-@teaches
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_the_other_losses_teach_all_but_the_indexer(attention):
   _, of_others = gradients(attention)
   for name, grad in leaves(of_others):

@@ -13,9 +13,8 @@ from train.learn import guards
 from train.learn import step as step_lib
 
 
-@pytest.mark.parametrize(
-  "attention", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_an_answer_is_right_if_all_of_its_tokens_are(attention):
   cfg = dataclasses.replace(runs.MODEL, num_mtp_layers=0)
   model, init = step_lib.init(cfg, 0)

@@ -96,6 +96,7 @@ def test_leaves_no_trace_of_a_new_run(folder):
   assert not pathlib.Path(cfg.run_dir).exists()
 
 
+@pytest.mark.slow
 def test_a_resume_is_opened_and_left_as_it_is(trained, capsys):
   before = contents(trained.run_dir)
   preflight.report(trained)

@@ -176,6 +176,7 @@ def test_bad_sizes(tmp_path, seq_len, batch_size):
     corpus.heldout_batches(max_batches=1, **sizes)
 
 
+@pytest.mark.slow
 def test_each_epoch_of_all_shards_serves_each_document_once(
   tmp_path, set_block_tokens
 ):

@@ -130,9 +130,7 @@ def gradients(seed):
 @pytest.mark.parametrize(
   "kind",
   [
-    pytest.param(
-      kind, marks=[pytest.mark.slow] * (kind in ("extend", "sparse"))
-    )
+    pytest.param(kind, marks=[pytest.mark.slow] * (kind != "warmup"))
     for kind in KINDS
   ],
 )
@@ -164,7 +162,10 @@ def test_every_kind_of_stage_is_known_here():
   assert get_args(stages_lib.Kind.__value__) == KINDS
 
 
-@pytest.mark.parametrize(("kind", "has"), [("pretrain", 0), ("warmup", 1)])
+@pytest.mark.parametrize(
+  ("kind", "has"),
+  [pytest.param("pretrain", 0, marks=pytest.mark.slow), ("warmup", 1)],
+)
 def test_the_optimizer_holds_nothing_for_what_it_does_not_train(kind, has):
   (adam,) = adam_states(trained(kind).after.opt_state)
   moments = dict(named(adam.mu))
@@ -189,6 +190,7 @@ def test_the_indexer_learns_and_is_measured_when_asked():
   assert last["recall_per_layer"].max() < 1
 
 
+@pytest.mark.slow
 def test_the_indexer_has_its_own_rate_and_clipping():
   """A tenfold rate, and a model's gradient a hundred times as large."""
   grads = gradients(0)
@@ -216,6 +218,7 @@ def test_the_indexer_has_its_own_rate_and_clipping():
     chex.assert_trees_all_close(other.mu, adam.mu, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_moments_are_kept_in_the_dtype_asked_for():
   found = []
   for moments in ("float32", "bfloat16"):
