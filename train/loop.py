@@ -189,7 +189,14 @@ class Run:
       params, bias = self.origin.restore(parameters, self.mesh)
       processes.say(f"begins   with the parameters of {self.origin}")
     else:
-      params, bias = self._init(jax.random.key(cfg.seed))
+      # It runs once, but a CPU's compiler would spend as long on its many
+      # generators of random numbers as on a training step.
+      options = {"xla_backend_optimization_level": 0}
+      init = jax.jit(
+        self._init,
+        compiler_options=options if dispatch.platform() == "cpu" else None,
+      )
+      params, bias = init(jax.random.key(cfg.seed))
     return step_lib.begin_stage(cfg.optimizer, cfg.stages[0], params, bias)
 
   def _farewell(self, state) -> None:

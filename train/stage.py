@@ -190,7 +190,7 @@ class Stage:
 
   def _compile(
     self, state: step_lib.TrainState, batch: step_lib.Batch
-  ) -> jax.stages.Compiled:
+  ) -> step_lib.TrainStep:
     cfg, services, start = self._cfg, self._services, time.perf_counter()
     train_step = step_lib.make_train_step(
       self._model,
@@ -219,7 +219,7 @@ class Stage:
 
   def _advance(
     self,
-    train_step: jax.stages.Compiled,
+    train_step: step_lib.TrainStep,
     state: step_lib.TrainState,
     batch: step_lib.Batch,
   ) -> tuple[step_lib.TrainState, step_lib.Batch | None]:

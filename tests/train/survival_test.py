@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import resource
@@ -56,11 +57,8 @@ def lines(cfg):
 
 def like(cfg):
   _, init = step_lib.init(cfg.model, cfg.seed)
-
-  def make(key):
-    return step_lib.begin_stage(cfg.optimizer, cfg.stages[0], *init(key))
-
-  return jax.eval_shape(make, jax.random.key(0))
+  begin = functools.partial(step_lib.begin_stage, cfg.optimizer, cfg.stages[0])
+  return jax.eval_shape(begin, *jax.eval_shape(init, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")

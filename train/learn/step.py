@@ -18,7 +18,6 @@ import dsa_jax
 from dsa_jax import losses as losses_lib
 from dsa_jax import moe
 from dsa_jax import transformer
-from pallas_kernels import dispatch
 from train.learn import guards
 from train.learn import optimizer as optimizer_lib
 from train.learn import stages as stages_lib
@@ -50,6 +49,9 @@ class TrainState:
   guard: guards.GuardState
 
 
+type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """The parts of a module: what to merge parameters with."""
@@ -79,13 +81,7 @@ def init(
     return dsa_jax.Transformer(cfg, rngs=nnx.Rngs(key))
 
   model, _, _ = split(nnx.eval_shape(lambda: make(jax.random.key(seed))))
-  # It runs once, but a CPU's compiler would spend longer on its many generators
-  # of random numbers than on a training step.
-  options = {"xla_backend_optimization_level": 0}
-  return model, jax.jit(
-    lambda key: split(make(key))[1:],
-    compiler_options=options if dispatch.platform() == "cpu" else None,
-  )
+  return model, jax.jit(lambda key: split(make(key))[1:])
 
 
 def begin_stage(
