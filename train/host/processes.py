@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 _SILENCE_SECONDS = 30
 # The others are waited for as long as they are alive: they may be compiling.
 _MEETING_SECONDS = 3600
-# What XLA_FLAGS has for a backend alone.
+# Flag of XLA that holds the options of one backend.
 _CPU_OPTIONS = "xla_backend_extra_options"
 # How often all have met. No meeting has the name of another.
 _meetings = itertools.count()
