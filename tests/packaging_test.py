@@ -152,7 +152,7 @@ def chosen(*files, platforms=None, devices=pathlib.Path(sys.argv[1])):
     (devices / name).parent.mkdir(exist_ok=True)
     (devices / name).touch()
   jax.config.update("jax_platforms", platforms)
-  processes.choose_platform(devices)
+  processes.configure_platform(devices)
   for name in files:
     (devices / name).unlink()
   return jax.config.jax_platforms

@@ -52,19 +52,19 @@ class Evaluation:
     }
 
   def __call__(
-    self, step: int, state: step_lib.TrainState, *, last: bool
+    self, step: int, parameters: step_lib.Parameters, *, last: bool
   ) -> float:
     """Held-out bits per byte, in the stage's own way of attending."""
     # Nothing is chosen from K keys or fewer.
     can_choose = self._stage.seq_len > self._cfg.top_k
     way = "sparse" if self._stage.trains_indexer else "dense"
     ways = ["dense", "sparse"] if last and can_choose else [way]
-    bits_per_byte = self._text(step, state, ways)[way]
+    bits_per_byte = self._text(step, parameters, ways)[way]
     if self._corpus.trains_retrieval:
       for each in ways:
-        self._retrieval(step, state, each)
+        self._retrieval(step, parameters, each)
     if last and can_choose:
-      self._selections(step, state)
+      self._selections(step, parameters)
     return bits_per_byte
 
   def _put(self, x: np.ndarray) -> jax.Array:
@@ -77,12 +77,12 @@ class Evaluation:
       max_batches=batches,
     )
 
-  def _text(self, step, state, ways) -> dict[str, Any]:
+  def _text(self, step, parameters, ways) -> dict[str, Any]:
     """Bits per byte by way; in sparse attention, recall too."""
     values: dict[str, Any] = {"stage": self._stage.kind}
     for way in ways:
       sums = [
-        self._text_steps[way](state, jax.tree.map(self._put, batch))
+        self._text_steps[way](parameters, jax.tree.map(self._put, batch))
         for batch in self._heldout(self._batches)
       ]
       total = jax.tree.map(lambda *xs: np.sum(xs, 0), *processes.fetch(sums))
@@ -100,7 +100,7 @@ class Evaluation:
     processes.say(f"held-out bits/byte after step {step}: {line}")
     return values
 
-  def _retrieval(self, step, state, way) -> None:
+  def _retrieval(self, step, parameters, way) -> None:
     """Share of right answers, by length of the text and depth of the pair."""
     T = self._stage.seq_len
     least = self._corpus.least_probe_tokens
@@ -111,7 +111,9 @@ class Evaluation:
     accuracy = []
     for length in lengths:
       right = [
-        self._answer_steps[way](state, jax.tree.map(self._put, vars(probes)))
+        self._answer_steps[way](
+          parameters, jax.tree.map(self._put, vars(probes))
+        )
         for probes in self._corpus.retrieval_probes(
           seq_len=T, batch_size=self._rows, length=length
         )
@@ -133,12 +135,12 @@ class Evaluation:
     )
     processes.say(f"retrieval after step {step}, {way}: {line}")
 
-  def _selections(self, step, state) -> None:
+  def _selections(self, step, parameters) -> None:
     """The keys chosen for a sample of the queries of one held-out row."""
 
     batch = next(iter(self._heldout(1)))
     indices, place = processes.fetch(
-      make_select_step(self._model)(state, jax.tree.map(self._put, batch))
+      make_select_step(self._model)(parameters, jax.tree.map(self._put, batch))
     )
     queries = np.asarray(recall.sample(jnp.arange(self._stage.seq_len)[None]))
     if not processes.is_first():
@@ -157,17 +159,17 @@ class Evaluation:
 @functools.lru_cache  # stages of one model share what is compiled
 def make_answer_step(
   model: step_lib.Model, attention: frame_lib.Attention
-) -> Callable[[step_lib.TrainState, dict[str, jax.Array]], jax.Array]:
+) -> Callable[[step_lib.Parameters, dict[str, jax.Array]], jax.Array]:
   """Which questions of a batch of probes are answered right: bool [B, D].
 
   An answer is right if each of its tokens is the likeliest, given the others.
   """
 
   @jax.jit
-  def answer_step(state, probes):
+  def answer_step(parameters, probes):
     at_BDA, answers_BDA = probes["at"], probes["answers"]
     B, D, A = at_BDA.shape
-    logits_BPV = model.merge(state.params, state.router_bias).predict(
+    logits_BPV = model.merge(*parameters).predict(
       probes["tokens"],
       jnp.maximum(at_BDA, 0).reshape(B, D * A),
       probes["positions"],
@@ -184,13 +186,13 @@ def make_answer_step(
 def make_select_step(
   model: step_lib.Model,
 ) -> Callable[
-  [step_lib.TrainState, step_lib.Batch], tuple[jax.Array, jax.Array]
+  [step_lib.Parameters, step_lib.Batch], tuple[jax.Array, jax.Array]
 ]:
   """Returns a step that samples queries: their selected keys and positions."""
 
   @jax.jit
-  def select_step(state, batch):
-    output = model.merge(state.params, state.router_bias).forward(
+  def select_step(parameters, batch):
+    output = model.merge(*parameters).forward(
       batch["tokens"], batch["positions"], batch["segment_ids"]
     )
     assert output.selected is not None  # attention is sparse

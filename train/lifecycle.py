@@ -200,7 +200,7 @@ def _train(cfg: config_lib.TrainConfig) -> bool:
 
 
 def main() -> None:
-  processes.choose_platform()
+  processes.configure_platform()
   try:
     cfg = main_lib.parse(sys.argv[1:], "train.lifecycle", __doc__)
     runs = cfg, control(cfg)

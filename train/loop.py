@@ -197,7 +197,9 @@ class Run:
         compiler_options=options if dispatch.platform() == "cpu" else None,
       )
       params, bias = init(jax.random.key(cfg.seed))
-    return step_lib.begin_stage(cfg.optimizer, cfg.stages[0], params, bias)
+    return step_lib.begin_stage(
+      cfg.optimizer, cfg.stages[0], params, bias, step=0
+    )
 
   def _farewell(self, state) -> None:
     """The last lines: what came of it, where it lies, and what to do next."""

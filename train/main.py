@@ -52,7 +52,7 @@ def parse(
 
 
 def main() -> None:
-  processes.choose_platform()
+  processes.configure_platform()
   try:
     cfg = parse(sys.argv[1:])
     if cfg.compile_only:

@@ -176,13 +176,12 @@ class Stage:
 
   def _fresh(self, state: step_lib.TrainState) -> step_lib.TrainState:
     """The same parameters, with an optimizer that knows nothing yet."""
-    begin = functools.partial(
-      step_lib.begin_stage,
+    return step_lib.begin_stage(
       self._cfg.optimizer,
       self._stage,
+      *state.parameters,
       step=self._position.step,
     )
-    return jax.jit(begin)(state.params, state.router_bias)
 
   def _read(self) -> step_lib.Batch:
     with self._services.clock.spend("data"):
@@ -291,7 +290,7 @@ class Stage:
     last = step == self._end
     if last or step % self._cfg.log.eval_every == 0:
       with services.clock.spend("evaluation"), services.watchdog.paused():
-        bits_per_byte = self._evaluate(step, state, last=last)
+        bits_per_byte = self._evaluate(step, state.parameters, last=last)
     if self._samples(step):
       with services.clock.spend("sample"), services.watchdog.paused():
         self._sample(state)
@@ -408,7 +407,7 @@ class Stage:
     # A row for each device that has some, all alike.
     rows = np.tile(prompt, (self._cfg.model.rules.shards("batch"), 1))
     tokens = dsa_jax.generate(
-      model.merge(state.params, state.router_bias),
+      model.merge(*state.parameters),
       batches_lib.put_rows(rows, cfg.rules),
       log.sample_tokens,
       log.sample_temperature,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.model import models
 from tests.train import runs
 from train import evaluation
-from train.learn import guards
 from train.learn import step as step_lib
 
 
@@ -18,8 +18,8 @@ from train.learn import step as step_lib
 def test_an_answer_is_right_if_all_of_its_tokens_are(attention):
   cfg = dataclasses.replace(runs.MODEL, num_mtp_layers=0)
   model, init = step_lib.init(cfg, 0)
-  params, bias = init(jax.random.key(0))
-  state = step_lib.TrainState(jnp.int32(0), params, bias, (), guards.begin())
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  params, bias = models.filled(shapes, cfg.init_std)
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 256, (2, 32)).astype(np.int32)
   segments = np.ones((2, 32), np.int32)
@@ -45,6 +45,6 @@ def test_an_answer_is_right_if_all_of_its_tokens_are(attention):
   )
   step = evaluation.make_answer_step(model, attention)
   np.testing.assert_array_equal(
-    step(state, jax.tree.map(jnp.asarray, probes)),
+    step((params, bias), jax.tree.map(jnp.asarray, probes)),
     [[True, True, True], [False, True, False]],
   )

@@ -15,6 +15,7 @@ from train import lifecycle
 from train import loop
 from train import stage
 from train.learn import batches as batches_lib
+from train.learn import step as step_lib
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses.json"
 
@@ -74,6 +75,10 @@ def test_it_learns_and_measures_both_ways(unbroken):
     if "loss" in line:
       bits = line["loss"] / np.log(2)
       np.testing.assert_allclose(line["bits_per_byte"], bits, rtol=0.02)
+  # All stages but the first run the same model, which is compiled once.
+  model, _ = step_lib.init(cfg.model, cfg.seed)
+  for way in ("dense", "sparse"):
+    assert step_lib.make_eval_step(model, way)._cache_size() == 1
   sample = runs.lines(cfg.run_dir, "sample")[-1]["text"]
   assert sample.startswith("the ")
 

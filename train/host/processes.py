@@ -72,13 +72,14 @@ class DistributedConfig:
         )
 
 
-def choose_platform(devices: pathlib.Path = pathlib.Path("/dev")) -> None:
-  """Keeps JAX on the CPU where there is nothing else; call it before JAX runs.
+def configure_platform(devices: pathlib.Path = pathlib.Path("/dev")) -> None:
+  """Settles where JAX runs, and how XLA compiles there; call it before either.
 
-  An installed libtpu (it compiles for TPUs anywhere) is otherwise tried as a
-  device, and complains. Nothing changes where a platform is chosen already, as
-  JAX does where it sees a TPU; where there is any device file of one; or where
-  a plug-in for other devices, such as CUDA's, is installed.
+  JAX is kept on the CPU where there is nothing else. An installed libtpu (it
+  compiles for TPUs anywhere) is otherwise tried as a device, and complains.
+  Nothing changes where a platform is chosen already, as JAX does where it sees
+  a TPU; where there is any device file of one; or where a plug-in for other
+  devices, such as CUDA's, is installed.
 
   On a CPU, XLA is told not to unroll loops, unless XLA_FLAGS has options for it
   already: its kernels are short and vectorised, so that a training step

@@ -48,6 +48,11 @@ class TrainState:
   opt_state: optax.OptState
   guard: guards.GuardState
 
+  @property
+  def parameters(self) -> Parameters:
+    """What the model computes with, whatever stage trains it."""
+    return self.params, self.router_bias
+
 
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -84,12 +89,13 @@ def init(
   return model, jax.jit(lambda key: split(make(key))[1:])
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "stage"))
 def begin_stage(
   cfg: optimizer_lib.OptimizerConfig,
   stage: stages_lib.StageConfig,
   params: nnx.State,
   router_bias: nnx.State,
-  step: int = 0,
+  step: Int[Array, ""] | int = 0,
 ) -> TrainState:
   """The state in which a stage begins: its optimizer knows nothing yet."""
   optimizer = optimizer_lib.make_optimizer(cfg, stage)
@@ -242,13 +248,13 @@ def recall(
 @functools.lru_cache  # stages of one model share what is compiled
 def make_eval_step(
   model: Model, attention: Literal["dense", "sparse"]
-) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
+) -> Callable[[Parameters, Batch], dict[str, jax.Array]]:
   """Sums over a batch [B, T]: nats of its targets, the bytes they stand for,
   and of sparse attention each layer's recall and the number of its queries."""
 
   @jax.jit
-  def eval_step(state: TrainState, batch: Batch):
-    losses = model.merge(state.params, state.router_bias).losses(
+  def eval_step(parameters: Parameters, batch: Batch):
+    losses = model.merge(*parameters).losses(
       batch["tokens"],
       batch["positions"],
       batch["segment_ids"],

@@ -184,7 +184,7 @@ class Checkpoints:
     if step in self.steps:
       return
     self._clean()
-    marks = _fingerprint(state).tolist()
+    marks = _fingerprint(state)
     said = json.dumps(dataclasses.asdict(progress))
     metrics: Any = None
     if bits_per_byte is not None:
@@ -199,7 +199,7 @@ class Checkpoints:
         custom_metadata={
           "progress": said,
           "progress_crc32": zlib.crc32(said.encode()),
-          "fingerprint": marks,
+          "fingerprint": [*marks],
           "model": model.to_dict(),
         },
       )
@@ -223,7 +223,7 @@ class Checkpoints:
         step, {"state": step_lib.on_mesh(like, mesh)}
       )
       state = loaded["state"]
-      marks = _fingerprint(state).tolist()
+      marks = _fingerprint(state)
       if marks != saved.custom_metadata["fingerprint"]:
         raise ValueError("its arrays are not what was saved")
       progress = Progress(**json.loads(said))
@@ -359,28 +359,27 @@ def _make_writable(folder: pathlib.Path) -> None:
     ) from e
 
 
-@jax.jit
-def _fingerprint(tree: Any) -> UInt32[Array, " leaves"]:
-  """A number for each array, of all its bits and where they stand.
+def _fingerprint(tree: Any) -> list[int]:
+  """A number for each array, of all its bits and where they stand."""
+  marks = [_mark(x) for x in jax.tree.leaves(tree)]
+  return [int(mark) for mark in jax.device_get(marks)]
 
-  Sums of whole numbers: the same on every mesh, whatever the order.
-  """
 
-  def mark(x):
-    bits = x
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-      width = 8 * x.dtype.itemsize
-      bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
-    mixed = bits.astype(jnp.uint32)
-    # Any odd number has an inverse: no place and no value is forgotten.
-    for axis in range(x.ndim):
-      place = jnp.arange(x.shape[axis], dtype=jnp.uint32)
-      place = place.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
-      mixed = (mixed ^ place * _ODD) * _ODD
-      mixed ^= mixed >> 15
-    return mixed.sum(dtype=jnp.uint32)
-
-  return jnp.stack([mark(x) for x in jax.tree.leaves(tree)])
+@jax.jit  # of one array: moments have their parameter's shape, in every stage
+def _mark(x: Array) -> UInt32[Array, ""]:
+  """Sums whole numbers: the same on every mesh, whatever the order."""
+  bits = x
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    width = 8 * x.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+  mixed = bits.astype(jnp.uint32)
+  # Any odd number has an inverse: no place and no value is forgotten.
+  for axis in range(x.ndim):
+    place = jnp.arange(x.shape[axis], dtype=jnp.uint32)
+    place = place.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
+    mixed = (mixed ^ place * _ODD) * _ODD
+    mixed ^= mixed >> 15
+  return mixed.sum(dtype=jnp.uint32)
 
 
 def _context() -> ocp.Context:
