@@ -11,7 +11,7 @@ jax.config.update("jax_num_cpu_devices", 32)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time here; what is compiled is small.
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # Tracing makes millions of objects that live on: to look at them all again and
 # again takes an eighth of a test's time.
 gc.set_threshold(200_000, 50, 100)
@@ -41,18 +41,10 @@ def _shown(value: object) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_once(
-  tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> None:
-  """What one worker has compiled, none compiles again.
-
-  Nor does a later session, if the environment names JAX_COMPILATION_CACHE_DIR.
-  """
-  if jax.config.jax_compilation_cache_dir:
-    return
-  base = tmp_path_factory.getbasetemp()
-  folder = (base if worker_id == "master" else base.parent) / "compiled"
-  folder.mkdir(exist_ok=True)
+def compile_once(pytestconfig: pytest.Config) -> None:
+  """What one worker has compiled, none compiles again, nor a later session."""
+  assert pytestconfig.cache is not None
+  folder = pytestconfig.cache.mkdir("compiled")
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

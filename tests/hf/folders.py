@@ -146,7 +146,7 @@ def tensors(form: str, indexer: bool = True, scales: str = "F32", **config):
   rng = np.random.default_rng(0)
   found = {}
   for name, (kind, shape) in shapes(CONFIG | config, indexer).items():
-    values = rng.normal(0, 0.05, shape).astype(np.float32)
+    values = 0.05 * rng.standard_normal(shape, np.float32)
     if form == "float32" or kind == "f32":
       found[name] = values
     elif form == "bf16" or kind == "bf16":

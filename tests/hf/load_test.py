@@ -38,6 +38,7 @@ def edit(folder, **keys):
   file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
+@pytest.mark.slow
 def test_several_files_in_bfloat16(folder, tensors):
   names = sorted(tensors)
   for i, part in enumerate((names[::2], names[1::2])):
@@ -175,7 +176,9 @@ class TestGolden:
       logits, self.expected()["logits"], atol=2e-5, rtol=0
     )
 
-  @pytest.mark.parametrize("form", ["bf16", "fp8"])
+  @pytest.mark.parametrize(
+    "form", [pytest.param("bf16", marks=pytest.mark.slow), "fp8"]
+  )
   def test_rounded_weights(self, folder, tmp_path, tensors, form):
     """A folder in this format, and the same rounded weights in float32."""
     rounded, stored = {}, {}

@@ -77,7 +77,7 @@ def run_main(op, *options):
   [
     ("indexer_topk", False),
     pytest.param("sparse_mla", True, marks=pytest.mark.slow),
-    ("dense_indexer_loss", False),
+    pytest.param("dense_indexer_loss", False, marks=pytest.mark.slow),
   ],
 )
 def test_checks_then_times(op, grad):
@@ -100,6 +100,7 @@ def test_checks_then_times(op, grad):
   assert "S=97" in values["shape"]
 
 
+@pytest.mark.slow
 def test_scores_in_8_bits():
   values = run_main("indexer_topk", "--score-dtype=float8_e4m3fn")
   assert values["scores"] == "float8_e4m3fn"
@@ -199,6 +200,7 @@ def test_finds_one_wrong_query(op, name):
   assert {name} <= bad <= {name, "scores"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q", "kv"])
 def test_finds_one_wrong_row_of_a_gradient(name):
   case = make_case("sparse_mla")
@@ -219,6 +221,7 @@ def test_finds_one_wrong_row_of_a_gradient(name):
   assert {x.name for x in findings if not x.right} == {f"d {name}"}
 
 
+@pytest.mark.slow
 def test_a_sample_checks_what_the_whole_does():
   """Cotangents outside it are zero, so that d kv is that of the sample."""
   case = make_case("sparse_mla")

@@ -55,9 +55,24 @@ def run(*args, measure=True):
   return compiled()(*args, measure=jnp.bool(measure))
 
 
+def with_noise(kind, args):
+  """Large numbers wherever a query sees no key: they must not matter."""
+  q_index, k_index, w, start, end, q, k, lse, d_loss = args
+  dead_BT = dead(kind)
+  q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
+  q = jnp.where(dead_BT[..., None, None], -1e4, q)
+  w = jnp.where(dead_BT[..., None], 1e4, w)
+  d_loss = jnp.where(dead_BT, 1e4, d_loss)
+  return q_index, k_index, w, start, end, q, k, lse, d_loss
+
+
+def dead(kind):
+  return ~portable.alive(kind)[:, QUERIES[kind]]
+
+
 @functools.cache
 def result(kind):
-  return run(*make_inputs(kind))
+  return run(*with_noise(kind, make_inputs(kind)))
 
 
 def shapes(T, S, N, M=64, I=128, HR=192, dtype=bf16):
@@ -80,38 +95,32 @@ def assert_close(actual, expected, rtol=5e-6, atol=5e-6):
     rows.assert_close(x, y, rtol, atol)
 
 
-@pytest.mark.parametrize(
-  "kind", [pytest.param("any", marks=pytest.mark.slow), "packed"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["any", "packed"])
 def test_is_what_the_loops_compute(kind):
   assert_close(result(kind), expected(kind))
 
 
 @pytest.mark.slow
 def test_no_key_no_loss():
-  q_index, k_index, w, start, end, q, k, lse, d_loss = make_inputs("any")
-  dead_BT = ~portable.alive("any")[:, QUERIES["any"]]
+  dead_BT = dead("any")
   assert dead_BT.sum() > 4
-  q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
-  q = jnp.where(dead_BT[..., None, None], -1e4, q)
-  w = jnp.where(dead_BT[..., None], 1e4, w)
-  d_loss = jnp.where(dead_BT, 1e4, d_loss)
-  actual = run(q_index, k_index, w, start, end, q, k, lse, d_loss)
-  for x in (actual[0], actual[1], actual[3]):
+  loss, d_q_index, _, d_w, *_ = result("any")
+  for x in (loss, d_q_index, d_w):
     np.testing.assert_array_equal(x[dead_BT], 0)
-  chex.assert_trees_all_equal(actual, result("any"))
 
 
 @pytest.mark.slow
 def test_all_dead():
-  q_index, k_index, w, start, _, q, k, lse, d_loss = make_inputs("any")
+  q_index, k_index, w, start, _, q, k, lse, d_loss = make_inputs("packed")
   lse = jnp.full_like(lse, -jnp.inf)
   for x in compiled()(q_index, k_index, w, start, start, q, k, lse, d_loss):
     np.testing.assert_array_equal(x, 0)
 
 
+@pytest.mark.slow
 def test_the_gradient_needs_no_loss():
-  args = make_inputs("packed")
+  args = with_noise("packed", make_inputs("packed"))
   loss, *gradients = run(*args, measure=False)
   np.testing.assert_array_equal(loss, 0)
   chex.assert_trees_all_equal(gradients, list(result("packed")[1:]))
@@ -164,12 +173,12 @@ def test_compiles_at_real_shapes(chip, S, N):
     assert not [shape for shape in large if 192 not in shape]  # but q and k
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_heads_over_devices():
   auto = jax.sharding.AxisType.Auto
   with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
     sharded = heads.sharded(op, "x")
     step = jax.jit(functools.partial(portable.value_and_vjp, sharded))
-    actual = step(*make_inputs("any"))
-  expected = result("any")
+    actual = step(*with_noise("packed", make_inputs("packed")))
+  expected = result("packed")
   chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)

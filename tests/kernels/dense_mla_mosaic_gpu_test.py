@@ -176,11 +176,11 @@ def test_refuses(change, message):
 @pytest.mark.parametrize(
   "kind, size, choice",
   [
-    ("packed", (300, 330, 1), None),
     ("packed", (300, 330, 1), "packed"),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
+        ("packed", (300, 330, 1), None),
         ("causal", (300, 330, 1), None),
         ("any", (300, 330, 1), None),
         ("within a tile", (300, 330, 1), None),

@@ -106,10 +106,8 @@ def assert_close(actual, expected, rtol=2e-6, atol=4e-6):
     rows.assert_close(x, y, rtol, atol, name)
 
 
-@pytest.mark.parametrize(
-  "kind, group",
-  [("causal", 2), pytest.param("any", 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, group", [("causal", 2), ("any", 1)])
 def test_matches_reference(kind, group):
   """With chunks that need no mask; queries in one group, and in two."""
   args = make_inputs(kind)

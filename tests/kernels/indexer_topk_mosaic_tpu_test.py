@@ -137,6 +137,7 @@ def test_scores_and_ranges():
   np.testing.assert_array_equal(actual[:, K:], -1)
 
 
+@pytest.mark.slow
 def test_more_keys_than_a_sample_has():
   S, K = bS - 96, bS - 1000
   scores_QS = inputs.normal(0, 8, S)
@@ -209,6 +210,7 @@ def choice(q, k, w, start, end):
   return topk(q, k, w, start, end, 2048)[0]
 
 
+@pytest.mark.slow
 def test_scores_that_nobody_reads_are_not_computed():
   S = shapes.SHAPES["128k"].S
   compiled = tpu_topologies.compile_step("tpu7x", choice, structs(S=S))

@@ -62,9 +62,28 @@ def run(*args, measure=True):
     return compiled()(*args, measure=jnp.bool(measure))
 
 
+def with_noise(args):
+  """Large numbers wherever nothing was chosen: they must not matter."""
+  q_index, k_index, w, indices, q, kv, lse, d_loss = args
+  chosen = np.zeros(k_index.shape[:2], bool)
+  for b, row in enumerate(np.asarray(indices)):
+    chosen[b, row[(row >= 0) & (row < portable.S)]] = True
+  k_index = jnp.where(chosen[..., None], k_index, 1e4)
+  kv = jnp.where(chosen[..., None], kv, 1e4)
+  dead_BT = dead(indices)
+  q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
+  w = jnp.where(dead_BT[..., None], 1e4, w)
+  d_loss = jnp.where(dead_BT, 1e4, d_loss)
+  return q_index, k_index, w, indices, q, kv, lse, d_loss
+
+
+def dead(indices):
+  return ~((indices >= 0) & (indices < portable.S)).any(-1)
+
+
 @functools.cache
 def result():
-  return run(*make_inputs())
+  return run(*with_noise(make_inputs()))
 
 
 def shapes(T, S, N, M=64, I=128, K=2048, CR=576, dtype=bf16):
@@ -86,6 +105,7 @@ def test_both_kinds_of_blocks():
   assert set(np.unique(plan.blocks[..., 1])) == {0, 1}
 
 
+@pytest.mark.slow
 def test_is_what_the_loops_compute():
   loss, *gradients = result()
   expected_loss, *others = expected()
@@ -96,27 +116,17 @@ def test_is_what_the_loops_compute():
 
 
 @pytest.mark.slow
-def test_what_is_ignored_does_not_matter():
-  q_index, k_index, w, indices, q, kv, lse, d_loss = make_inputs()
-  dead_BT = ~((indices >= 0) & (indices < portable.S)).any(-1)
+def test_nothing_chosen_no_loss():
+  dead_BT = dead(make_inputs()[3])
   assert dead_BT.sum() > 0
-  chosen = np.zeros(k_index.shape[:2], bool)
-  for b, row in enumerate(np.asarray(indices)):
-    chosen[b, row[(row >= 0) & (row < portable.S)]] = True
-  k_index = jnp.where(chosen[..., None], k_index, 1e4)
-  kv = jnp.where(chosen[..., None], kv, 1e4)
-  q_index = jnp.where(dead_BT[..., None, None], 1e4, q_index)
-  w = jnp.where(dead_BT[..., None], 1e4, w)
-  d_loss = jnp.where(dead_BT, 1e4, d_loss)
-  actual = run(q_index, k_index, w, indices, q, kv, lse, d_loss)
-  for x in (actual[0], actual[1], actual[3]):
+  loss, d_q_index, _, d_w, *_ = result()
+  for x in (loss, d_q_index, d_w):
     np.testing.assert_array_equal(x[dead_BT], 0)
-  chex.assert_trees_all_equal(actual, result())
 
 
 @pytest.mark.slow
 def test_the_gradient_needs_no_loss():
-  loss, *gradients = run(*make_inputs(), measure=False)
+  loss, *gradients = run(*with_noise(make_inputs()), measure=False)
   np.testing.assert_array_equal(loss, 0)
   chex.assert_trees_all_equal(gradients, list(result()[1:]))
 
@@ -157,13 +167,13 @@ def test_bfloat16():
     rows.assert_close(x, y, 2**-6, 2**-8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_heads_over_devices():
   auto = jax.sharding.AxisType.Auto
   with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(auto,))):
     sharded = heads.sharded(op, "x")
     step = jax.jit(functools.partial(portable.value_and_vjp, sharded))
-    actual = step(*make_inputs())
+    actual = step(*with_noise(make_inputs()))
   expected = result()
   chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 

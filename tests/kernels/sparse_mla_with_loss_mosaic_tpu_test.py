@@ -32,6 +32,7 @@ def step(q, kv, indices, q_index, k_index, w, measure):
   return jax.value_and_grad(total, range(5))(q, kv, q_index, k_index, w)
 
 
+@pytest.mark.slow
 def test_both_parts_have_a_kernel():
   with jax.set_mesh(tpu_topologies.mesh("v6e")), dispatch.record() as chosen:
     jax.eval_shape(step, *shapes(64, 8192, 16))

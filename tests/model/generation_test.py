@@ -25,7 +25,9 @@ def decode(model, tokens, cache):
 @pytest.mark.parametrize(
   "attention", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("prefill", [1, 5, 12])
+@pytest.mark.parametrize(
+  "prefill", [1, pytest.param(5, marks=pytest.mark.slow), 12]
+)
 def test_logits_equal_the_full_forward(attention, prefill):
   # K = 8: 5 tokens are prefilled below it and 12 above.
   model, tokens = models.model(), models.tokens(2, 24)

@@ -136,6 +136,7 @@ def test_loss_and_gradients(golden):
       )
 
 
+@pytest.mark.slow
 def test_greedy_tokens(golden):
   # These were made with token 0 as padding, which DeepSeek's first prompt
   # contains (at 1): it was masked, and the positions closed up.

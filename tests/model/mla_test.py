@@ -70,6 +70,7 @@ def test_their_gradients_are_equal(layer, x):
     np.testing.assert_allclose(s, d, atol=1e-5 * scale, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fewer_keys_give_another_result(x):
   cfg = dataclasses.replace(CONFIG, top_k=8)
   layer = mla.MLA(cfg, rngs=nnx.Rngs(0))

@@ -35,9 +35,28 @@ CONFIG = dataclasses.replace(
 
 @functools.cache
 def model(cfg: config_lib.ModelConfig = CONFIG) -> dsa_jax.Transformer:
-  return jax.jit(lambda key: dsa_jax.Transformer(cfg, rngs=nnx.Rngs(key)))(
-    jax.random.key(0)
-  )
+  shapes = nnx.eval_shape(lambda: dsa_jax.Transformer(cfg, rngs=nnx.Rngs(0)))
+  return filled(shapes, cfg.init_std)
+
+
+def filled[Tree](shapes: Tree, std: float) -> Tree:
+  """Parameters as a model begins with, made on the host.
+
+  To compile their making would take longer than most tests do.
+  """
+  rng = np.random.default_rng(0)
+
+  def fill(path, x):
+    name = jax.tree_util.keystr(path)
+    if "scale_" in name:
+      values = np.ones(x.shape)
+    elif "bias_" in name:
+      values = np.zeros(x.shape)
+    else:
+      values = rng.normal(0, std, x.shape)
+    return jax.device_put(values.astype(x.dtype), x.sharding)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def tokens(batch: int, length: int, cfg=CONFIG, seed: int = 0) -> np.ndarray:

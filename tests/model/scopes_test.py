@@ -27,11 +27,12 @@ ALWAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "attention, attend",
   [
     ("sparse", {"attend_and_index_loss"}),
-    pytest.param(*("dense", {"attend", "index_loss"}), marks=pytest.mark.slow),
+    ("dense", {"attend", "index_loss"}),
   ],
 )
 def test_names_of_a_lowered_step(attention, attend):

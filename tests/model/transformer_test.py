@@ -31,53 +31,9 @@ def leaves(grads):
     yield jax.tree_util.keystr(path), np.asarray(leaf)
 
 
-@functools.cache
-def gradients(attention):
-  """Of the index loss, and of the others: who learns from which."""
-
-  def losses(model):
-    parts = model.losses(
-      *(TOKENS, *PACKED), attention=attention, lm_loss=True, index_loss=True
-    )
-    others = parts.lm.sum() + parts.mtp.sum() + parts.balance.sum()
-    return parts.index.sum(), others
-
-  @jax.jit
-  def run(model):
-    pullback = jax.vjp(losses, model)[1]
-    return pullback((1.0, 0.0))[0], pullback((0.0, 1.0))[0]
-
-  return run(models.model())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_the_index_loss_teaches_only_the_indexer(attention):
-  of_index, _ = gradients(attention)
-  taught = 0
-  for name, grad in leaves(of_index):
-    if "indexer" not in name:
-      np.testing.assert_array_equal(grad, 0, name)
-      continue
-    layers = grad if "layers" in name else grad[None]
-    for layer in layers:
-      assert np.abs(layer).max() > 0, name
-    taught += 1
-  assert taught == 3 * 5  # dense, expert and MTP layers; 5 tensors
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_the_other_losses_teach_all_but_the_indexer(attention):
-  _, of_others = gradients(attention)
-  for name, grad in leaves(of_others):
-    if "indexer" in name or "bias_E" in name:
-      np.testing.assert_array_equal(grad, 0, name)
-    else:
-      assert np.abs(grad).max() > 0, name
-
-
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize(
+  "attention", [pytest.param("dense", marks=pytest.mark.slow), "sparse"]
+)
 def test_packed_documents_equal_separate_ones(attention):
   tokens = np.zeros_like(TOKENS)
   segments = np.zeros_like(TOKENS)
@@ -178,8 +134,9 @@ def test_computes_in_bfloat16_where_asked():
   )
   assert logits.dtype == jnp.float32
   error = np.abs(logits - expected).max(-1) / np.abs(expected).max(-1)
-  assert error.max() < 0.1
-  assert error.max() > 1e-4
+  # A token whose experts are close to others may go to those.
+  assert np.quantile(error, 0.9) < 0.05
+  assert np.median(error) > 1e-4
 
 
 @pytest.mark.slow
@@ -197,6 +154,7 @@ def test_remat_changes_no_selection_and_no_gradient(indexer_types):
       models.CONFIG,
       remat=remat,
       num_mtp_layers=0,
+      num_dense_layers=0,  # they attend like the others
       indexer_types=indexer_types,
     )
 

@@ -201,7 +201,13 @@ def test_every_config_is_valid_and_sees_further_than_k(config):
       assert stage.seq_len >= 4 * cfg.model.top_k
 
 
-@pytest.mark.parametrize("program", [["-m", "train.main"], ["train/main.py"]])
+@pytest.mark.parametrize(
+  "program",
+  [
+    ["-m", "train.main"],
+    pytest.param(["train/main.py"], marks=pytest.mark.slow),
+  ],
+)
 def test_both_ways_to_start_teach_the_options(program):
   result = subprocess.run(
     [sys.executable, *program, TINY, "--help"],

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,8 @@ def test_it_learns_and_measures_both_ways(unbroken):
   # All stages but the first run the same model, which is compiled once.
   model, _ = step_lib.init(cfg.model, cfg.seed)
   for way in ("dense", "sparse"):
-    assert step_lib.make_eval_step(model, way)._cache_size() == 1
+    step: Any = step_lib.make_eval_step(model, way)
+    assert step._cache_size() == 1
   sample = runs.lines(cfg.run_dir, "sample")[-1]["text"]
   assert sample.startswith("the ")
 

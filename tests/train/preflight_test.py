@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from dsa_jax import sharding
+from tests.model import models
 from tests.train import runs
 from train import loop
 from train import preflight
@@ -27,10 +28,12 @@ def trained(folder):
   cfg = runs.config(folder, "trained")
   cfg = dataclasses.replace(cfg, stages=cfg.stages[:1])
   checkpoints = loop.open_checkpoints(cfg)
-  with jax.set_mesh(sharding.make_mesh()):
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
     _, init = step_lib.init(cfg.model, cfg.seed)
+    shapes = step_lib.on_mesh(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = step_lib.begin_stage(
-      cfg.optimizer, cfg.stages[0], *init(jax.random.key(0)), step=1
+      cfg.optimizer, cfg.stages[0], *models.filled(shapes, 0.1), step=1
     )
     checkpoints.save(state, 1, checkpoint.Progress(), cfg.model, None)
     checkpoints.close()

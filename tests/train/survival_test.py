@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 import resource
@@ -86,11 +87,20 @@ def damage(file, rng):
   file.write_bytes(content)
 
 
-# Orbax leaves the tasks behind that failed.
-orphans = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning",
-  "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-)
+@pytest.fixture
+def collected():
+  """What a test leaves behind is looked at while its filters hold."""
+  yield
+  gc.collect()
+
+
+def orphans(test):
+  """Marks a test in which Orbax leaves the tasks behind that failed."""
+  ignored = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+  )
+  return ignored(pytest.mark.usefixtures("collected")(test))
 
 
 @orphans
@@ -107,7 +117,7 @@ def test_no_damaged_file_goes_unnoticed(folder, unbroken):
     expected, progress = checkpoints.load(6, shapes, mesh)
     safe = source.with_name("6-safe")
     shutil.copytree(source, safe)
-    for _ in range(4):
+    for _ in range(2):
       for file in sorted(x for x in safe.rglob("*") if x.stat().st_size):
         if file.is_dir():
           continue
@@ -250,20 +260,19 @@ def test_the_best_and_every_so_many_stay(folder, monkeypatch):
   cfg = config(folder, "kept")
   cfg = dataclasses.replace(
     cfg,
-    stages=(dataclasses.replace(cfg.stages[0], steps=10),),
     checkpoint=dataclasses.replace(
-      cfg.checkpoint, every=1, keep=1, keep_every=3, keep_best=1
+      cfg.checkpoint, every=1, keep=1, keep_every=4, keep_best=1
     ),
     log=dataclasses.replace(cfg.log, eval_every=1),
   )
 
-  def lost(self, step, state, last):
-    return float(abs(step - 5))
+  def lost(self, step, parameters, last):
+    return float(abs(step - 2))
 
   monkeypatch.setattr(evaluation.Evaluation, "__call__", lost)
   train(cfg)
   found = {x.name for x in pathlib.Path(cfg.run_dir).glob("checkpoints/*")}
-  assert found == {"3", "5", "6", "9", "10"}
+  assert found == {"2", "4", "6"}
 
 
 def test_the_loop_reads_nothing_but_metrics_a_step_late(

@@ -35,7 +35,9 @@ def load(path):
   cfg = runs.config(folder)
   stage = dataclasses.replace(cfg.stages[0], steps=4, microbatches=1)
   data = dataclasses.replace(cfg.data, shards=2)
-  model = dataclasses.replace(cfg.model, num_mtp_layers=0)
+  model = dataclasses.replace(
+    cfg.model, num_layers=1, num_dense_layers=0, num_mtp_layers=0
+  )
   return dataclasses.replace(cfg, model=model, stages=(stage,), data=data)
 
 compile = jax.stages.Lowered.compile

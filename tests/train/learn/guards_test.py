@@ -82,26 +82,30 @@ def test_spikes_in_a_row_do_not_hide_one_another():
   assert believed[230:].all()
 
 
+_losses = dsa_jax.Transformer.losses
+
+
+def poisoned_losses(self, tokens, *args, **kwargs):
+  """The loss of a batch of nothing but POISON is not a number."""
+  found = _losses(self, tokens, *args, **kwargs)
+  bad = (tokens == POISON).all()
+  harm = jnp.where(bad, jnp.nan, 1.0)
+  if found.lm is None:  # the indexer alone is trained
+    assert found.index is not None
+    return dataclasses.replace(found, index=found.index * harm)
+  return dataclasses.replace(found, lm=found.lm * harm)
+
+
+@pytest.fixture
 def poison(monkeypatch):
-  """Makes the loss of a batch of nothing but POISON not a number."""
-  losses = dsa_jax.Transformer.losses
-
-  def poisoned(self, tokens, *args, **kwargs):
-    found = losses(self, tokens, *args, **kwargs)
-    bad = (tokens == POISON).all()
-    harm = jnp.where(bad, jnp.nan, 1.0)
-    if found.lm is None:  # the indexer alone is trained
-      assert found.index is not None
-      return dataclasses.replace(found, index=found.index * harm)
-    return dataclasses.replace(found, lm=found.lm * harm)
-
-  monkeypatch.setattr(dsa_jax.Transformer, "losses", poisoned)
+  monkeypatch.setattr(dsa_jax.Transformer, "losses", poisoned_losses)
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_believed_changes_nothing(monkeypatch):
-  poison(monkeypatch)
-  train_step, state = step_test.start(step_test.stage("pretrain"))
+@pytest.mark.usefixtures("poison")
+def test_a_step_that_is_not_believed_changes_nothing():
+  model = dataclasses.replace(step_test.MODEL, num_mtp_layers=0)
+  train_step, state = step_test.start(step_test.stage("pretrain"), model)
   good = step_test.cut(step_test.batch(), 2)
   bad = dict(good, tokens=np.full_like(good["tokens"], POISON))
   state, metrics = train_step(state, good)
@@ -146,9 +150,8 @@ def test_alarms_are_raised_once():
 
 
 @pytest.fixture
-def train(folder, monkeypatch, tmp_path_factory):
+def train(folder, poison, monkeypatch, tmp_path_factory):
   """Trains with poisoned batches, by number; the run's folder and its lines."""
-  poison(monkeypatch)
   read = batches_lib.Batches.__next__
 
   def run(poisoned, left_out=(), steps=14, stage=0, **guard):

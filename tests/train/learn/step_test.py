@@ -13,12 +13,15 @@ import pytest
 
 from dsa_jax import moe
 from tests.kernels import hlo
+from tests.model import models
 from tests.train import runs
 from train.learn import guards
 from train.learn import optimizer as optimizer_lib
 from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 
+# A layer of experts, and MTP's: a layer with a dense MLP attends like them.
+MODEL = dataclasses.replace(runs.MODEL, num_layers=1, num_dense_layers=0)
 OPTIMIZER = optimizer_lib.OptimizerConfig(peak_lr=1e-2, warmup=0.0)
 # Extending is pretraining on longer sequences.
 KINDS = ("pretrain", "warmup", "sparse")
@@ -49,11 +52,12 @@ def batch(rows=8, length=32, seed=0):
   }
 
 
-def start(stage_cfg, model_cfg=runs.MODEL, measure_every=1):
+def start(stage_cfg, model_cfg=MODEL, measure_every=1):
   """The step and the state it begins with."""
   model, init = step_lib.init(model_cfg, 0)
-  params, bias = init(jax.random.key(0))
-  state = step_lib.begin_stage(OPTIMIZER, stage_cfg, params, bias)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  parameters = models.filled(shapes, model_cfg.init_std)
+  state = step_lib.begin_stage(OPTIMIZER, stage_cfg, *parameters)
   train_step = step_lib.make_train_step(
     model,
     stage_cfg,
@@ -115,16 +119,13 @@ def trained(kind: str) -> Trained:
   return Trained(before, state, metrics)
 
 
-@functools.cache
-def parameters():
-  return step_lib.init(runs.MODEL, 0)[1](jax.random.key(0))[0]
-
-
 def gradients(seed):
-  """Normal numbers in place of a gradient."""
+  """Normal numbers in place of a gradient, or of parameters."""
+  _, init = step_lib.init(runs.MODEL, 0)
+  params, _ = jax.eval_shape(init, jax.random.key(0))
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), parameters()
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params
   )
 
 
@@ -172,7 +173,7 @@ def test_the_optimizer_holds_nothing_for_what_it_does_not_train(kind, has):
   moments = dict(named(adam.mu))
   assert {"indexer" in name for name in moments} == {bool(has)}
   if has:
-    assert len(moments) == 3 * 5  # dense, expert and MTP layers; 5 tensors
+    assert len(moments) == 2 * 5  # a layer's and MTP's; 5 tensors
     for name, moment in moments.items():
       assert np.abs(moment).max() > 0, name
 
@@ -184,7 +185,7 @@ def test_the_indexer_learns_and_is_measured_when_asked():
       np.testing.assert_array_equal(found["index_per_layer"], 0)
       np.testing.assert_array_equal(found["recall_per_layer"], 0)
   first, last = metrics[9], metrics[19]
-  assert first["index_per_layer"].shape == (3,)
+  assert first["index_per_layer"].shape == (2,)
   assert (last["index_per_layer"] < first["index_per_layer"]).all()
   assert last["index_per_layer"].min() > 0
   assert last["recall_per_layer"].min() > 0.3
@@ -194,7 +195,7 @@ def test_the_indexer_learns_and_is_measured_when_asked():
 @pytest.mark.slow
 def test_the_indexer_has_its_own_rate_and_clipping():
   """A tenfold rate, and a model's gradient a hundred times as large."""
-  grads = gradients(0)
+  grads, params = gradients(0), gradients(1)
   larger = jax.tree_util.tree_map_with_path(
     lambda path, x: x if "indexer" in jax.tree_util.keystr(path) else 100 * x,
     grads,
@@ -205,8 +206,8 @@ def test_the_indexer_has_its_own_rate_and_clipping():
     optimizer = optimizer_lib.make_optimizer(cfg, stage())
     update = jax.jit(optimizer.update)
     for given in several:
-      opt_state = optimizer.init(parameters())
-      updates, opt_state = update(given, opt_state, parameters())
+      opt_state = optimizer.init(params)
+      updates, opt_state = update(given, opt_state, params)
       results.append((dict(named(updates)), adam_states(opt_state)))
   (one, moments), (_, others), (faster, _) = results
   for name, x in one.items():
@@ -221,14 +222,14 @@ def test_the_indexer_has_its_own_rate_and_clipping():
 
 @pytest.mark.slow
 def test_moments_are_kept_in_the_dtype_asked_for():
-  found = []
+  found, params = [], gradients(9)
   for moments in ("float32", "bfloat16"):
     cfg = dataclasses.replace(OPTIMIZER, moments=moments)
     optimizer = optimizer_lib.make_optimizer(cfg, stage("sparse"))
-    opt_state, total = optimizer.init(parameters()), 0.0
+    opt_state, total = optimizer.init(params), 0.0
     update = jax.jit(optimizer.update)
     for seed in range(3):
-      updates, opt_state = update(gradients(seed), opt_state, parameters())
+      updates, opt_state = update(gradients(seed), opt_state, params)
       total += np.concatenate([np.ravel(x) for x in jax.tree.leaves(updates)])
     for x in jax.tree.leaves([s[1:] for s in adam_states(opt_state)]):
       assert x.dtype == moments
@@ -338,7 +339,11 @@ def test_packing_padding_and_accumulation(kind):
 def optimized(kind, T, indexer_types=()):
   """The step of one sequence, compiled as a user's would be."""
   model = dataclasses.replace(
-    runs.MODEL, num_mtp_layers=0, num_layers=3, indexer_types=indexer_types
+    runs.MODEL,
+    num_mtp_layers=0,
+    num_dense_layers=0,  # they attend like the others
+    num_layers=3,
+    indexer_types=indexer_types,
   )
   train_step, state = start(stage(kind, seq_len=T, batch_size=1), model)
   jax.config.update("jax_disable_most_optimizations", False)

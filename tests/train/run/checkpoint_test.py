@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 from dsa_jax import sharding
+from tests.model import models
 from tests.train import runs
 from train.learn import guards
 from train.learn import step as step_lib
@@ -19,7 +20,8 @@ from train.run import origin as origin_lib
 @pytest.fixture(scope="module")
 def state():
   _, init = step_lib.init(runs.MODEL, 0)
-  params, bias = init(jax.random.key(5))
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  params, bias = models.filled(shapes, 0.1)
   bias = jax.tree.map(lambda x: x + 0.25, bias)
   # What an optimizer holds is not of interest.
   return step_lib.TrainState(
