@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dsa_jax
 from dsa_jax import losses as losses_lib
 from tests.model import models
 
@@ -128,15 +130,20 @@ def test_computes_in_bfloat16_where_asked():
     models.CONFIG, dtype="bfloat16", init_std=0.05, num_mtp_layers=0
   )
   exact = dataclasses.replace(cfg, dtype="float32")
+
+  # With others than these parameters, a token's experts may be so close that
+  # rounding takes another one.
+  def run(cfg, key):
+    model = dsa_jax.Transformer(cfg, rngs=nnx.Rngs(key))
+    return model(TOKENS, attention="dense")
+
   logits, expected = (
-    jax.jit(lambda m: m(TOKENS, attention="dense"))(models.model(c))
-    for c in (cfg, exact)
+    jax.jit(run, static_argnums=0)(c, jax.random.key(0)) for c in (cfg, exact)
   )
   assert logits.dtype == jnp.float32
   error = np.abs(logits - expected).max(-1) / np.abs(expected).max(-1)
-  # A token whose experts are close to others may go to those.
-  assert np.quantile(error, 0.9) < 0.05
-  assert np.median(error) > 1e-4
+  assert error.max() < 0.1
+  assert error.max() > 1e-4
 
 
 @pytest.mark.slow

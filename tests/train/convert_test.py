@@ -204,16 +204,16 @@ def test_what_was_not_written_as_given_is_found(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_few_tensors_at_a_time(tmp_path):
-  """A gigabyte goes both ways through 0.7, of which imports take 0.25."""
+  """Gigabytes go both ways through half as much memory, imports included."""
   size = dict(
     hidden_size=512,
     moe_intermediate_size=1024,
     n_routed_experts=64,
-    num_hidden_layers=5,
+    num_hidden_layers=8,
   )
   found = folders.tensors("bf16", **size)
   size_in_bytes = sum(x.nbytes for x in found.values())
-  assert size_in_bytes > 1e9
+  assert size_in_bytes > 1.5e9
   folders.write(tmp_path / "in", found, **size)
   root = pathlib.Path(convert.__file__).parents[1]
   for source, target in (("in", "orbax"), ("orbax", "out")):
@@ -231,7 +231,7 @@ def test_a_few_tensors_at_a_time(tmp_path):
       check=True,
     )
     peak = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
-    assert peak and int(peak[1]) * 1024 < 0.7 * size_in_bytes
+    assert peak and int(peak[1]) * 1024 < size_in_bytes / 2
   folders.assert_same(folders.read(tmp_path / "out"), found)
 
 

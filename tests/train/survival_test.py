@@ -117,7 +117,7 @@ def test_no_damaged_file_goes_unnoticed(folder, unbroken):
     expected, progress = checkpoints.load(6, shapes, mesh)
     safe = source.with_name("6-safe")
     shutil.copytree(source, safe)
-    for _ in range(2):
+    for _ in range(4):
       for file in sorted(x for x in safe.rglob("*") if x.stat().st_size):
         if file.is_dir():
           continue
