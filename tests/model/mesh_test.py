@@ -17,9 +17,7 @@ from tests.train.learn import step_test
 from train.learn import step as step_lib
 
 MODEL = dataclasses.replace(runs.MODEL, experts_per_token=2)
-LAYER = dataclasses.replace(
-  MODEL, num_mtp_layers=0, num_layers=1, num_dense_layers=0
-)
+LAYER = dataclasses.replace(runs.ONE_LAYER, experts_per_token=2)
 
 # Every axis alone, in pairs, and all at once.
 PAIRS = [

@@ -1,7 +1,5 @@
 """What counts as a right answer."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +14,7 @@ from train.learn import step as step_lib
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_an_answer_is_right_if_all_of_its_tokens_are(attention):
-  cfg = dataclasses.replace(runs.MODEL, num_mtp_layers=0)
+  cfg = runs.ONE_LAYER
   model, init = step_lib.init(cfg, 0)
   shapes = jax.eval_shape(init, jax.random.key(0))
   params, bias = models.filled(shapes, cfg.init_std)

@@ -33,6 +33,10 @@ MODEL = dataclasses.replace(
   init_std=0.1,
   yarn=model_lib.YarnConfig(factor=2.0, original_context=32),
 )
+# Enough where a test is of what happens around the model: a third to compile.
+ONE_LAYER = dataclasses.replace(
+  MODEL, num_layers=1, num_dense_layers=0, num_mtp_layers=0
+)
 
 
 def write_text(folder: pathlib.Path) -> None:
@@ -44,7 +48,11 @@ def write_text(folder: pathlib.Path) -> None:
     (folder / f"{i}.txt").write_text(text, encoding="utf-8")
 
 
-def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
+def config(
+  folder: pathlib.Path,
+  run: str = "run",
+  model: model_lib.ModelConfig = MODEL,
+) -> config_lib.TrainConfig:
   """Two steps of each stage, up to T = 5 K."""
   pretrain = stages_lib.StageConfig(
     kind="pretrain", steps=2, seq_len=32, batch_size=4, microbatches=2
@@ -52,7 +60,7 @@ def config(folder: pathlib.Path, run: str = "run") -> config_lib.TrainConfig:
   extend = dataclasses.replace(pretrain, kind="extend", seq_len=40)
   return config_lib.TrainConfig(
     run_dir=str(folder / run),
-    model=MODEL,
+    model=model,
     data=corpus_lib.DataConfig(
       sources=(corpus_lib.SourceConfig(path=f"{folder}/*.txt"),),
       heldout_fraction=0.2,

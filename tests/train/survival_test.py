@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 def config(folder, run, **kwargs):
   """Six steps of dense training, saved after each second one."""
-  cfg = runs.config(folder, run)
+  cfg = runs.config(folder, run, runs.ONE_LAYER)
   fields: dict[str, Any] = dict(
     stages=(dataclasses.replace(cfg.stages[0], steps=6),),
     checkpoint=dataclasses.replace(cfg.checkpoint, every=2, keep=5),

@@ -297,7 +297,7 @@ def test_silent_at_exit(tmp_path):
     [sys.executable, "-W", "error", "-c", program],
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=600,
   )
   assert (done.returncode, done.stderr) == (0, "")
 

@@ -11,6 +11,7 @@ import pytest
 import dsa_jax
 from tests.train import runs
 from tests.train.learn import step_test
+from train import evaluation
 from train import loop
 from train import stage
 from train.learn import batches as batches_lib
@@ -104,8 +105,9 @@ def poison(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("poison")
 def test_a_step_that_is_not_believed_changes_nothing():
-  model = dataclasses.replace(step_test.MODEL, num_mtp_layers=0)
-  train_step, state = step_test.start(step_test.stage("pretrain"), model)
+  train_step, state = step_test.start(
+    step_test.stage("pretrain"), runs.ONE_LAYER
+  )
   good = step_test.cut(step_test.batch(), 2)
   bad = dict(good, tokens=np.full_like(good["tokens"], POISON))
   state, metrics = train_step(state, good)
@@ -150,7 +152,13 @@ def test_alarms_are_raised_once():
 
 
 @pytest.fixture
-def train(folder, poison, monkeypatch, tmp_path_factory):
+def unmeasured(monkeypatch):
+  """Runs are not evaluated, which would compile as much again."""
+  monkeypatch.setattr(evaluation.Evaluation, "__call__", lambda *_, last: 0.0)
+
+
+@pytest.fixture
+def train(folder, poison, unmeasured, monkeypatch, tmp_path_factory):
   """Trains with poisoned batches, by number; the run's folder and its lines."""
   read = batches_lib.Batches.__next__
 
@@ -167,7 +175,7 @@ def train(folder, poison, monkeypatch, tmp_path_factory):
 
     monkeypatch.setattr(batches_lib.Batches, "__next__", poisoned_read)
     root = tmp_path_factory.mktemp("runs")
-    cfg = runs.config(folder)
+    cfg = runs.config(folder, model=runs.ONE_LAYER)
     cfg = dataclasses.replace(
       cfg,
       run_dir=str(root / "run"),
@@ -245,6 +253,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_a_spike_is_skipped(folder, tmp_path, monkeypatch):
   """Text of another kind, once the run knows its own."""
   read, batches = batches_lib.Batches.__next__, iter(range(1, 1000))
@@ -257,7 +266,7 @@ def test_a_spike_is_skipped(folder, tmp_path, monkeypatch):
     return batch
 
   monkeypatch.setattr(batches_lib.Batches, "__next__", strange)
-  cfg = runs.config(folder)
+  cfg = runs.config(folder, model=runs.ONE_LAYER)
   cfg = dataclasses.replace(
     cfg,
     run_dir=str(tmp_path / "run"),
