@@ -176,9 +176,8 @@ class TestGolden:
       logits, self.expected()["logits"], atol=2e-5, rtol=0
     )
 
-  @pytest.mark.parametrize(
-    "form", [pytest.param("bf16", marks=pytest.mark.slow), "fp8"]
-  )
+  @pytest.mark.slow
+  @pytest.mark.parametrize("form", ["bf16", "fp8"])
   def test_rounded_weights(self, folder, tmp_path, tensors, form):
     """A folder in this format, and the same rounded weights in float32."""
     rounded, stored = {}, {}
@@ -227,6 +226,7 @@ class TestWithoutIndexer:
     with pytest.raises(ValueError, match='stage="warmup"'):
       dsa_jax.load_hf(v3, stage=stage)
 
+  @pytest.mark.slow
   def test_warmup_begins_with_a_new_one(self, v3, tmp_path):
     with pytest.warns(UserWarning, match="has no indexer: it gets a new one"):
       model = dsa_jax.load_hf(v3, stage="warmup")

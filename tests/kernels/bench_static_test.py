@@ -79,13 +79,10 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "topology, side",
-  [
-    pytest.param("v5p:2x2x1", 128, marks=pytest.mark.slow),
-    ("v6e:2x2", 256),
-    pytest.param("tpu7x:2x2x1", 256, marks=pytest.mark.slow),
-  ],
+  [("v5p:2x2x1", 128), ("v6e:2x2", 256), ("tpu7x:2x2x1", 256)],
 )
 def test_cycles_are_known_by_construction(topology, side):
   done = run("-c", COMPILE, topology)

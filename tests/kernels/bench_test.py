@@ -72,12 +72,13 @@ def run_main(op, *options):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "op, grad",
   [
     ("indexer_topk", False),
-    pytest.param("sparse_mla", True, marks=pytest.mark.slow),
-    pytest.param("dense_indexer_loss", False, marks=pytest.mark.slow),
+    ("sparse_mla", True),
+    ("dense_indexer_loss", False),
   ],
 )
 def test_checks_then_times(op, grad):

@@ -129,9 +129,8 @@ def step(q, kv, indices, q_index, k_index, w, measure):
   return jax.value_and_grad(total, range(5))(q, kv, q_index, k_index, w)
 
 
-@pytest.mark.parametrize(
-  "sizes", [{}, pytest.param({"N": 16, "K": 192}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"N": 16, "K": 192}])
 def test_lowers_for_cuda_with_gradients(sizes):
   traced = jax.jit(step).trace(*shapes(**sizes))
   text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -26,7 +26,7 @@ def decode(model, tokens, cache):
   "attention", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
-  "prefill", [1, pytest.param(5, marks=pytest.mark.slow), 12]
+  "prefill", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5)), 12]
 )
 def test_logits_equal_the_full_forward(attention, prefill):
   # K = 8: 5 tokens are prefilled below it and 12 above.
@@ -48,9 +48,8 @@ def test_the_cache_holds_the_latent_and_the_index_key_alone():
   assert sizes == {(3, 2, 24, width), (3, 2, 24, cfg.index_head_dim)}
 
 
-@pytest.mark.parametrize(
-  "attention", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_greedy_tokens_are_those_of_the_full_forward(attention):
   model, prompt = models.model(), models.tokens(2, 10)
   tokens = np.asarray(dsa_jax.generate(model, prompt, 14, attention=attention))

@@ -17,7 +17,10 @@ from tests.train.learn import step_test
 from train.learn import step as step_lib
 
 MODEL = dataclasses.replace(runs.MODEL, experts_per_token=2)
-LAYER = dataclasses.replace(runs.ONE_LAYER, experts_per_token=2)
+EXPERTS = dataclasses.replace(MODEL, num_layers=1, num_dense_layers=0)
+LAYER = dataclasses.replace(EXPERTS, num_mtp_layers=0)
+# A layer with a dense MLP.
+DENSE = dataclasses.replace(LAYER, num_dense_layers=1)
 
 # Every axis alone, in pairs, and all at once.
 PAIRS = [
@@ -37,6 +40,7 @@ ALL = dict(data=2, fsdp=2, expert=2, context=2, tensor=2)
 # Of the others every second one in each way, so that an axis comes in both: it
 # would be minutes more for them all.
 MORE = [
+  (ALL, "sparse"),
   (ALL, "dense"),
   (dict(fsdp=4, context=2), "dense"),
   (dict(data=2, expert=2, tensor=2), "sparse"),
@@ -129,12 +133,12 @@ def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
 
 @pytest.mark.slow
 def test_on_all_axes():
-  check("sparse", ALL)
+  check("sparse", ALL, EXPERTS)
 
 
 @pytest.mark.slow
-def test_dense_attention():
-  check("dense", dict(fsdp=2, context=2, tensor=2), LAYER)
+def test_dense_attention_and_mlp():
+  check("dense", dict(fsdp=2, context=2, tensor=2), DENSE)
 
 
 @pytest.mark.long

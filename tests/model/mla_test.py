@@ -39,6 +39,7 @@ def x():
   return jax.random.normal(jax.random.key(1), (2, 32, 32))
 
 
+@pytest.mark.slow
 def test_absorbed_equals_expanded(layer, x):
   for segments in (None, models.SEGMENTS):
     dense, sparse = (

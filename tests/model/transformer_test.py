@@ -93,7 +93,9 @@ def test_a_call_gives_the_logits_of_forward():
   np.testing.assert_allclose(logits, packed().logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize(
+  "attention", [pytest.param("dense", marks=pytest.mark.slow), "sparse"]
+)
 def test_predicts_at_chosen_places(attention):
   at = np.array([[3, 27, 3, 12], [31, 0, 5, 5]], np.int32)
   logits = jax.jit(
