@@ -1,4 +1,4 @@
-"""The life cycle of DSA on two CPU cores: `make demo`, in six minutes.
+"""The life cycle of DSA on two CPU cores: `make demo`.
 
 A dense model, the warm-up of its indexer, and sparse training at T = 8 K.
 """

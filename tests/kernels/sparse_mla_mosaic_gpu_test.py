@@ -45,7 +45,9 @@ def test_forward(sizes):
   assert "sparse_mla_forward" in text
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+  "deterministic", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_the_gradient_calls_both_kernels(deterministic):
   def loss(q, kv, indices):
     out, lse = api.sparse_mla(

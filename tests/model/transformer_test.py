@@ -27,15 +27,18 @@ def packed(attention="sparse"):
   return forward(models.model(), TOKENS, *PACKED, attention=attention)
 
 
+both = pytest.mark.parametrize(
+  "attention", [pytest.param("dense", marks=pytest.mark.slow), "sparse"]
+)
+
+
 def leaves(grads):
   """(name, gradient) of each parameter."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     yield jax.tree_util.keystr(path), np.asarray(leaf)
 
 
-@pytest.mark.parametrize(
-  "attention", [pytest.param("dense", marks=pytest.mark.slow), "sparse"]
-)
+@both
 def test_packed_documents_equal_separate_ones(attention):
   tokens = np.zeros_like(TOKENS)
   segments = np.zeros_like(TOKENS)
@@ -74,7 +77,7 @@ def test_padding_has_no_loss_and_no_load():
   np.testing.assert_array_equal(parts.load.sum(-1), 2 * (28 + 32))
 
 
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@both
 def test_losses_are_those_of_the_logits(attention):
   output = packed(attention)
   log_p = jax.nn.log_softmax(output.logits)
@@ -93,9 +96,7 @@ def test_a_call_gives_the_logits_of_forward():
   np.testing.assert_allclose(logits, packed().logits, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  "attention", [pytest.param("dense", marks=pytest.mark.slow), "sparse"]
-)
+@both
 def test_predicts_at_chosen_places(attention):
   at = np.array([[3, 27, 3, 12], [31, 0, 5, 5]], np.int32)
   logits = jax.jit(
@@ -105,7 +106,7 @@ def test_predicts_at_chosen_places(attention):
   np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@both
 def test_the_future_does_not_matter(attention):
   changed = TOKENS.copy()
   changed[:, 20:] = (changed[:, 20:] + 1) % 64

@@ -87,6 +87,7 @@ def test_training_reads_bfloat16_in_its_own_dtype(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_what_was_trained_here(tmp_path):
   runs.write_text(tmp_path)
   cfg = runs.config(tmp_path, "run")

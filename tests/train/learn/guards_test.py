@@ -11,13 +11,14 @@ import pytest
 import dsa_jax
 from tests.train import runs
 from tests.train.learn import step_test
-from train import evaluation
 from train import loop
 from train import stage
 from train.learn import batches as batches_lib
 from train.learn import guards
 from train.learn import step as step_lib
 
+# Of a stage, wherever a run stops: runs of one stage share a compiled step.
+STEPS = 160
 # A batch of nothing but this makes the loss NaN, see `poison`.
 POISON = 255
 
@@ -152,12 +153,6 @@ def test_alarms_are_raised_once():
 
 
 @pytest.fixture
-def unmeasured(monkeypatch):
-  """Runs are not evaluated, which would compile as much again."""
-  monkeypatch.setattr(evaluation.Evaluation, "__call__", lambda *_, last: 0.0)
-
-
-@pytest.fixture
 def train(folder, poison, unmeasured, monkeypatch, tmp_path_factory):
   """Trains with poisoned batches, by number; the run's folder and its lines."""
   read = batches_lib.Batches.__next__
@@ -179,7 +174,8 @@ def train(folder, poison, unmeasured, monkeypatch, tmp_path_factory):
     cfg = dataclasses.replace(
       cfg,
       run_dir=str(root / "run"),
-      stages=(dataclasses.replace(cfg.stages[stage], steps=steps),),
+      stages=(dataclasses.replace(cfg.stages[stage], steps=STEPS),),
+      stop_at=steps,
       init_from="random" if stage else None,
       checkpoint=dataclasses.replace(cfg.checkpoint, every=4),
       guard=guards.GuardConfig(patience=3, **guard),
@@ -253,7 +249,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.usefixtures("poison", "unmeasured")
 def test_a_spike_is_skipped(folder, tmp_path, monkeypatch):
   """Text of another kind, once the run knows its own."""
   read, batches = batches_lib.Batches.__next__, iter(range(1, 1000))
@@ -270,8 +266,7 @@ def test_a_spike_is_skipped(folder, tmp_path, monkeypatch):
   cfg = dataclasses.replace(
     cfg,
     run_dir=str(tmp_path / "run"),
-    stages=(dataclasses.replace(cfg.stages[0], steps=160),),
-    log=dataclasses.replace(cfg.log, every=50),
+    stages=(dataclasses.replace(cfg.stages[0], steps=STEPS),),
   )
   loop.Run(cfg).train()
   incidents = runs.lines(cfg.run_dir, "incident")

@@ -119,6 +119,7 @@ def trained(kind: str) -> Trained:
   return Trained(before, state, metrics)
 
 
+@functools.cache
 def gradients(seed):
   """Normal numbers in place of a gradient, or of parameters."""
   _, init = step_lib.init(runs.MODEL, 0)
