@@ -26,7 +26,12 @@ def decode(model, tokens, cache):
   "attention", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
-  "prefill", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5)), 12]
+  "prefill",
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    pytest.param(5, marks=pytest.mark.slow),
+    12,
+  ],
 )
 def test_logits_equal_the_full_forward(attention, prefill):
   # K = 8: 5 tokens are prefilled below it and 12 above.

@@ -246,9 +246,9 @@ def test_the_mtp_block_has_an_indexer_of_its_own():
 
 
 @pytest.mark.slow
-def test_decoding_equals_the_full_forward():
-  # K = 8: 5 tokens are prefilled below it.
-  prefill = 5
+@pytest.mark.parametrize("prefill", [5, 12])
+def test_decoding_equals_the_full_forward(prefill):
+  # K = 8: 5 tokens are prefilled below it and 12 above.
   model, tokens = models.model(CONFIG), models.tokens(2, 24)
   full = generation_test.logits(model, tokens)
   cache = cache_lib.make_cache(CONFIG, 2, 24)

@@ -17,6 +17,7 @@ from tests.train.learn import step_test
 from train.learn import step as step_lib
 
 MODEL = dataclasses.replace(runs.MODEL, experts_per_token=2)
+# A layer of experts and MTP's, and the first of them alone.
 EXPERTS = dataclasses.replace(MODEL, num_layers=1, num_dense_layers=0)
 LAYER = dataclasses.replace(EXPERTS, num_mtp_layers=0)
 # A layer with a dense MLP.

@@ -1,4 +1,4 @@
-"""Parts of the model have their names in what is lowered, for profiles."""
+"""Parts of the model have their names in a compiled step, for profiles."""
 
 import dataclasses
 import re
@@ -35,7 +35,7 @@ ALWAYS = {
     ("dense", {"attend", "index_loss"}),
   ],
 )
-def test_names_of_a_lowered_forward_pass(attention, attend):
+def test_names_of_a_lowered_step(attention, attend):
   cfg = dataclasses.replace(models.CONFIG, num_mtp_layers=1)
   model = jax.eval_shape(lambda: models.model(cfg))
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -46,8 +46,8 @@ def test_names_of_a_lowered_forward_pass(attention, attend):
     )
     return losses.lm.sum() + losses.mtp.sum() + losses.index.sum(), losses
 
-  # The gradient's parts have the same names, within others.
-  lowered = jax.jit(loss).lower(params, rest, models.tokens(2, 32))
+  step = jax.jit(jax.grad(loss, has_aux=True))
+  lowered = step.lower(params, rest, models.tokens(2, 32))
   text = lowered.as_text(debug_info=True)
   names = set(re.split(r'[/"()]', text))
   assert not (ALWAYS | attend) - names

@@ -33,7 +33,7 @@ MODEL = dataclasses.replace(
   init_std=0.1,
   yarn=model_lib.YarnConfig(factor=2.0, original_context=32),
 )
-# Enough where a test is of what happens around the model: a third to compile.
+# Enough where a test is of what happens around the model; compiles sooner.
 ONE_LAYER = dataclasses.replace(
   MODEL, num_layers=1, num_dense_layers=0, num_mtp_layers=0
 )
