@@ -11,7 +11,7 @@ PACKAGES = ("configs", "train", "dsa_jax", "pallas_kernels")  # top to bottom
 ROOMS = {
   "train": ("", "aot", "run", "learn", "data", "host"),
   "dsa_jax": ("hf", "chat", ""),
-  "pallas_kernels": ("bench", "ops", "tuned", ""),
+  "pallas_kernels": ("bench", "ops", "tpu", "hopper", "tuned", ""),
 }
 # Rooms that need no accelerator's library, and are imported without one.
 WITHOUT_JAX = ("dsa_jax/chat",)

@@ -40,10 +40,10 @@ import tyro
 
 from pallas_kernels import shapes as shapes_lib
 from pallas_kernels.bench import cases
-from pallas_kernels.bench import counts
 from pallas_kernels.bench import programs
 from pallas_kernels.bench import report as report_lib
-from pallas_kernels.bench import static
+from pallas_kernels.bench.estimate import counts
+from pallas_kernels.bench.estimate import static
 
 type Op = Literal[
   "indexer_topk",

@@ -11,9 +11,9 @@ import pytest
 
 from pallas_kernels import shapes
 from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench import bundles
-from pallas_kernels.bench import counts
-from pallas_kernels.bench import static
+from pallas_kernels.bench.estimate import bundles
+from pallas_kernels.bench.estimate import counts
+from pallas_kernels.bench.estimate import static
 from pallas_kernels.ops.dense_mla import api as dense_mla
 
 # libtpu writes schedules only where it was told to before it was loaded, which
@@ -24,7 +24,7 @@ import functools, json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from pallas_kernels.bench import bundles, counts, static
+from pallas_kernels.bench.estimate import bundles counts, static
 
 def kernel(x, y, out, *, turns):
   @pl.when(pl.program_id(1) == 0)

@@ -18,11 +18,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels import operands
-from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu
-from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu_kernels
-from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu_scores
-from pallas_kernels.ops.dense_indexer_loss import mosaic_gpu_target
 from pallas_kernels.ops.dense_indexer_loss import reference
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import (
+  launch as launch_lib,
+)
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import (
+  scores as scores_lib,
+)
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import (
+  target as target_lib,
+)
 from tests.kernels import inputs
 from tests.kernels import rows
 
@@ -123,15 +129,13 @@ def distributions(q_index, k_index, half_w, q, k, bias, where, scale, width):
     bit = jnp.arange(16)[:, None] + 16 * jnp.arange(2)[None]
     words.append(jnp.sum(word << bit[..., None, None], (0, 1)))
 
-  tiled = scores.reshape(chunk, -1, mosaic_gpu_scores.bS)
+  tiled = scores.reshape(chunk, -1, scores_lib.bS)
   top = tiled.max(-1)
   finite = jnp.where(jnp.isneginf(top), 0.0, top)
   total = jnp.exp(tiled - finite[..., None]).sum(-1)
-  scores = unless_seen(
-    scores, start, end, mosaic_gpu_scores.bT, mosaic_gpu_kernels.bS
-  )
+  scores = unless_seen(scores, start, end, scores_lib.bT, launch_lib.bS)
 
-  wider = -(-width // mosaic_gpu_target.bS) * mosaic_gpu_target.bS
+  wider = -(-width // target_lib.bS) * target_lib.bS
   logits = scale * jnp.einsum(
     "TND,SND->TNS",
     of_chunk(q, place, chunk),
@@ -140,7 +144,7 @@ def distributions(q_index, k_index, half_w, q, k, bias, where, scale, width):
   bias = of_chunk(bias.swapaxes(1, 2), place, chunk) / np.log2(np.e)
   target = unless_seen(
     jnp.exp(logits + bias[..., None]).sum(1),
-    *(start, end, mosaic_gpu_kernels.bT, mosaic_gpu_target.bS),
+    *(start, end, launch_lib.bT, target_lib.bS),
   )
   return scores, jnp.stack(words).astype(jnp.int32), top.T, total.T, target
 
@@ -159,8 +163,8 @@ def gradients(d_scores, active, k_index, weighted_q, where, d_k):
 def without_kernels():
   """The surroundings call what the kernels' docstrings say, in their place."""
   with (
-    mock.patch.object(mosaic_gpu_kernels, "distributions", distributions),
-    mock.patch.object(mosaic_gpu_kernels, "gradients", gradients),
+    mock.patch.object(launch_lib, "distributions", distributions),
+    mock.patch.object(launch_lib, "gradients", gradients),
   ):
     yield
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ops.dense_indexer_loss import api
-from pallas_kernels.ops.dense_indexer_loss import mosaic_tpu
-from pallas_kernels.ops.dense_indexer_loss import mosaic_tpu_kernels
+from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import (
+  kernels as kernels_lib,
+)
+from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import op as mosaic_tpu
 from tests.kernels import dense_indexer_loss_test as portable
 from tests.kernels import heads
 from tests.kernels import hlo
@@ -26,7 +28,7 @@ bf16 = jnp.bfloat16
 # Interpretation is slow: some of the queries, among them all kinds of ranges.
 QUERIES = {"any": slice(13), "packed": slice(-13, None)}
 # Several of each, none of which divides its length.
-TILES = mosaic_tpu_kernels.Tiles(cores=2, bT=4, bS=27, target_bS=18, bN=2)
+TILES = kernels_lib.Tiles(cores=2, bT=4, bS=27, target_bS=18, bN=2)
 op = functools.partial(mosaic_tpu.dense_indexer_loss, tiles=TILES)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ops.dense_mla import api
-from pallas_kernels.ops.dense_mla import mosaic_gpu
-from pallas_kernels.ops.dense_mla import mosaic_gpu_backward
-from pallas_kernels.ops.dense_mla import mosaic_gpu_forward
 from pallas_kernels.ops.dense_mla import reference
+from pallas_kernels.ops.dense_mla.mosaic_gpu import backward as backward_lib
+from pallas_kernels.ops.dense_mla.mosaic_gpu import forward as forward_lib
+from pallas_kernels.ops.dense_mla.mosaic_gpu import op as mosaic_gpu
 from tests.kernels import inputs
 from tests.kernels import rows
 
@@ -97,7 +97,7 @@ def visible(seen, plain, start, end, chosen_BTS):
 
 
 def fake_forward(q, k, v, start, end, plan, scale, chosen):
-  bT, bS = mosaic_gpu_forward.bT, mosaic_gpu_forward.bS
+  bT, bS = forward_lib.bT, forward_lib.bS
   if chosen is not None:
     chosen = chosen_columns(chosen)
   visible_BTS = visible(*as_planned(plan, bS, bT), start, end, chosen)
@@ -116,7 +116,7 @@ def fake_forward(q, k, v, start, end, plan, scale, chosen):
 
 
 def fake_backward(q, k, v, d_out, lse, delta, start, end, plan, scale, chosen):
-  bT, bS = mosaic_gpu_backward.bT, mosaic_gpu_backward.bS
+  bT, bS = backward_lib.bT, backward_lib.bS
   seen, plain = (
     grow(x.swapaxes(1, 2), start.shape[1]) for x in as_planned(plan, bT, bS)
   )
@@ -196,8 +196,8 @@ def test_surroundings(kind, size, choice):
   args = make_inputs(kind, *size)
   indices = [inputs.choices(choice, *size[:2], K=40)] if choice else []
   with (
-    mock.patch.object(mosaic_gpu_forward, "forward", fake_forward),
-    mock.patch.object(mosaic_gpu_backward, "backward", fake_backward),
+    mock.patch.object(forward_lib, "forward", fake_forward),
+    mock.patch.object(backward_lib, "backward", fake_backward),
   ):
     # Not jitted: the fakes' sizes depend on the plan.
     actual = value_and_vjp(mosaic_gpu.dense_mla, *args, *indices)

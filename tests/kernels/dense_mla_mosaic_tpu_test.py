@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ops.dense_mla import api
-from pallas_kernels.ops.dense_mla import mosaic_tpu
-from pallas_kernels.ops.dense_mla import mosaic_tpu_heads as heads
-from pallas_kernels.ops.dense_mla import mosaic_tpu_mask_bits
 from pallas_kernels.ops.dense_mla import reference
+from pallas_kernels.ops.dense_mla.mosaic_tpu import mask_bits as mask_bits_lib
+from pallas_kernels.ops.dense_mla.mosaic_tpu import op as mosaic_tpu
+from pallas_kernels.tpu import heads
 from tests.kernels import inputs
 from tests.kernels import rows
 from tests.kernels import tpu_topologies
@@ -154,7 +154,7 @@ def test_words():
   start, end = (np.asarray(x[:B]) for x in inputs.ranges("any", 35, S))
   start, end = start.clip(0, S), end.clip(0, S)
   start[:, 5], end[:, 5] = 0, S
-  words = jax.jit(functools.partial(mosaic_tpu_mask_bits.from_indices, S=S))(
+  words = jax.jit(functools.partial(mask_bits_lib.from_indices, S=S))(
     *(jnp.asarray(x) for x in (indices, start, end))
   )
   chex.assert_shape(words, (B, 35, 2, 128))

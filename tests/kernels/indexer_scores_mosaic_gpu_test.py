@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import shapes
-from pallas_kernels.ops.indexer_topk import mosaic_gpu_scores
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import scores as scores_lib
 
-bS = mosaic_gpu_scores.bS
+bS = scores_lib.bS
 
 
 def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16, scaled=None):
@@ -29,7 +29,7 @@ def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16, scaled=None):
 
 
 def lower(*args, **kwargs):
-  traced = jax.jit(mosaic_gpu_scores.scores).trace(*inputs(*args, **kwargs))
+  traced = jax.jit(scores_lib.scores).trace(*inputs(*args, **kwargs))
   return traced.lower(lowering_platforms=("cuda",))
 
 
@@ -70,7 +70,7 @@ def test_each_visible_tile_once(kind):
       seen |= {(t // bT, tile) for tile in tiles}
 
   start, end = (jnp.asarray(x, jnp.int32) for x in (start, end))
-  shares, groups = mosaic_gpu_scores.share_out(start, end, bT)
+  shares, groups = scores_lib.share_out(start, end, bT)
   visited = list(visits(shares, groups))
   assert sum(visited, []) == sorted(seen)
   sizes = [len(mine) for mine in visited]
@@ -104,4 +104,4 @@ def test_lowers_for_cuda(kwargs):
 )
 def test_refusals_name_their_reason(kwargs, reason):
   with pytest.raises(NotImplementedError, match=reason):
-    jax.eval_shape(mosaic_gpu_scores.scores, *inputs(8, 64, **kwargs))
+    jax.eval_shape(scores_lib.scores, *inputs(8, 64, **kwargs))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import operands
-from pallas_kernels.ops.indexer_topk import mosaic_gpu
-from pallas_kernels.ops.indexer_topk import mosaic_gpu_select
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import select as select_lib
 from tests.kernels import simulated_threads as threads
 
 S, K = 20000, 1000
@@ -33,10 +33,10 @@ def simulate(scores, start, end, top_k):
   indices = np.full(top_k, -9, np.int32)
   chosen = np.full(top_k, np.nan, np.float32)
   scores = scores.copy()
-  scratch = mosaic_gpu_select.scratch_words(top_k)
+  scratch = select_lib.scratch_words(top_k)
   garbage = np.random.default_rng(0)
-  with threads.simulate(mosaic_gpu_select, mosaic_gpu_select.THREADS):
-    mosaic_gpu_select.Row(
+  with threads.simulate(select_lib, select_lib.THREADS):
+    select_lib.Row(
       *(lambda x=x: threads.Memory(x) for x in (scores, indices, chosen)),
       *map(threads.U32, (start, end)),
       *(
@@ -106,9 +106,7 @@ def test_ranges(start, end):
     assert_exact(rows()[name], start, end)
 
 
-@pytest.mark.parametrize(
-  "top_k", [1, 2, 64, 2048, 5000, mosaic_gpu_select.LARGEST_K]
-)
+@pytest.mark.parametrize("top_k", [1, 2, 64, 2048, 5000, select_lib.LARGEST_K])
 def test_numbers_of_keys(top_k):
   for name in ("normal", "few values"):
     assert_exact(rows()[name], top_k=top_k)
@@ -123,9 +121,9 @@ def test_numbers_of_keys(top_k):
 )
 def test_reads_most_rows_once(name, times):
   """A guess that is bad, or many ties, and the row is read again."""
-  read = mock.Mock(wraps=mosaic_gpu_select.Row._row)
+  read = mock.Mock(wraps=select_lib.Row._row)
   row = lambda self, loads: read(self, loads)
-  with mock.patch.object(mosaic_gpu_select.Row, "_row", row):
+  with mock.patch.object(select_lib.Row, "_row", row):
     assert_exact(rows()[name])
   assert read.call_count == times
 
@@ -173,10 +171,10 @@ def test_refuses():
   for dtype, S, K, reason in (
     (jnp.bfloat16, 64, 8, "float32"),
     (jnp.float32, 65, 8, "multiple"),
-    (jnp.float32, 64, mosaic_gpu_select.LARGEST_K + 1, "top_k"),
+    (jnp.float32, 64, select_lib.LARGEST_K + 1, "top_k"),
   ):
     with pytest.raises(NotImplementedError, match=reason):
-      select = functools.partial(mosaic_gpu_select.select, top_k=K)
+      select = functools.partial(select_lib.select, top_k=K)
       jax.eval_shape(select, jax.ShapeDtypeStruct((8, S), dtype), start, end)
 
 
@@ -185,7 +183,7 @@ def test_the_op_refuses_what_its_kernels_cannot_do():
   for dtype, M, K in (
     (jnp.float32, 64, 8),
     (jnp.bfloat16, 5, 8),
-    (jnp.bfloat16, 64, mosaic_gpu_select.LARGEST_K + 1),
+    (jnp.bfloat16, 64, select_lib.LARGEST_K + 1),
   ):
     q_BTMI = jax.ShapeDtypeStruct((1, 8, M, 128), dtype)
     k_BSI = jax.ShapeDtypeStruct((1, 9000, 128), dtype)

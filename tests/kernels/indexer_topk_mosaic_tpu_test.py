@@ -12,10 +12,10 @@ import pytest
 
 from pallas_kernels import operands
 from pallas_kernels import shapes
-from pallas_kernels import tpu
-from pallas_kernels.ops.indexer_topk import mosaic_tpu
-from pallas_kernels.ops.indexer_topk import mosaic_tpu_select
 from pallas_kernels.ops.indexer_topk import reference
+from pallas_kernels.ops.indexer_topk.mosaic_tpu import op as mosaic_tpu
+from pallas_kernels.ops.indexer_topk.mosaic_tpu import select as select_lib
+from pallas_kernels.tpu import chip as tpu
 from tests.kernels import inputs
 from tests.kernels import rows
 from tests.kernels import tpu_topologies
@@ -47,10 +47,10 @@ def select(scores_QS, start, end, top_k):
   nS = -(-S // bS)
   seen = np.arange(S) >= start[:, None]
   seen &= np.arange(S) < end[:, None]
-  order = mosaic_tpu_select.order(jnp.asarray(scores_QS))
-  order = jnp.where(seen, order, mosaic_tpu_select.HIDDEN)
+  order = select_lib.order(jnp.asarray(scores_QS))
+  order = jnp.where(seen, order, select_lib.HIDDEN)
   order = jnp.pad(
-    order, [(0, 0), (0, -S % bS)], constant_values=mosaic_tpu_select.HIDDEN
+    order, [(0, 0), (0, -S % bS)], constant_values=select_lib.HIDDEN
   )
   order = order.reshape(Q, nS, 128, 32).transpose(1, 3, 0, 2)
   visible = jnp.maximum(jnp.asarray(end - start, jnp.int32), 0)[:, None]
@@ -58,9 +58,7 @@ def select(scores_QS, start, end, top_k):
   def kernel(order_ref, visible_ref, index_ref, scratch_ref):
     scratch_ref[...] = order_ref[...]
     tiles = jnp.int32(0), jnp.int32(nS)
-    mosaic_tpu_select.select(
-      scratch_ref, index_ref, tiles, visible_ref[...], top_k
-    )
+    select_lib.select(scratch_ref, index_ref, tiles, visible_ref[...], top_k)
 
   K = top_k + -top_k % 128
   return pl.pallas_call(

@@ -1,4 +1,4 @@
-"""Runs on a CPU what a kernel emits through `mosaic_gpu_threads`.
+"""Runs on a CPU what a kernel emits through `threads_lib`.
 
 The same names, computed by numpy at once for all threads of one block. Shared
 memory tells when a word is read or overwritten that another warp has touched
@@ -11,10 +11,10 @@ from unittest import mock
 
 import numpy as np
 
-from pallas_kernels.ops.indexer_topk import mosaic_gpu_threads
+from pallas_kernels.hopper import threads as threads_lib
 
-WARP = mosaic_gpu_threads.WARP
-MINUS_INFINITY = mosaic_gpu_threads.MINUS_INFINITY
+WARP = threads_lib.WARP
+MINUS_INFINITY = threads_lib.MINUS_INFINITY
 
 
 class _Block:
@@ -43,7 +43,7 @@ class _Namespace:
     self.__dict__.update(names)
 
 
-class Bool(mosaic_gpu_threads.Bool):
+class Bool(threads_lib.Bool):
   def __init__(self, value):
     self.value = np.broadcast_to(np.asarray(value, bool), (_block.n,))
 
@@ -63,7 +63,7 @@ class Bool(mosaic_gpu_threads.Bool):
     return U32(np.where(self.value, U32(yes).value, U32(no).value))
 
 
-class U32(mosaic_gpu_threads.U32):
+class U32(threads_lib.U32):
   def __init__(self, value):
     if isinstance(value, U32):
       value = value.value
@@ -135,7 +135,7 @@ U32.__radd__ = U32.__add__
 U32.__rsub__ = lambda self, other: U32(other) - self
 
 
-class Memory(mosaic_gpu_threads.Memory):
+class Memory(threads_lib.Memory):
   """`words`: an array, which it changes. `shared`: threads may race for it."""
 
   # What another warp must not have done to a word since the last barrier.

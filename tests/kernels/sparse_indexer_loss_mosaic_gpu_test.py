@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import operands
-from pallas_kernels.ops.sparse_indexer_loss import mosaic_gpu
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import op as mosaic_gpu
 
 T, S, N, CR, M, I = 16, 32_768, 128, 576, 64, 128
 SCALE = 0.07

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ops.sparse_indexer_loss import api
-from pallas_kernels.ops.sparse_indexer_loss import mosaic_tpu
-from pallas_kernels.ops.sparse_indexer_loss import mosaic_tpu_walk
-from pallas_kernels.ops.sparse_mla import mosaic_tpu_plan as plan_lib
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import op as mosaic_tpu
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import walk as walk_lib
+from pallas_kernels.tpu import row_plan as plan_lib
 from tests.kernels import heads
 from tests.kernels import inputs
 from tests.kernels import oracles
@@ -58,7 +58,7 @@ def compiled():
 
 def run(*args, measure=True):
   # Fewer products at once than a block has heads.
-  with mock.patch.object(mosaic_tpu_walk, "_AT_ONCE", 2 * portable.N):
+  with mock.patch.object(walk_lib, "_AT_ONCE", 2 * portable.N):
     return compiled()(*args, measure=jnp.bool(measure))
 
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ops.sparse_mla import mosaic_gpu_backward
-from pallas_kernels.ops.sparse_mla import mosaic_gpu_backward_rows
-from pallas_kernels.ops.sparse_mla import mosaic_gpu_key_sums
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward as backward_lib
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import (
+  backward_rows as backward_rows_lib,
+)
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import key_sums as key_sums_lib
 
 C, D = 512, 576
 SCALE = 0.1
@@ -34,9 +36,7 @@ def make_shapes(B=1, T=64, N=128, S=8192, K=2048, D=D, dtype=jnp.bfloat16):
 
 
 def backward(*args, latent_rank=C, **options):
-  f = lambda *args: mosaic_gpu_backward.backward(
-    *args, latent_rank, SCALE, **options
-  )
+  f = lambda *args: backward_lib.backward(*args, latent_rank, SCALE, **options)
   return jax.jit(f).trace(*args)
 
 
@@ -78,7 +78,7 @@ def test_refuses(reason, sizes):
 
 
 def test_columns_are_four_neighbours_of_each_thread():
-  x = np.asarray(mosaic_gpu_backward_rows.permuted(jnp.arange(D)[None]))[0]
+  x = np.asarray(backward_rows_lib.permuted(jnp.arange(D)[None]))[0]
   assert sorted(x) == [*range(D)]
   for block in range(0, D, 16):
     for quad in range(4):  # columns 8 j + 2 quad + e of an accumulator
@@ -109,9 +109,9 @@ def test_rows_are_summed_by_key(chunk):
     d_kv_ref = jax.new_ref(jnp.zeros((B, S, width)))
     seen = jax.ShapeDtypeStruct((B * T,), jnp.int32)
     with mock.patch.object(
-      mosaic_gpu_key_sums.plgpu, "kernel", lambda *_, **__: add_up
+      key_sums_lib.plgpu, "kernel", lambda *_, **__: add_up
     ):
-      (seen,) = mosaic_gpu_key_sums.by_chunk(
+      (seen,) = key_sums_lib.by_chunk(
         kernel, [rows], chunk, jnp.asarray(indices), T, d_kv_ref, [seen]
       )
     return d_kv_ref[...], seen

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.ops.sparse_mla import api
-from pallas_kernels.ops.sparse_mla import mosaic_gpu
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
 
 C, CR = 512, 576
 

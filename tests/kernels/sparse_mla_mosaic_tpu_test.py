@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ops.sparse_mla import mosaic_tpu
-from pallas_kernels.ops.sparse_mla import mosaic_tpu_forward
-from pallas_kernels.ops.sparse_mla import mosaic_tpu_plan
 from pallas_kernels.ops.sparse_mla import reference
+from pallas_kernels.ops.sparse_mla.mosaic_tpu import forward as forward_lib
+from pallas_kernels.ops.sparse_mla.mosaic_tpu import op as mosaic_tpu
+from pallas_kernels.tpu import row_plan
 from tests.kernels import inputs
 from tests.kernels import rows
 from tests.kernels import tpu_topologies
@@ -24,7 +24,7 @@ from tests.kernels import tpu_topologies
 # No tile divides T or K, and S exceeds K. Blocks end inside a row of the batch.
 B, T, S, K, N, C, R = 2, 9, 53, 7, 16, 128, 64
 SCALE = 0.1
-TILES = mosaic_tpu_plan.Tiles(bQ=4, bK=4, longest_union=2)
+TILES = row_plan.Tiles(bQ=4, bK=4, longest_union=2)
 bf16 = jnp.bfloat16
 
 
@@ -72,7 +72,7 @@ def run(op, kind, dtype=jnp.float32):
 
 def unions(kind):
   """Of each block, whether it reads a union."""
-  plan = mosaic_tpu_plan.plan(choices(kind), S, TILES)
+  plan = row_plan.plan(choices(kind), S, TILES)
   return np.asarray(plan.blocks[..., 0, 1])
 
 
@@ -114,7 +114,7 @@ def test_blocks_with_a_union_and_without():
 
 
 @pytest.mark.slow
-@mock.patch.object(mosaic_tpu_forward, "_LOGIT_ROWS", 2 * N)
+@mock.patch.object(forward_lib, "_LOGIT_ROWS", 2 * N)
 def test_a_union_in_several_products():
   """As blocks of many heads need; each starts a part of the copies."""
   op = jax.jit(lambda *args: value_and_vjp(OPS["kernel"], *args))

@@ -14,7 +14,7 @@ import pallas_kernels
 from pallas_kernels import checkpoint_names
 from pallas_kernels.ops.sparse_indexer_loss import api as sparse_indexer_loss
 from pallas_kernels.ops.sparse_mla_with_loss import api
-from pallas_kernels.ops.sparse_mla_with_loss import mosaic_gpu
+from pallas_kernels.ops.sparse_mla_with_loss.mosaic_gpu import op as mosaic_gpu
 from tests.kernels import inputs
 
 B, T, S, N = inputs.B, inputs.T, inputs.S, inputs.N

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels import tpu
+from pallas_kernels.tpu import chip as tpu
 from tests.kernels import tpu_topologies
 
 

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from pallas_kernels import tpu
 from pallas_kernels import tuned
+from pallas_kernels.tpu import chip as tpu
 
 TABLE = {
   "op": [

@@ -13,7 +13,7 @@ import jax
 import tensorboardX
 
 from dsa_jax import ranges
-from pallas_kernels import tpu
+from pallas_kernels.tpu import chip as tpu
 from train.host import atomic_files
 from train.host import processes
 

@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels import operands
 from pallas_kernels.ops.indexer_topk import chunked_xla
-from pallas_kernels.ops.indexer_topk import mosaic_gpu
-from pallas_kernels.ops.indexer_topk import mosaic_tpu
 from pallas_kernels.ops.indexer_topk import reference
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.indexer_topk.mosaic_tpu import op as mosaic_tpu
 
 type Implementation = Literal[
   "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"

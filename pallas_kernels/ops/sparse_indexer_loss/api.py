@@ -7,9 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels import operands
 from pallas_kernels.ops.sparse_indexer_loss import chunked_xla
-from pallas_kernels.ops.sparse_indexer_loss import mosaic_gpu
-from pallas_kernels.ops.sparse_indexer_loss import mosaic_tpu
 from pallas_kernels.ops.sparse_indexer_loss import reference
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import op as mosaic_tpu
 
 type Implementation = Literal[
   "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"

@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.ops.sparse_mla import chunked_xla
-from pallas_kernels.ops.sparse_mla import mosaic_gpu
-from pallas_kernels.ops.sparse_mla import mosaic_tpu
 from pallas_kernels.ops.sparse_mla import reference
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.sparse_mla.mosaic_tpu import op as mosaic_tpu
 
 type Implementation = Literal[
   "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"

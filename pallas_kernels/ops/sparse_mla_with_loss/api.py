@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels import operands
 from pallas_kernels.ops.sparse_mla_with_loss import composed
-from pallas_kernels.ops.sparse_mla_with_loss import mosaic_gpu
+from pallas_kernels.ops.sparse_mla_with_loss.mosaic_gpu import op as mosaic_gpu
 
 type Implementation = Literal[
   "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"

@@ -1,0 +1,1 @@
+"""Static estimates: an op's time from the TPU compiler's schedule."""

@@ -1,0 +1,1 @@
+"""What Pallas has no word for on Hopper GPUs."""

@@ -1,0 +1,61 @@
+"""Scores and selection on Hopper, a chunk of queries at a time."""
+
+import functools
+from typing import Final, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import operands
+from pallas_kernels import tiles
+from pallas_kernels.ops.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import scores as scores_lib
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import select as select_lib
+
+# Limit of the scores of a chunk: the memory law.
+_CHUNK_BYTES: Final = 256 << 20
+_QUERIES: Final = 8  # a chunk is a multiple of this
+
+
+def indexer_topk(
+  index: operands.Index,
+  start: Int[Array, "B T"],
+  end: Int[Array, "B T"],
+  top_k: int,
+  *,
+  score_dtype: Literal["float8_e4m3fn"] | None = None,
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+  """See `api.indexer_topk`. Holds the scores of one chunk of queries."""
+  index = jax.lax.stop_gradient(index)
+  T, S = index.q.shape[1], index.k.shape[1]
+  bT = chunk_size(T, S)
+
+  def chunk(queries, k, k_scale):
+    q, w, start, end = queries
+    if score_dtype is not None:
+      q, q_scale = fp8.quantize(q)
+      w = w * q_scale
+    scores_TS = scores_lib.scores(q, k, w, start, end, k_scale)
+    end = jnp.minimum(end, S)  # rows of scores are longer
+    return select_lib.select(scores_TS, start, end, top_k)
+
+  def row(xs):
+    *queries, k = xs
+    k, k_scale = (k, None) if score_dtype is None else fp8.quantize(k)
+    tiled = [tiles.split(x, bT) for x in queries]
+    indices, scores = jax.lax.map(
+      functools.partial(chunk, k=k, k_scale=k_scale), tiled
+    )
+    return tiles.join(indices, T), tiles.join(scores, T)
+
+  w = index.w.astype(jnp.float32)
+  return jax.lax.map(row, (index.q, w, start, end, index.k))
+
+
+def chunk_size(T: int, S: int) -> int:
+  """Queries whose scores fit the budget; chunks of about the same size."""
+  row_bytes = 4 * (S + -S % scores_lib.bS)
+  most = max(_CHUNK_BYTES // row_bytes // _QUERIES, 1) * _QUERIES
+  chunks = -(-T // most)
+  return -(-T // (chunks * _QUERIES)) * _QUERIES

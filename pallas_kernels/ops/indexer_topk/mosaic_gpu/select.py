@@ -1,0 +1,495 @@
+"""Exact selection of the highest scores of each row, on Hopper.
+
+One thread block takes one row:
+
+  1. It guesses, from a sample of the row, a score that somewhat more than K
+     scores reach.
+  2. It reads the row once and lists the scores that reach the guess, in order.
+  3. It finds the K-th highest of the list by radix: counts the scores by their
+     leading digit, finds the digit that holds the K-th, and continues with the
+     next digit among the scores that share it.
+  4. It writes the scores above the K-th, and the first of those equal to it, in
+     the order of the list: the indices ascend, ties go to the lowest.
+
+If the guess was bad, fewer than K scores reach it, or more than the list holds;
+all were counted, so the block detects it. Steps 3 and 4 then run over the row
+itself, which is slower and needs no list. So the result is always exact.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Final
+
+import jax
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper import threads
+
+U32 = threads.U32
+Bool = threads.Bool
+
+_WARPGROUPS: Final = 4
+THREADS: Final = 128 * _WARPGROUPS
+_WARPS: Final = THREADS // 32
+# A thread takes two times four neighbouring scores at once; four times where
+# it does little more than wait for them.
+_VECTOR: Final = 4
+_LOADS: Final = 2
+_MOST_LOADS: Final = 4
+_SAMPLE: Final = 4096
+_SAMPLE_LOADS: Final = _SAMPLE // (THREADS * _VECTOR)
+_DIGIT_BITS: Final = 11
+_BINS: Final = 1 << _DIGIT_BITS
+_BINS_PER_THREAD: Final = _BINS // THREADS
+_LARGEST_LIST: Final = 16384
+LARGEST_K: Final = _LARGEST_LIST // 2
+# Words of shared memory through which the warps of a block communicate.
+_SUMS, _FOUND, _WORDS = 0, 96, 99
+_TIES: Final = 2  # a slot of sums
+
+
+def select(
+  scores: Float[Array, "T S_padded"],
+  start: Int[Array, " T"],
+  end: Int[Array, " T"],
+  top_k: int,
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+  """Selects the `top_k` highest of `scores[t, start[t]:end[t]]` of each row t.
+
+  Ties go to the lowest index. The result depends on nothing else.
+
+  Args:
+    scores: fp32. Scores outside [start, end) are ignored.
+    start: First visible score of each row.
+    end: One past the last; clipped to the row. `start >= end` sees none.
+    top_k: K, at least 1.
+
+  Returns:
+    Indices, int32, ascending, padded with -1 at the end where fewer than K
+    are visible; and their scores, -inf there.
+
+  Raises:
+    NotImplementedError: K is too large, or rows are not whole vectors.
+  """
+  T, S = scores.shape
+  if scores.dtype != jnp.float32:
+    raise NotImplementedError(f"select: {scores.dtype=} is not float32.")
+  if S % _VECTOR:
+    raise NotImplementedError(
+      f"select: rows of {S} scores are not a multiple of {_VECTOR}; pad them."
+    )
+  if top_k > LARGEST_K:
+    raise NotImplementedError(
+      f"select: {top_k=} is above {LARGEST_K}: the list of candidates "
+      "would not fit into shared memory."
+    )
+  start = jnp.clip(start, 0, S).astype(jnp.int32)
+  end = jnp.clip(end, start, S).astype(jnp.int32)
+  kernel = plgpu.kernel(
+    functools.partial(_kernel, top_k=top_k),
+    out_type=(
+      jax.ShapeDtypeStruct((T, top_k), jnp.int32),
+      jax.ShapeDtypeStruct((T, top_k), jnp.float32),
+    ),
+    grid=(T,),
+    grid_names=("row",),
+    num_threads=_WARPGROUPS,
+    thread_name="warpgroup",
+    scratch_types=[
+      plgpu.SMEM((words,), jnp.int32) for words in scratch_words(top_k)
+    ],
+  )
+  return kernel(scores, start, end)
+
+
+def scratch_words(top_k: int) -> tuple[int, ...]:
+  """Sizes of `Row`'s arrays in shared memory."""
+  # The list has two parts; one load may begin on the last word of a part.
+  return 2 * (_list_size(top_k) + _VECTOR), _BINS, _WORDS
+
+
+def _list_size(top_k: int) -> int:
+  return min(max(4 * top_k, _SAMPLE), _LARGEST_LIST)
+
+
+def _kernel(*refs, top_k):
+  ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+
+  @plgpu.inline_mgpu(arg_types=(number, [ref] * len(refs)))
+  def emit(_, row, refs):
+    row = U32(row.registers.item())
+    scores, start, end, indices, chosen, *scratch = refs
+    again = lambda ref: lambda: threads.Memory(ref, row.opaque())
+    Row(
+      *(again(ref) for ref in (scores, indices, chosen)),
+      *(threads.Memory(ref).load(row) for ref in (start, end)),
+      *(threads.Memory(ref) for ref in scratch),
+      top_k=top_k,
+    ).emit()
+
+  emit(lax.axis_index("row"), list(refs))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+  """Scores that a block holds at once, as one thread's registers.
+
+  [load][element]: a load is `_VECTOR` neighbours. In the order of the row come
+  the warps, in a warp the loads, in a load the lanes, in a lane the elements.
+  """
+
+  positions: Sequence[U32]  # of each load's first element
+  scores: Sequence[Sequence[U32]]  # bits of a float
+  valid: U32  # a bit for each element
+
+  def flags(self, test: Callable[[U32], Bool]) -> U32:
+    """Sets a bit for each valid element whose score passes the test."""
+    flags = U32(0)
+    for j, load in enumerate(self.scores):
+      for e, score in enumerate(load):
+        flags = flags.with_bit(j * _VECTOR + e, test(score))
+    return flags & self.valid
+
+  def elements(self) -> Iterator[tuple[U32, Bool]]:
+    """Yields each score, and whether it is valid."""
+    for j, load in enumerate(self.scores):
+      for e, score in enumerate(load):
+        yield score, _flag(self.valid, j, e)
+
+
+class _Source:
+  """Sequence of scores, [low, stop) of those that `load` reads, in tiles."""
+
+  def __init__(self, load, low, stop, loads=_LOADS):
+    self._load, self._stop, self._loads = load, U32(stop), loads
+    self._first = U32(low) & -_VECTOR
+    self._size = THREADS * loads * _VECTOR
+    # Opaque, so that registers do not hold what two sources have in common.
+    thread = threads.thread().opaque()
+    warp, lane = thread >> 5, thread & 31
+    self._mine = warp * (threads.WARP * loads * _VECTOR) + lane * _VECTOR
+    # The elements of the first load that come before `low`.
+    self._below = thread.equals(0).where(
+      (U32(1) << U32(low) - self._first) - 1, 0
+    )
+
+  def tile(self, i: U32) -> _Tile:
+    step = threads.WARP * _VECTOR
+    first = self._first + i * self._size + self._mine
+    last = (self._stop - 1) & -_VECTOR
+    positions = [(first + j * step).min(last) for j in range(self._loads)]
+    scores = self._load(positions)
+    # Of each load the elements before `stop`: as 2^n - 1, without a branch,
+    # at which the loads would wait for each other.
+    valid, left = U32(0), self._stop - first
+    for j in range(self._loads):
+      before = left.signed_clamp(j * step, j * step + _VECTOR) - j * step
+      valid = valid + (U32(1) << before + j * _VECTOR) - (1 << j * _VECTOR)
+    below = i.opaque().equals(0).where(self._below, 0)
+    return _Tile(positions, scores, valid & ~below)
+
+  def visit(self, body, carried):
+    """Calls `body(i, tile, *carried)` for tile after tile."""
+    tiles = _divide(self._stop - self._first + self._size - 1, self._size)
+    return threads.loop(
+      tiles, lambda i, *carried: body(i, self.tile(i), *carried), carried
+    )
+
+
+class _Held(_Source):
+  """Source of one tile, which stays in registers."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._tile = self.tile(U32(0))
+
+  def visit(self, body, carried):
+    return body(U32(0), self._tile, *carried)
+
+
+class Row:
+  """Emits a block's selection of one row."""
+
+  def __init__(self, scores, indices, chosen, start, end, *scratch, top_k):
+    # Each use recomputes the address of its row: registers are scarce.
+    self._scores, self._indices, self._chosen = scores, indices, chosen
+    self._start, self._end = start, end
+    self._list_size = _list_size(top_k)
+    self._list_stride = self._list_size + _VECTOR
+    # Positions, and `_list_stride` further on their scores.
+    self._listed, self._bins, self._words = scratch
+    self._top_k = top_k
+    self._thread = threads.thread()
+    self._warp, self._lane = threads.warp(), threads.lane()
+
+  def emit(self) -> None:
+    seen = self._end - self._start
+
+    @threads.when(seen <= self._top_k)
+    def _():
+      self._copy(seen)
+
+    @threads.when(seen > self._top_k)
+    def _():
+      self._clear_bins()
+      threads.barrier()
+      gate = self._gate(seen)
+      listed = self._list(gate)
+      fits = (listed >= self._top_k) & (listed <= self._list_size)
+
+      @threads.when(fits)
+      def _():
+        stride = self._list_stride
+        scores = lambda at: self._listed.load4s([i + stride for i in at])
+        self._choose(_Source(scores, 0, listed), self._listed.load4s, gate)
+
+      @threads.when(~fits)
+      def _():
+        self._choose(self._row(1), _neighbours, U32(0))
+
+  def _row(self, loads: int) -> _Source:
+    start, end = self._start.opaque(), self._end.opaque()
+    return _Source(self._scores().load4s, start, end, loads)
+
+  def _copy(self, seen: U32) -> None:
+    """Selects all that the row sees."""
+    scores, indices, chosen = self._scores(), self._indices(), self._chosen()
+
+    def body(i):
+      k = i * THREADS + self._thread
+      sees = k < seen
+      score = scores.load(sees.where(self._start + k, 0))
+      score = sees.where(score, threads.MINUS_INFINITY)
+      index = sees.where(self._start + k, -1)
+      indices.store(k, index, where=k < self._top_k)
+      chosen.store(k, score, where=k < self._top_k)
+      return ()
+
+    threads.loop(U32(-(-self._top_k // THREADS)), body, ())
+
+  def _gate(self, seen: U32) -> U32:
+    """Guesses the key that somewhat more than K scores of the row reach."""
+    scores, first = self._scores(), self._start & -_VECTOR
+
+    def load(positions):  # neighbours, evenly spread over the row
+      vectors = _divide(seen, _VECTOR)
+      spread = [_divide(x * vectors, _SAMPLE) for x in positions]
+      return scores.load4s([first + x * _VECTOR for x in spread])
+
+    def guess(*_):
+      sample = _Held(load, 0, _SAMPLE, _SAMPLE_LOADS)
+      # The K-th of the row is about the m-th of the sample. It is before the
+      # (m + 6 sqrt(m) + 8)-th but for one row in a billion, even if there are
+      # but half as many independent scores; and 6 sqrt(m) <= 3/16 m + 48.
+      rank = U32(_SAMPLE * self._top_k * 19 // 16) // seen + 57
+      floor, ties = self._kth_highest(
+        sample, rank, U32(0), slack=_divide(rank, 4)
+      )
+      return [floor + ties.equals(0).number()]
+
+    # Short rows are listed as they are.
+    everything = U32(threads.MINUS_INFINITY).float_order()
+    [gate] = threads.loop(
+      (seen > self._list_size).number(), guess, [everything]
+    )
+    return gate
+
+  def _list(self, gate: U32) -> U32:
+    """Lists the scores that reach the gate; returns their number."""
+    lowest = gate.float_of_order()
+
+    def body(i, tile, listed):
+      reach = tile.flags(lambda score: score.float_at_least(lowest))
+      ranks, count = self._ranks(reach, tile, slot=i & 1)
+      for j, rank in enumerate(ranks):
+        place = listed + rank
+        inside = (place < self._list_size).where(reach, 0)
+        cursor = self._listed.cursor(place)
+        for e in range(_VECTOR):
+          entry = tile.positions[j] + e, tile.scores[j][e]
+          cursor = self._listed.append(
+            cursor, entry, inside, j * _VECTOR + e, stride=self._list_stride
+          )
+      return [listed + count]
+
+    [listed] = self._row(_MOST_LOADS).visit(body, [U32(0)])
+    threads.barrier()
+    return listed
+
+  def _choose(
+    self,
+    source: _Source,
+    indices_at: Callable[[Sequence[U32]], Sequence[Sequence[U32]]],
+    lowest: U32,
+  ) -> None:
+    """Writes the K highest of a source of at least K.
+
+    Args:
+      source: No key in it is below `lowest`.
+      indices_at: The indices of loads of elements, by their first positions.
+      lowest: A key.
+    """
+    floor, ties = self._kth_highest(source, U32(self._top_k), lowest)
+    indices, chosen = self._indices(), self._chosen()
+
+    def body(i, tile, before, equal_before):
+      def add_ties(_, choose, equal_before):
+        equal = tile.flags(lambda score: score.float_order().equals(floor))
+        ranks, count = self._ranks(equal, tile, slot=U32(_TIES))
+        for j, rank in enumerate(ranks):
+          rank = equal_before + rank
+          for e in range(_VECTOR):
+            is_equal = _flag(equal, j, e)
+            choose = choose.with_bit(j * _VECTOR + e, is_equal & (rank < ties))
+            rank = rank + is_equal.number()
+        return [choose, equal_before + count]
+
+      choose, equal_before = threads.loop(
+        (ties > 0).number(),
+        add_ties,
+        [tile.flags(lambda score: score.float_order() > floor), equal_before],
+      )
+      entries = zip(indices_at(tile.positions), tile.scores)
+      ranks, count = self._ranks(choose, tile, slot=i & 1)
+      for j, (rank, load) in enumerate(zip(ranks, entries)):
+        place = before + rank
+        for e, (index, score) in enumerate(zip(*load)):
+          is_chosen = _flag(choose, j, e)
+          indices.store(place, index, where=is_chosen)
+          chosen.store(place, score, where=is_chosen)
+          place = is_chosen.where(place + 1, place)
+      return [before + count, equal_before]
+
+    source.visit(body, [U32(0), U32(0)])
+
+  def _kth_highest(
+    self, source: _Source, k: U32, lowest: U32, slack: U32 | int = 0
+  ) -> tuple[U32, U32]:
+    """Returns (floor, ties): the k highest keys of the source are those above
+    `floor`, and `ties` of those equal to it.
+
+    No key is below `lowest`. With some slack, there may be so many keys more
+    above `floor`.
+    """
+    span = U32(-1) - lowest
+    shift = (span < _BINS).where(0, (32 - _DIGIT_BITS) - span.leading_zeros())
+
+    # The k-th key is among base ... base + last, the rank-th highest there.
+    def digit(base, last, shift, rank, _):
+      def count(_, tile):
+        for score, valid in tile.elements():
+          offset = score.float_order() - base
+          self._bins.add(offset >> shift, 1, where=valid & (offset <= last))
+        return ()
+
+      source.visit(count, ())
+      threads.barrier()
+      bin_, rank, count = self._find_bin(rank)
+      base = base + (bin_ << shift)
+      last = (U32(1) << shift) - 1
+      whole = (count - rank <= slack) & (base > 0)
+      done = whole | shift.equals(0)
+      shift = (shift < _DIGIT_BITS).where(0, shift - _DIGIT_BITS)
+      return (
+        whole.where(base - 1, base),
+        last,
+        shift,
+        whole.where(0, rank),
+        done.number(),
+      )
+
+    floor, _, _, ties, _ = threads.loop_while(
+      lambda *carried: carried[-1].equals(0),
+      digit,
+      [lowest, span, shift, k, U32(0)],
+    )
+    return floor, ties
+
+  def _first_bin(self) -> U32:
+    """First bin of this thread; threads own bins from the highest down."""
+    return (THREADS - 1 - self._thread) * _BINS_PER_THREAD
+
+  def _find_bin(self, rank: U32) -> tuple[U32, U32, U32]:
+    """Finds the bin of the rank-th highest, its rank there, the bin's count.
+
+    Clears the bins.
+    """
+    vectors = range(0, _BINS_PER_THREAD, _VECTOR)
+    vectors = self._bins.load4s([self._first_bin() + i for i in vectors])
+    counts = list(itertools.chain(*vectors))
+    self._clear_bins()
+    mine = functools.reduce(U32.__add__, counts)
+    through = threads.warp_sums(mine)
+    before, _ = self._across_warps(threads.last_lane(through), U32(0))
+    before = before + through - mine
+    for i in reversed(range(_BINS_PER_THREAD)):
+      found = (before < rank) & (rank <= before + counts[i])
+      for word, x in enumerate(
+        (self._first_bin() + i, rank - before, counts[i])
+      ):
+        self._words.store(_FOUND + word, x, where=found)
+      before = before + counts[i]
+    threads.barrier()
+    return tuple(self._words.load(_FOUND + i) for i in range(3))
+
+  def _clear_bins(self) -> None:
+    for i in range(_BINS_PER_THREAD):
+      self._bins.store(self._first_bin() + i, 0)
+
+  def _ranks(
+    self, flags: U32, tile: _Tile, slot: U32
+  ) -> tuple[Sequence[U32], U32]:
+    """Counts the flags set before each load of this thread, and in all.
+
+    The slot is one of `_across_warps`.
+    """
+    loads = range(len(tile.positions))
+    # A byte for each load: it has 128 elements.
+    counts = [
+      ((flags >> j * _VECTOR) & ((1 << _VECTOR) - 1)).bit_count() << 8 * j
+      for j in loads
+    ]
+    mine = functools.reduce(U32.__or__, counts)
+    through = threads.warp_sums(mine)
+    in_warp, before = threads.last_lane(through), through - mine
+    total, ranks = U32(0), []
+    for j in loads:
+      ranks.append(total + ((before >> 8 * j) & 255))
+      total = total + ((in_warp >> 8 * j) & 255)
+    before, in_tile = self._across_warps(total, slot)
+    return [before + rank for rank in ranks], in_tile
+
+  def _across_warps(self, x: U32, slot: U32) -> tuple[U32, U32]:
+    """Sums x over the preceding warps, and over all.
+
+    A slot may be overwritten only after another barrier: calls without one
+    between them alternate slots.
+    """
+    slot = _SUMS + slot * threads.WARP
+    self._words.store(slot + self._warp, x, where=self._lane.equals(0))
+    threads.barrier()
+    sums = self._words.load(slot + self._lane.min(_WARPS - 1))
+    before, every = self._lane < self._warp, self._lane < _WARPS
+    return (
+      threads.warp_sum(before.where(sums, 0)),
+      threads.warp_sum(every.where(sums, 0)),
+    )
+
+
+def _divide(x: U32, power_of_two: int) -> U32:
+  return x >> (power_of_two.bit_length() - 1)
+
+
+def _flag(flags: U32, j: int, e: int) -> Bool:
+  return (flags & (1 << j * _VECTOR + e)) > 0
+
+
+def _neighbours(starts: Sequence[U32]) -> list[list[U32]]:
+  return [[start + e for e in range(_VECTOR)] for start in starts]

@@ -1,0 +1,82 @@
+"""Sparse attention on Hopper: input checks, and the kernels' derivative."""
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checkpoint_names
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward as backward_lib
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import forward as forward_lib
+
+RANK, ROPE = 512, 64  # C and R, DeepSeek's
+MOST_KEYS = 8192
+
+
+def check(
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  indices: Int[Array, "B T K"],
+  latent_rank: int,
+) -> None:
+  """Raises NotImplementedError for inputs that the kernels do not support."""
+  N, width, K = *q.shape[2:], indices.shape[2]
+  if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
+    raise NotImplementedError(
+      f"q is {q.dtype} and kv {kv.dtype}; both must be bfloat16"
+    )
+  if (latent_rank, width) != (RANK, RANK + ROPE):
+    raise NotImplementedError(
+      f"C={latent_rank} and C+R={width} must be {RANK} and {RANK + ROPE}"
+    )
+  if N not in (16, 32, 64) and N % 64:
+    raise NotImplementedError(f"{N=} heads; must be 16, 32 or a multiple of 64")
+  if K % 64 or K > MOST_KEYS:
+    raise NotImplementedError(
+      f"{K=} must be a multiple of 64, {MOST_KEYS} at most"
+    )
+
+
+@functools.partial(
+  jax.custom_vjp, nondiff_argnames=("latent_rank", "scale", "deterministic")
+)
+def sparse_mla(
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  indices: Int[Array, "B T K"],
+  latent_rank: int,
+  scale: float,
+  deterministic: bool = False,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+  """See `api.sparse_mla`.
+
+  kv's gradient is summed in no fixed order, so that its last bits differ from
+  run to run, unless `deterministic`, which is slower.
+  """
+  del deterministic
+  return _forward(q, kv, indices, latent_rank, scale)[0]
+
+
+def _forward(q, kv, indices, latent_rank, scale):
+  check(q, kv, indices, latent_rank)
+  out, lse = forward_lib.forward(q, kv, indices, scale)
+  # Named, so that a remat policy can save them instead of recomputing them.
+  out, lse = checkpoint_name((out, lse), checkpoint_names.SPARSE_MLA)
+  return (out, lse), (q, kv, indices, out, lse)
+
+
+def _vjp_forward(q, kv, indices, latent_rank, scale, deterministic):
+  del deterministic
+  return _forward(q, kv, indices, latent_rank, scale)
+
+
+def _vjp_backward(latent_rank, scale, deterministic, residuals, cotangents):
+  d_q, d_kv, _ = backward_lib.backward(
+    *residuals, *cotangents, latent_rank, scale, deterministic=deterministic
+  )
+  return d_q, d_kv, None
+
+
+sparse_mla.defvjp(_vjp_forward, _vjp_backward)
