@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import softmax
 from pallas_kernels import tiles
 from pallas_kernels.ops.dense_mla import mask_bits as mask_bits_lib
 
@@ -119,13 +120,7 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
   d_out, d_lse = cotangents
   T, S = q.shape[1], k.shape[1]
   bT, bS = _tile_sizes(q, k, query_tile, key_tile)
-  # d logits = weights * (d weights - delta), where d lse enters as -delta does.
-  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so that most
-  # functions of it send back no finite number.
-  dead = jnp.isneginf(lse)
-  delta = jnp.where(dead, 0.0, delta - d_lse)
-  lse = jnp.where(dead, jnp.inf, lse)
+  lse, delta = softmax.lse_and_delta(out, lse, d_out, d_lse)
 
   def tile(d_keys, xs, k, v):
     q, start, end, mask_bits, d_out, lse, delta = xs

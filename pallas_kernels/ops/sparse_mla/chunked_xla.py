@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import softmax
 from pallas_kernels import tiles
 
 
@@ -92,13 +93,7 @@ def _vjp_backward(latent_rank, scale, query_tile, residuals, cotangents):
   d_out, d_lse = cotangents
   T = q.shape[1]
   bT = _query_tile(q, indices, query_tile)
-  # d logits = weights * (d weights - delta), where d lse enters as -delta does.
-  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
-  # functions of it have no finite gradient.
-  dead = jnp.isneginf(lse)
-  delta = jnp.where(dead, 0.0, delta - d_lse)
-  lse = jnp.where(dead, jnp.inf, lse)
+  lse, delta = softmax.lse_and_delta(out, lse, d_out, d_lse)
 
   def tile(d_kv, xs, kv):
     q, indices, d_out, lse, delta = xs

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import operands
+from pallas_kernels import softmax
 from pallas_kernels import tuned
 from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import kernels
 from pallas_kernels.tpu import chip as tpu
@@ -133,8 +134,7 @@ class _Op:
     q_index, k_index, w, start, end, q, k, lse = inputs
     B, T = start.shape
     index = q_index.swapaxes(1, 2), k_index, w.swapaxes(1, 2)
-    # A dead row weighs nothing.
-    bias_BTN = jnp.where(jnp.isneginf(lse), -jnp.inf, -lse * math.log2(math.e))
+    bias_BTN = softmax.bias(lse)
     attention = q.swapaxes(1, 2), k, bias_BTN.swapaxes(1, 2)
     chunks = kernels.chunks(start, end, self.tiles)
     more = [x.reshape(B, -1, self.tiles.chunk, *x.shape[2:]) for x in more]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Final
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import softmax
 from pallas_kernels.ops.dense_mla.mosaic_tpu import backward as backward_lib
 from pallas_kernels.ops.dense_mla.mosaic_tpu import forward as forward_lib
 from pallas_kernels.ops.dense_mla.mosaic_tpu import mask_bits as mask_bits_lib
@@ -199,13 +199,7 @@ def _vjp_backward(scale, tiles, residuals, cotangents):
   q, k, v, start, end, mask_bits, out, lse = residuals
   d_out, d_lse = cotangents
   (B, T, N, HR), S, bS = q.shape, k.shape[1], tiles.backward_bS
-  # d logits = weights * (d weights - delta), where d lse enters as -delta does.
-  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
-  # functions of it have no finite gradient.
-  dead = jnp.isneginf(lse)
-  delta = jnp.where(dead, 0.0, delta - d_lse)
-  lse = jnp.where(dead, jnp.inf, lse * math.log2(math.e))
+  lse, delta = softmax.lse_and_delta(out, lse, d_out, d_lse, base2=True)
   k_BNSD, v_BNSU = _by_head(k, bS), _by_head(v, bS)
   groups = -(-T // (tiles.group * tiles.bT))
   length = groups * tiles.group * tiles.bT

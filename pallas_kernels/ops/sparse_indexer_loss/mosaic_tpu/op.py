@@ -9,7 +9,6 @@ and d scores needs the sums over all of a query's keys.
 
 import dataclasses
 import functools
-import math
 from typing import Final
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import operands
+from pallas_kernels import softmax
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import kernels
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import walk as walk_lib
 from pallas_kernels.tpu import chip as tpu
@@ -111,8 +111,7 @@ def _loss(*args):
 def _compared(walk, inputs, scale, heads_axis):
   """Computes the loss [B, nQ, bQ] and its gradient by place, the gap."""
   q_index, k_index, w, _, q, kv, lse = inputs
-  # A dead row weighs nothing.
-  bias_BTN = jnp.where(jnp.isneginf(lse), -jnp.inf, -lse * math.log2(math.e))
+  bias_BTN = softmax.bias(lse)
   target, scores = kernels.distributions(
     walk, q_index, k_index, w, q, kv, bias_BTN, scale
   )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import softmax
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import backward as backward_lib
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import forward as forward_lib
 from pallas_kernels.tpu import chip as tpu
@@ -98,13 +99,7 @@ def _vjp_backward(latent_rank, scale, tiles, residuals, cotangents):
   d_out, d_lse = cotangents
   T, K = indices.shape[1:]
   tiles = tiles or plan_lib.tiles(T, K, q.shape[2])
-  # d logits = weights * (d weights - delta), where d lse enters as -delta does.
-  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
-  # functions of it have no finite gradient.
-  dead = jnp.isneginf(lse)
-  delta = jnp.where(dead, 0.0, delta - d_lse)
-  lse = jnp.where(dead, jnp.inf, lse)
+  lse, delta = softmax.lse_and_delta(out, lse, d_out, d_lse)
   d_q, d_kv = backward_lib.backward(
     _pad(q, tiles),
     kv,
