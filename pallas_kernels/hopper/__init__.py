@@ -1,1 +1,17 @@
-"""What Pallas has no word for on Hopper GPUs."""
+"""What Pallas has no word for on Hopper: one dialect for all kernels.
+
+  threads       numbers of single threads, written as arithmetic; control flow
+  memory        places in shared and device memory, and words there
+  copies        asynchronous copies of 16 bytes, each by one thread
+  barriers      threads that wait for each other: named, or in shared memory
+  instructions  arithmetic that stays where it is written
+  cluster       what passes between the two blocks of a cluster
+  wgmma         products on tensor cores, on the registers of single threads
+  fragments     registers of arrays that a warpgroup holds together
+  rows          a warpgroup gathers rows of device memory, or adds to them
+  tiles         layouts of tiles for tensor cores, and arrays in registers
+
+A kernel calls functions of `tiles`, `rows` and `barriers` as it calls Pallas's.
+The others are for code of single threads, inside `threads.code`. Tests run such
+code on a CPU: `threads`, `memory` and `copies` have a double in numpy.
+"""

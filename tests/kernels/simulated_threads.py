@@ -6,14 +6,18 @@ since the last barrier.
 """
 
 import functools
-from typing import Final
+from typing import Any, Final
 from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.hopper import copies as copies_lib
+from pallas_kernels.hopper import memory as memory_lib
 from pallas_kernels.hopper import threads as threads_lib
 
 WARP = threads_lib.WARP
+WARPGROUP = threads_lib.WARPGROUP
 MINUS_INFINITY = threads_lib.MINUS_INFINITY
 
 
@@ -33,8 +37,10 @@ def simulate(module, n: int):
   """Patches a module that uses threads: its code runs as one block of n."""
   global _block
   _block = _Block(n)
-  this = globals()
-  names = {"threads": _Namespace(this), "U32": U32, "Bool": Bool}
+  names: dict[str, Any] = {"threads": _Namespace(globals())}
+  names |= {x.__name__: x for x in (Bool, U32, F32, Memory, Place)}
+  names |= {x.__name__: x for x in (copies, signals, instructions)}
+  names = {x: double for x, double in names.items() if hasattr(module, x)}
   return mock.patch.multiple(module, **names)
 
 
@@ -62,6 +68,13 @@ class Bool(threads_lib.Bool):
   def where(self, yes, no):
     return U32(np.where(self.value, U32(yes).value, U32(no).value))
 
+  def where_float(self, yes, no):
+    return F32(np.where(self.value, F32(yes).value, F32(no).value))
+
+  def in_any_lane(self):
+    warps = self.value.reshape(-1, WARP).any(1, keepdims=True)
+    return Bool(np.broadcast_to(warps, (warps.size, WARP)).reshape(-1))
+
 
 class U32(threads_lib.U32):
   def __init__(self, value):
@@ -85,8 +98,35 @@ class U32(threads_lib.U32):
   def sign(self):
     return U32(self.value.astype(np.int32) >> 31)
 
+  def signed_max(self, other):
+    return U32(np.maximum(self.value.astype(np.int32), other))
+
+  def is_natural(self):
+    return Bool(self.value.astype(np.int32) >= 0)
+
   def _floats(self):
-    return self.value.view(np.float32)
+    return np.ascontiguousarray(self.value).view(np.float32)
+
+  def float(self):
+    return F32(self._floats())
+
+  def pick_bytes(self, other, pattern):
+    both = self.value.astype(np.uint64) | other.value.astype(np.uint64) << 32
+    pattern = U32(pattern).value.astype(np.uint64)
+    total = np.zeros_like(both)
+    for i in range(4):
+      digit = pattern >> np.uint64(4 * i) & 15
+      byte = both >> 8 * (digit & 7) & 255
+      sign = np.where(byte >> 7, 255, 0).astype(np.uint64)
+      total |= np.where(digit & 8, sign, byte) << np.uint64(8 * i)
+    return U32(total)
+
+  def min_halves(self, other):
+    halves = [
+      np.minimum(self.value >> i & 0xFFFF, other.value >> i & 0xFFFF) << i
+      for i in (0, 16)
+    ]
+    return U32(halves[0] | halves[1])
 
   def float_order(self):
     with np.errstate(invalid="ignore"):
@@ -111,6 +151,39 @@ class U32(threads_lib.U32):
   def equals(self, other):
     return Bool(self.value == U32(other).value)
 
+  def differs(self, other):
+    return ~self.equals(other)
+
+
+class F32(threads_lib.F32):
+  def __init__(self, value):
+    if isinstance(value, F32):
+      value = value.value
+    value = np.asarray(value, np.float32)
+    self.value = np.broadcast_to(value, (_block.n,))
+
+  def __add__(self, other):
+    return F32(self.value + other.value)
+
+  def __mul__(self, other):
+    return F32(self.value * other.value)
+
+  def __abs__(self):
+    return F32(np.abs(self.value))
+
+  def max(self, other):
+    return F32(np.maximum(self.value, F32(other).value))
+
+  def multiply_add(self, factor, term):
+    exact = self.value.astype(np.float64) * factor.value
+    return F32(exact + term.value)
+
+  def differs(self, other):
+    return Bool(self.value != F32(other).value)
+
+  def bits(self):
+    return U32(np.ascontiguousarray(self.value).view(np.uint32))
+
 
 def _operator(name, result):
   def apply(self, other):
@@ -119,7 +192,7 @@ def _operator(name, result):
   return apply
 
 
-for _name in ("add", "sub", "mul", "floordiv", "and", "or", "xor"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor"):
   setattr(U32, f"__{_name}__", _operator(f"__{_name}__", U32))
 for _name in ("lt", "le", "gt", "ge"):
   setattr(U32, f"__{_name}__", _operator(f"__{_name}__", Bool))
@@ -135,7 +208,7 @@ U32.__radd__ = U32.__add__
 U32.__rsub__ = lambda self, other: U32(other) - self
 
 
-class Memory(threads_lib.Memory):
+class Memory(memory_lib.Memory):
   """`words`: an array, which it changes. `shared`: threads may race for it."""
 
   # What another warp must not have done to a word since the last barrier.
@@ -198,6 +271,145 @@ class Memory(threads_lib.Memory):
     np.add.at(self.words, i, U32(word).value[write])
 
 
+class Place(memory_lib.Place):
+  """Byte of an array, which it changes, for each thread."""
+
+  def __init__(self, array, is_shared=False, at=0):
+    self.array = array.reshape(-1).view(np.uint8)
+    self.is_shared = is_shared
+    at = at.value if isinstance(at, U32) else at
+    self.at = np.broadcast_to(np.asarray(at, np.int64), (_block.n,))
+
+  @classmethod
+  def of(cls, ref):
+    """Tests give places where a kernel gives arrays."""
+    return ref
+
+  def _further(self, offset):
+    return Place(self.array, self.is_shared, self.at + offset)
+
+  def __add__(self, offset):
+    return self._further(offset.value if isinstance(offset, U32) else offset)
+
+  def step(self, index, stride):
+    return self._further(index.value.astype(np.int64) * stride)
+
+  def _bytes(self, offset, n, where=None):
+    """Threads that take part, and the n bytes that each has."""
+    active = _block.active if where is None else _block.active & where.value
+    at = self.at[active] + offset
+    assert (at % min(n, 16) == 0).all(), "not a multiple of its size"
+    assert (0 <= at).all() and (at + n <= self.array.size).all(), at.max()
+    return active, at[:, None] + np.arange(n)
+
+  def _read(self, offset, n, dtype):
+    active, at = self._bytes(offset, 4 * n)
+    out = np.zeros((_block.n, n), dtype)
+    out[active] = self.array[at].view(dtype)
+    return out.T
+
+  def load(self, offset=0):
+    return U32(self._read(offset, 1, np.uint32)[0])
+
+  load_constant = load
+
+  def load_floats(self, n, offset=0) -> Any:
+    return [F32(x) for x in self._read(offset, n, np.float32)]
+
+  def load_constants(self, n, offset=0) -> Any:
+    return [U32(x) for x in self._read(offset, n, np.uint32)]
+
+  def store(self, values, offset=0, where=None):
+    active, at = self._bytes(offset, 4 * len(values), where)
+    assert np.unique(at).size == at.size, "two threads store one byte"
+    words = np.stack([x.value for x in values], 1)[active]
+    self.array[at] = np.ascontiguousarray(words).view(np.uint8)
+
+  def add(self, values, offset=0, where=None):
+    assert not self.is_shared and len(values) == 4
+    active, at = self._bytes(offset, 16, where)
+    numbers = np.stack([x.value for x in values], 1)[active]
+    np.add.at(self.array.view(np.float32), at[:, ::4] // 4, numbers)
+
+
+def registers(matrix):
+  """Numbers of each thread of a warpgroup in a matrix [64, columns], in the
+  order of `hopper.fragments`."""
+  eights = matrix.reshape(4, 2, 8, -1, 4, 2)  # warp, half, r, eight, c, column
+  by_thread = eights.transpose(3, 1, 5, 0, 2, 4).reshape(-1, WARPGROUP)
+  return [F32(x) for x in by_thread]
+
+
+class copies:
+  """Double of `hopper.copies`."""
+
+  BYTES = copies_lib.BYTES
+
+  @staticmethod
+  def start(
+    target, source, size=None, *, prefetch=None, to=0, at=0, where=None
+  ):
+    del prefetch
+    assert target.is_shared and not source.is_shared
+    size = np.broadcast_to(16 if size is None else size.value, (_block.n,))
+    assert np.isin(size, (0, 16)).all()
+    active, to = target._bytes(to, 16, where)
+    assert np.unique(to).size == to.size, "two threads copy to one byte"
+    _, at = source._bytes(at, 16, where)
+    # Where nothing is read, zeros.
+    target.array[to] = np.where(size[active, None], source.array[at], 0)
+
+  @staticmethod
+  def wait_all():
+    pass
+
+  commit = wait_all
+
+  @staticmethod
+  def wait(in_flight):
+    del in_flight
+
+
+class signals:
+  """Double of `hopper.signals`: nobody waits."""
+
+  @staticmethod
+  def _nothing(*_, **__):
+    pass
+
+  meet = announce = meet_warp = start = open_all = _nothing
+  arrive = arrive_after_copies = expect = wait = fence_async = _nothing
+
+
+class instructions:
+  """Double of `hopper.instructions`."""
+
+  @staticmethod
+  def thread():
+    return thread_of_warpgroup()
+
+  @staticmethod
+  def multiply_add(x, y, z):
+    return x.multiply_add(y, z)
+
+  @staticmethod
+  def exp2(x):
+    return F32(np.exp2(x.value))
+
+  @staticmethod
+  def exchange(x, distance):
+    return exchange(x, distance)
+
+  @staticmethod
+  def pack(low, high):
+    pair = np.stack([low.value, high.value], 1).astype(jnp.bfloat16)
+    return U32(pair.view(np.uint32)[:, 0])
+
+  @staticmethod
+  def unpack(pair):
+    return (pair << 16).float(), (pair & -(2**16)).float()
+
+
 class _only:
   def __init__(self, active):
     self._new = active
@@ -219,6 +431,15 @@ def warp():
 
 def lane():
   return thread() & (WARP - 1)
+
+
+def thread_of_warpgroup():
+  return thread() & (WARPGROUP - 1)
+
+
+def exchange(x, distance):
+  assert _block.active.all()
+  return F32(x.value[np.arange(_block.n) ^ distance])
 
 
 def barrier():

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper import threads
-
-U32 = threads.U32
-Bool = threads.Bool
+from pallas_kernels.hopper.memory import Memory
+from pallas_kernels.hopper.threads import Bool
+from pallas_kernels.hopper.threads import U32
 
 _WARPGROUPS: Final = 4
 THREADS: Final = 128 * _WARPGROUPS
@@ -126,11 +126,11 @@ def _kernel(*refs, top_k):
   def emit(_, row, refs):
     row = U32(row.registers.item())
     scores, start, end, indices, chosen, *scratch = refs
-    again = lambda ref: lambda: threads.Memory(ref, row.opaque())
+    again = lambda ref: lambda: Memory(ref, row.opaque())
     Row(
       *(again(ref) for ref in (scores, indices, chosen)),
-      *(threads.Memory(ref).load(row) for ref in (start, end)),
-      *(threads.Memory(ref) for ref in scratch),
+      *(Memory(ref).load(row) for ref in (start, end)),
+      *(Memory(ref) for ref in scratch),
       top_k=top_k,
     ).emit()
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.hopper import rows as rows_lib
+from pallas_kernels.hopper import tiles
 
-_bK: Final = rows_lib.ROWS
+_bK: Final = tiles.ROWS
 _STAGES: Final = 2
 
 
@@ -153,8 +154,8 @@ def compare(
     grid=(B * T,),
     grid_names=("query",),
     scratch_types=(
-      rows_lib.tile((M, I)),
-      rows_lib.tile((_STAGES, _bK, I)),
+      tiles.shared((M, I)),
+      tiles.shared((_STAGES, _bK, I)),
       plgpu.SMEM((K,), f32),
       plgpu.SMEM((K,), jnp.int32),
       plgpu.Barrier(),

@@ -27,8 +27,9 @@ from jaxtyping import Array, BFloat16, Float, Int
 import numpy as np
 
 from pallas_kernels.hopper import rows as rows_lib
+from pallas_kernels.hopper import tiles
 
-_bK: Final = rows_lib.ROWS
+_bK: Final = tiles.ROWS
 _STAGES: Final = 2
 # Part of d key that is computed at once: with larger ones, an SM's registers do
 # not hold three queries.
@@ -163,9 +164,9 @@ def gradient(
     grid=(B * T,),
     grid_names=("query",),
     scratch_types=(
-      rows_lib.tile((I // _COLUMNS, M, _COLUMNS)),
-      rows_lib.tile((_STAGES, _bK, I)),
-      rows_lib.tile((_bK, M)),
+      tiles.shared((I // _COLUMNS, M, _COLUMNS)),
+      tiles.shared((_STAGES, _bK, I)),
+      tiles.shared((_bK, M)),
       plgpu.SMEM((K,), jnp.int32),
       plgpu.Barrier(num_arrivals=I // _COLUMNS),
     ),

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.hopper import rows as rows_lib
+from pallas_kernels.hopper import tiles
 
-_bK: Final = rows_lib.ROWS
+_bK: Final = tiles.ROWS
 _COLUMNS: Final = 64
 _WARPGROUPS: Final = 2
 _MOST_STAGES: Final = 6
@@ -45,7 +46,7 @@ def target(
   """
   (B, T, N, D), S, K = q.shape, kv.shape[1], indices.shape[2]
   parts, num_tiles, f32 = D // _COLUMNS, K // _bK // _WARPGROUPS, jnp.float32
-  free = rows_lib.SHARED_MEMORY - 2 * N * D - 4 * K
+  free = tiles.SHARED_MEMORY - 2 * N * D - 4 * K
   stages = min(free // (2 * _WARPGROUPS * _bK * _COLUMNS), _MOST_STAGES)
   span = next(x for x in (1024, 512, 256, 128) if not K // _WARPGROUPS % x)
 
@@ -116,8 +117,8 @@ def target(
     num_threads=_WARPGROUPS,
     thread_name="wg",
     scratch_types=(
-      rows_lib.tile((parts, N, _COLUMNS)),
-      rows_lib.tile((_WARPGROUPS, stages, _bK, _COLUMNS)),
+      tiles.shared((parts, N, _COLUMNS)),
+      tiles.shared((_WARPGROUPS, stages, _bK, _COLUMNS)),
       plgpu.SMEM((K,), jnp.int32),
       plgpu.Barrier(num_arrivals=parts),
     ),

@@ -33,12 +33,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper import instructions as gpu
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward_plan as plans
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import (
   backward_products as products_lib,
 )
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward_rows as rows_lib
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import instructions as gpu
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import key_sums as key_sums_lib
 
 # Limit of one chunk of queries in the deterministic variant.

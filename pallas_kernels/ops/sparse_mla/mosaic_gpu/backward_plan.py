@@ -6,7 +6,7 @@ import math
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import instructions as gpu
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import instructions as gpu
 
 HEADS = 64  # heads per tile of weights
 KEYS = 64  # keys per tile

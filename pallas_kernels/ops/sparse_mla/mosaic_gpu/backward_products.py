@@ -6,9 +6,9 @@ import functools
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.hopper import instructions as gpu
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward_plan as plans
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward_rows as rows_lib
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import instructions as gpu
 
 
 def multiply(

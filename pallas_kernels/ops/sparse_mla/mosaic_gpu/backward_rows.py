@@ -3,8 +3,8 @@
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.hopper import instructions as gpu
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward_plan as plans
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import instructions as gpu
 
 
 def permuted(x):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Int
 
-from pallas_kernels.hopper import instructions as gpu
+from pallas_kernels.ops.sparse_mla.mosaic_gpu import instructions as gpu
 
 _WARPS = 4  # per block; each has one key at a time
 _PAIRS = 9  # of adjacent columns per thread

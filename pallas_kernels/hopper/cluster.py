@@ -1,0 +1,57 @@
+"""What passes between the two blocks of a cluster, by single threads."""
+
+from collections.abc import Sequence
+
+from pallas_kernels.hopper import threads
+from pallas_kernels.hopper.memory import Place
+from pallas_kernels.hopper.threads import Bool
+from pallas_kernels.hopper.threads import F32
+from pallas_kernels.hopper.threads import U32
+
+
+def rank() -> U32:
+  """Index of this block in its cluster."""
+  text = "mov.u32 $0, %cluster_ctarank;"
+  return U32(*threads.assembly(text, results=[threads.i32()]))
+
+
+def there(here: Place) -> Place:
+  """Same place in the other block's shared memory."""
+  text, other = "mapa.shared::cluster.u32 $0, $1, $2;", rank() ^ 1
+  args = [here.value, other.value]
+  [value] = threads.assembly(text, args, [threads.i32()])
+  return Place(value, is_shared=True)
+
+
+def arrive(barrier: Place, where: Bool) -> None:
+  """Arrives at the other block's barrier, without publishing stores to it."""
+  text = "@$1 mbarrier.arrive.shared::cluster.b64 _, [$0];"
+  threads.assembly(text, [barrier.value, where.value])
+
+
+def send(
+  values: Sequence[F32], target: Place, offset: int, barrier: Place
+) -> None:
+  """Stores four floats in the other block; its barrier counts the bytes."""
+  threads.assembly(
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+    f"[$0+{offset}], {{$1, $2, $3, $4}}, [$5];",
+    [target.value, *(x.value for x in values), barrier.value],
+  )
+
+
+def send_bytes(
+  source: Place, target: Place, size: int, barrier: Place, where: Bool
+) -> None:
+  """Copies `size` bytes to the other block; its barrier counts them."""
+  threads.assembly(
+    "@$3 cp.async.bulk.shared::cluster.shared::cta"
+    f".mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];",
+    [target.value, source.value, barrier.value, where.value],
+  )
+
+
+def meet() -> None:
+  """Waits until all threads of both blocks have come."""
+  text = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+  threads.assembly(text)

@@ -1,0 +1,63 @@
+"""A warpgroup's threads gather rows, and add to rows, as simulated in numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.hopper import rows
+from pallas_kernels.hopper import tiles
+from tests.kernels import simulated_threads as threads
+from tests.kernels import swizzle
+
+ROWS = tiles.ROWS
+
+
+def numbers(seed, n, available):
+  """Row numbers in any order, one in four -1."""
+  x = np.random.default_rng(seed)
+  return np.where(
+    x.random(n) < 0.25, -1, x.choice(available, n, replace=False)
+  ).astype(np.int32)
+
+
+@pytest.mark.parametrize("columns, column", [(128, 0), (64, 64), (64, 192)])
+def test_gathers_rows(columns, column):
+  available, width, first = 200, 256, 3
+  x = np.random.default_rng(0)
+  source = x.normal(size=(available, width)).astype(jnp.bfloat16)
+  rows_s = numbers(1, ROWS + 8, available)
+  tile = np.full(ROWS * columns, np.nan, jnp.bfloat16)
+  with threads.simulate(rows, 128):
+    rows.copy(
+      threads.Place(source),
+      threads.Place(rows_s, is_shared=True),
+      threads.Place(tile, is_shared=True),
+      threads.U32(first),
+      **dict(width=width, columns=columns, column=column),
+    )
+  of_rows = rows_s[first : first + ROWS]
+  expected = source[of_rows, column : column + columns]
+  expected[of_rows < 0] = 0
+  np.testing.assert_array_equal(swizzle.matrix(tile, columns), expected)
+
+
+@pytest.mark.parametrize("columns", [32, 64])
+def test_adds_to_rows(columns):
+  available, width, first, column = 300, 96, 5, 32
+  x = np.random.default_rng(0)
+  target = x.normal(size=(available, width)).astype(np.float32)
+  rows_s = numbers(1, ROWS + 8, available)
+  tile = x.normal(size=(ROWS, columns)).astype(np.float32)
+  expected = target.copy()
+  for number, row in zip(rows_s[first : first + ROWS], tile, strict=True):
+    if number >= 0:
+      expected[number, column : column + columns] += row
+  with threads.simulate(rows, 128):
+    rows.add_registers(
+      threads.Place(target) + 4 * column,
+      threads.Place(rows_s, is_shared=True),
+      threads.registers(tile),
+      threads.U32(first),
+      width=width,
+    )
+  np.testing.assert_array_equal(target, expected)
