@@ -6,17 +6,22 @@ from collections.abc import Mapping
 import contextlib
 import contextvars
 import functools
-from typing import Any, Final
+from typing import Any, Final, Literal
 import warnings
 
 import jax
 
+from pallas_kernels import devices
+
+type Implementation = Literal[
+  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
+]
 # Backend of each kernel. Every other implementation runs anywhere; of these,
 # `chunked_xla` is the only one selected automatically.
 KERNEL_BACKEND: Final = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 PORTABLE: Final = "chunked_xla"
-# Devices that the "mosaic_gpu" kernels support, by substrings of device_kind.
-HOPPER: Final = ("H100", "H200", "H800", "H20", "GH200")
+# Compute capability that the "mosaic_gpu" kernels need.
+HOPPER: Final = "9.0"
 
 
 # Whether ops may select kernels automatically.
@@ -122,10 +127,33 @@ def call(
 
 
 def _check_hopper() -> None:
-  if not any(name in device_kind() for name in HOPPER):
+  kind = device_kind()
+  known = devices.of(kind)
+  capability = known.compute_capability if known else _ask_capability(kind)
+  if capability is None:
     raise NotImplementedError(
-      f"this device is {device_kind()!r}, the kernels are for {HOPPER}"
+      f"nothing is known of {kind!r}: if its compute capability is {HOPPER},"
+      " add it to pallas_kernels/devices.py"
     )
+  if capability != HOPPER:
+    raise NotImplementedError(
+      f"the compute capability of {kind!r} is {capability}, the kernels are for"
+      f" {HOPPER}"
+    )
+
+
+@functools.cache  # once per kind
+def _ask_capability(kind: str) -> str | None:
+  """Compute capability of a device that is here; None if there is no such."""
+  here = (x for x in jax.devices() if x.device_kind == kind)
+  capability = getattr(next(here, None), "compute_capability", None)
+  if capability == HOPPER:
+    warnings.warn(
+      f"{kind!r} is not in pallas_kernels/devices.py. It runs the kernels, but"
+      " always attends sparsely, which is slower on short sequences. Add it.",
+      stacklevel=2,
+    )
+  return capability
 
 
 def _run(op, implementations, name, /, *args, **kwargs):

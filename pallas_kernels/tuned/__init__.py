@@ -16,7 +16,7 @@ def tiles(op: str, chip: str, **shape: int) -> dict[str, int] | None:
 
   Args:
     op: The op's name.
-    chip: A `tpu.Chip.name`. A chip without a table has no entries.
+    chip: A `devices.Device.name`. A chip without a table has no entries.
     **shape: Sizes by letter, at least those in the op's entries.
   """
   for entry in _table(chip).get(op, []):

@@ -3,13 +3,19 @@
 import pytest
 
 from pallas_kernels import crossover
+from pallas_kernels import devices
 from pallas_kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
 def a_device(monkeypatch):
-  monkeypatch.setattr(crossover, "DENSE_PAIRS", {"TPU v9": 4.0})
-  monkeypatch.setattr(dispatch, "device_kind", lambda: "TPU v9 lite")
+  facts = dict(name="v9", kinds=("TPU v9",), flops=1e15)
+  known = {
+    "TPU v9": devices.Device(**facts, dense_pairs=4.0),
+    "TPU v9 lite": devices.Device(**facts),
+  }
+  monkeypatch.setattr(devices, "of", known.get)
+  monkeypatch.setattr(dispatch, "device_kind", lambda: "TPU v9")
 
 
 @pytest.mark.parametrize(
@@ -28,8 +34,9 @@ def test_short_sequences_are_done_densely(T, S, K, dense):
   assert crossover.dense_is_faster(T, S, K) == dense
 
 
-def test_a_device_without_a_figure_is_always_sparse(monkeypatch):
-  monkeypatch.setattr(dispatch, "device_kind", lambda: "TPU v8")
+@pytest.mark.parametrize("kind", ["TPU v8", "TPU v9 lite"])
+def test_a_device_without_a_figure_is_always_sparse(monkeypatch, kind):
+  monkeypatch.setattr(dispatch, "device_kind", lambda: kind)
   assert not crossover.dense_is_faster(2048, 2048, 2048)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import types
 from unittest import mock
 import warnings
 
@@ -126,6 +127,7 @@ def backend(name, kind="NVIDIA H200"):
 def ops():
   """Implementations that return their name; none has warned yet."""
   dispatch._warn_portable.cache_clear()
+  dispatch._ask_capability.cache_clear()
   names = "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
   return {name: mock.Mock(return_value=name) for name in names}
 
@@ -215,10 +217,51 @@ def test_no_kernel_is_chosen_where_none_is_allowed(ops, name):
     assert_silent(ops, "mosaic_gpu", implementation="mosaic_gpu")
 
 
-def test_a_gpu_that_is_no_hopper_is_told_so(ops):
-  with backend("gpu", kind="NVIDIA A100-SXM4-80GB"):
-    with pytest.warns(UserWarning, match="op .*A100"):
+def here(kind, capability):
+  """As if there were one device, of this kind."""
+  device = types.SimpleNamespace(
+    device_kind=kind, compute_capability=capability
+  )
+  return mock.patch.object(jax, "devices", return_value=[device])
+
+
+@pytest.mark.parametrize(
+  "kind", ["NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA H20-3e"]
+)
+def test_a_hopper_that_is_listed_need_not_be_here(ops, kind):
+  with backend("gpu", kind=kind):
+    assert_silent(ops, "mosaic_gpu")
+
+
+def test_a_hopper_that_is_not_listed_is_asked_and_named_once(ops):
+  kind = "NVIDIA H100 64GB"
+  with backend("gpu", kind=kind), here(kind, "9.0"):
+    with pytest.warns(UserWarning, match=f"{kind}.*devices.py.*sparsely.*Add"):
+      assert call(ops) == "mosaic_gpu"
+    assert_silent(ops, "mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+  "kind, capability",
+  [
+    ("NVIDIA A100-SXM4-80GB", "8.0"),  # is listed
+    ("NVIDIA B200", "10.0"),
+    ("NVIDIA L4", "8.9"),
+    ("AMD Instinct MI300X", "gfx942"),
+  ],
+)
+def test_a_gpu_that_is_no_hopper_is_told_so(ops, kind, capability):
+  with backend("gpu", kind=kind), here(kind, capability):
+    with pytest.warns(UserWarning, match=f"op .*{kind}.* {capability}.*9.0"):
       assert call(ops) == "chunked_xla"
+  ops["mosaic_gpu"].assert_not_called()
+
+
+def test_a_gpu_that_nothing_is_known_of_is_told_so(ops):
+  with backend("gpu", kind="NVIDIA H300"), here("NVIDIA H200", "9.0"):
+    with pytest.warns(UserWarning, match="op .*NVIDIA H300.*9.0.*devices.py"):
+      assert call(ops) == "chunked_xla"
+    assert_silent(ops, "chunked_xla")
   ops["mosaic_gpu"].assert_not_called()
 
 

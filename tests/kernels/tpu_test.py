@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from pallas_kernels import devices
 from pallas_kernels import dispatch
 from pallas_kernels.tpu import chip as tpu
 from tests.kernels import tpu_topologies
@@ -17,11 +18,11 @@ def test_the_chip_is_that_of_the_mesh_in_context(name):
 
 
 def test_without_a_tpu_kernels_are_interpreted():
-  assert tpu.chip() is tpu.V5P
+  assert tpu.chip() is devices.V5P
   assert tpu.interpret()
 
 
-@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite"])
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v9"])
 def test_other_tpus_are_refused(monkeypatch, kind):
   monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
   monkeypatch.setattr(dispatch, "device_kind", lambda: kind)

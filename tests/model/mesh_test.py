@@ -11,7 +11,7 @@ import pytest
 
 from dsa_jax import sharding
 import pallas_kernels
-from pallas_kernels import crossover
+from pallas_kernels import devices
 from tests.train import runs
 from tests.train.learn import step_test
 from train.learn import step as step_lib
@@ -126,7 +126,8 @@ def test_sparse_attention_may_be_done_densely(monkeypatch, axes):
   dense_mla_api = pallas_kernels.dense_mla
   with monkeypatch.context() as patch:
     patch.setattr(pallas_kernels, "dense_mla", dense_mla)
-    patch.setattr(crossover, "DENSE_PAIRS", {"cpu": 1e6})
+    cpu = devices.Device(name="cpu", kinds=("cpu",), flops=1e9, dense_pairs=1e6)
+    patch.setattr(devices, "of", {"cpu": cpu}.get)
     other = on.__wrapped__("sparse", LAYER, **axes)
   assert done and all(done)
   check("sparse", axes, LAYER, other)

@@ -19,6 +19,7 @@ import jax
 from jax.experimental import topologies
 
 import dsa_jax
+from pallas_kernels import devices as devices_lib
 from pallas_kernels import dispatch
 from train.aot import collectives
 from train.host import mesh as mesh_lib
@@ -27,26 +28,6 @@ from train.learn import optimizer as optimizer_lib
 from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 from train.run import metrics as metrics_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Facts about a device; each of the two cores of a tpu7x is one."""
-
-  memory: int
-  """Bytes that a program may use."""
-  network: float
-  """Bytes a second in and out through all links to its neighbours."""
-
-
-# By the start of the device's kind. Memory as the compiler counts it; links as
-# in the data sheets.
-_CHIPS = {
-  "TPU v5 lite": Chip(round(15.75 * 2**30), 200e9),
-  "TPU v5": Chip(round(95.74 * 2**30), 600e9),
-  "TPU v6 lite": Chip(round(31.25 * 2**30), 448e9),
-  "TPU7x": Chip(round(94.75 * 2**30), 600e9),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +117,8 @@ def report(
   """Prints what each stage's step would take; 1 if one does not fit, else 0.
 
   Raises:
-    ValueError: There is no such topology, or it has too few devices.
+    ValueError: There is no such topology, it has too few devices, or their
+      facts are not known.
     ImportError: libtpu is not installed.
   """
   devices = topology(slice_name)
@@ -191,15 +173,17 @@ def compile_stages(
 
 def _compile(plan, stage, mesh) -> Compiled:
   start = time.perf_counter()
-  device = mesh.devices.flat[0]
-  chip = next(
-    chip for kind, chip in _CHIPS.items() if device.device_kind.startswith(kind)
-  )
+  kind = mesh.devices.flat[0].device_kind
+  chip = devices_lib.of(kind)
+  if chip is None or chip.memory is None or chip.network is None:
+    known = ", ".join(x.name for x in devices_lib.DEVICES if x.memory)
+    raise ValueError(
+      f"compile_only: nothing is known of the memory and the links of {kind!r};"
+      f" compile for one of {known}."
+    )
   with dispatch.record() as implementations, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the report says which are no kernels
     lowered = trace(plan, stage, mesh).lower()
-  peak = metrics_lib.peak_flops(device)
-  assert peak is not None  # of TPUs it is known
   per_token = stage.flops_per_token(plan.model)
   tokens = stage.tokens_per_step
   try:
@@ -224,7 +208,7 @@ def _compile(plan, stage, mesh) -> Compiled:
     memory=chip.memory,
     flops=of_device,
     repeated=of_device / 3 if again else 0.0,  # the forward pass
-    peak=peak,
+    peak=chip.flops,
     moved=collectives.moved(text),
     network=chip.network,
     implementations=implementations,

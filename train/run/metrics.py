@@ -7,28 +7,15 @@ import math
 import pathlib
 import secrets
 import sys
-from typing import Any, Final, TextIO
+from typing import Any, TextIO
 
 import jax
 import tensorboardX
 
 from dsa_jax import ranges
-from pallas_kernels.tpu import chip as tpu
+from pallas_kernels import devices
 from train.host import atomic_files
 from train.host import processes
-
-# Peak dense bf16 FLOP/s of a device, by the start of its kind; data sheets.
-_PEAK: Final = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": tpu.V5P.flops,
-  "TPU v6 lite": tpu.V6E.flops,
-  "TPU7x": tpu.TPU7X.flops,  # a chip is two devices
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA B200": 2250e12,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +50,8 @@ class LogConfig:
 
 def peak_flops(device: jax.Device) -> float | None:
   """Peak bf16 FLOP/s of a device, None if not known (a CPU's is not)."""
-  for kind, flops in _PEAK.items():
-    if device.device_kind.startswith(kind):
-      return flops
-  return None
+  known = devices.of(device.device_kind)
+  return known.flops if known else None
 
 
 def memory_peak() -> int | None:

@@ -1,6 +1,6 @@
 """Public entry point: selects an implementation."""
 
-from typing import Final, Literal
+from typing import Final
 
 from jaxtyping import Array, Float, Int
 
@@ -9,10 +9,6 @@ from pallas_kernels.ops.dense_mla import chunked_xla
 from pallas_kernels.ops.dense_mla import reference
 from pallas_kernels.ops.dense_mla.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.dense_mla.mosaic_tpu import op as mosaic_tpu
-
-type Implementation = Literal[
-  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
-]
 
 IMPLEMENTATIONS: Final = {
   "mosaic_tpu": mosaic_tpu.dense_mla,
@@ -31,7 +27,7 @@ def dense_mla(
   scale: float,
   indices: Int[Array, "B T K"] | None = None,
   *,
-  implementation: Implementation | None = None,
+  implementation: dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
   """Attention of each query to the keys in [start, end), in expanded MLA form.
 
@@ -50,16 +46,11 @@ def dense_mla(
       once; entries outside [0, S) are ignored, at any position. The work is
       still that of all keys in the range: `crossover` says when that is less
       than `sparse_mla`'s.
-    implementation: `None` takes the fastest that supports these inputs on this
-      backend. A name takes that one, or raises `NotImplementedError`.
+    implementation: A name; `None` takes the fastest, see `dispatch.call`.
 
   Returns:
     The output in q's dtype, and the logsumexp (natural, fp32) of the scaled
     logits. A query that sees no key gives 0 and -inf.
   """
-  return dispatch.call(
-    "dense_mla",
-    IMPLEMENTATIONS,
-    implementation,
-    *(q, k, v, start, end, scale, indices),
-  )
+  args = q, k, v, start, end, scale, indices
+  return dispatch.call("dense_mla", IMPLEMENTATIONS, implementation, *args)

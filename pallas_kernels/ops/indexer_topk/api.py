@@ -11,10 +11,6 @@ from pallas_kernels.ops.indexer_topk import reference
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.indexer_topk.mosaic_tpu import op as mosaic_tpu
 
-type Implementation = Literal[
-  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
-]
-
 IMPLEMENTATIONS: Final = {
   "mosaic_tpu": mosaic_tpu.indexer_topk,
   "mosaic_gpu": mosaic_gpu.indexer_topk,
@@ -30,7 +26,7 @@ def indexer_topk(
   top_k: int,
   *,
   score_dtype: Literal["float8_e4m3fn"] | None = None,
-  implementation: Implementation | None = None,
+  implementation: dispatch.Implementation | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """Selects the `top_k` keys of highest index score for each query.
 
@@ -51,8 +47,7 @@ def indexer_topk(
       (`fp8.quantize`; I must be a power of 2): Hopper's tensor cores are twice
       as fast, and the scores a few percent off. The same for every
       implementation.
-    implementation: `None` takes the fastest that supports these inputs on this
-      backend. A name takes that one, or raises `NotImplementedError`.
+    implementation: A name; `None` takes the fastest, see `dispatch.call`.
 
   Returns:
     Indices, int32, ascending, padded with -1 at the end where a query sees
@@ -63,8 +58,11 @@ def indexer_topk(
   """
   if top_k < 1:
     raise ValueError(f"indexer_topk: {top_k=} must be at least 1.")
+  args = index, start, end, top_k
   return dispatch.call(
-    *("indexer_topk", IMPLEMENTATIONS, implementation),
-    *(index, start, end, top_k),
+    "indexer_topk",
+    IMPLEMENTATIONS,
+    implementation,
+    *args,
     score_dtype=score_dtype,
   )

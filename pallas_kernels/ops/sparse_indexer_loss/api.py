@@ -1,6 +1,6 @@
 """Public entry point: selects an implementation."""
 
-from typing import Final, Literal
+from typing import Final
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -10,10 +10,6 @@ from pallas_kernels.ops.sparse_indexer_loss import chunked_xla
 from pallas_kernels.ops.sparse_indexer_loss import reference
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import op as mosaic_tpu
-
-type Implementation = Literal[
-  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
-]
 
 IMPLEMENTATIONS: Final = {
   "mosaic_tpu": mosaic_tpu.sparse_indexer_loss,
@@ -31,7 +27,7 @@ def sparse_indexer_loss(
   heads_axis: str | tuple[str, ...] | None = None,
   measure: Bool[Array, ""] | bool = True,
   *,
-  implementation: Implementation | None = None,
+  implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "B T"]:
   """KL divergence of each query's index scores from its sparse attention.
 
@@ -54,21 +50,12 @@ def sparse_indexer_loss(
       summed over them.
     measure: Whether to compute the result. If not, it is 0; the gradient, which
       does not need it, is the same. May be a traced value.
-    implementation: `None` takes the fastest that supports these inputs on this
-      backend. A name takes that one, or raises `NotImplementedError`.
+    implementation: A name; `None` takes the fastest, see `dispatch.call`.
 
   Returns:
-    The divergence of each query, nats, at least 0 up to rounding; 0 for a query
-    without a valid key.
+    Nats for each query, at least 0 up to rounding; 0 without a valid key.
   """
+  args = index, attended, indices, scale, heads_axis, measure
   return dispatch.call(
-    "sparse_indexer_loss",
-    IMPLEMENTATIONS,
-    implementation,
-    index,
-    attended,
-    indices,
-    scale,
-    heads_axis,
-    measure,
+    "sparse_indexer_loss", IMPLEMENTATIONS, implementation, *args
   )

@@ -1,7 +1,7 @@
 """Public entry point: selects an implementation."""
 
 import functools
-from typing import Final, Literal
+from typing import Final
 
 from jaxtyping import Array, Float, Int
 
@@ -10,10 +10,6 @@ from pallas_kernels.ops.sparse_mla import chunked_xla
 from pallas_kernels.ops.sparse_mla import reference
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import op as mosaic_tpu
-
-type Implementation = Literal[
-  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
-]
 
 IMPLEMENTATIONS: Final = {
   "mosaic_tpu": mosaic_tpu.sparse_mla,
@@ -31,7 +27,7 @@ def sparse_mla(
   scale: float,
   *,
   deterministic: bool = False,
-  implementation: Implementation | None = None,
+  implementation: dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
   """Attention of each query to its selected keys, in absorbed MLA form.
 
@@ -51,8 +47,7 @@ def sparse_mla(
       Hopper GPU it then takes almost three times as long; kernels elsewhere are
       deterministic anyway. Plain XLA on a GPU also needs
       --xla_gpu_deterministic_ops.
-    implementation: `None` takes the fastest that supports these inputs on this
-      backend. A name takes that one, or raises `NotImplementedError`.
+    implementation: A name; `None` takes the fastest, see `dispatch.call`.
 
   Returns:
     The output, mixed latents in q's dtype, and the logsumexp (natural, fp32) of
@@ -70,13 +65,5 @@ def sparse_mla(
     implementations["mosaic_gpu"] = functools.partial(
       mosaic_gpu.sparse_mla, deterministic=True
     )
-  return dispatch.call(
-    "sparse_mla",
-    implementations,
-    implementation,
-    q,
-    kv,
-    indices,
-    latent_rank,
-    scale,
-  )
+  args = q, kv, indices, latent_rank, scale
+  return dispatch.call("sparse_mla", implementations, implementation, *args)

@@ -1,6 +1,6 @@
 """Public entry point: selects an implementation."""
 
-from typing import Final, Literal
+from typing import Final
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -8,10 +8,6 @@ from pallas_kernels import dispatch
 from pallas_kernels import operands
 from pallas_kernels.ops.sparse_mla_with_loss import composed
 from pallas_kernels.ops.sparse_mla_with_loss.mosaic_gpu import op as mosaic_gpu
-
-type Implementation = Literal[
-  "mosaic_tpu", "mosaic_gpu", "chunked_xla", "reference"
-]
 
 IMPLEMENTATIONS: Final = {
   "mosaic_tpu": composed.of("mosaic_tpu"),
@@ -31,7 +27,7 @@ def sparse_mla_with_loss(
   heads_axis: str | tuple[str, ...] | None = None,
   measure: Bool[Array, ""] | bool = True,
   *,
-  implementation: Implementation | None = None,
+  implementation: dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"], Float[Array, "B T"]]:
   """Computes `sparse_mla` and the `sparse_indexer_loss` of its attention.
 
@@ -50,8 +46,7 @@ def sparse_mla_with_loss(
       summed over them.
     measure: Whether to compute the loss. If not, it is 0; the gradient, which
       does not need it, is the same. May be a traced value.
-    implementation: `None` takes the fastest that supports these inputs on this
-      backend. A name takes that one, or raises `NotImplementedError`.
+    implementation: A name; `None` takes the fastest, see `dispatch.call`.
 
   Returns:
     The mixed latents and the logsumexp of `sparse_mla`, differentiable in `q`
@@ -62,16 +57,7 @@ def sparse_mla_with_loss(
   if implementation is None and dispatch.platform() != "cpu":
     # Where no kernel fuses both, each op may still have its own.
     implementations[dispatch.PORTABLE] = composed.of(None)
+  args = q, kv, indices, index, latent_rank, scale, heads_axis, measure
   return dispatch.call(
-    "sparse_mla_with_loss",
-    implementations,
-    implementation,
-    q,
-    kv,
-    indices,
-    index,
-    latent_rank,
-    scale,
-    heads_axis,
-    measure,
+    "sparse_mla_with_loss", implementations, implementation, *args
   )

@@ -169,6 +169,12 @@ def test_a_671b_model_made_sparse_at_128k_fits_512_chips(capsys):
   assert compiled.host_bytes < 10 * 2**30
 
 
+def test_refuses_a_tpu_of_unknown_memory(tmp_path):
+  cfg = small(tmp_path)
+  with pytest.raises(ValueError, match="'TPU v4'.* v5p, v6e, tpu7x, v5e"):
+    compile_lib.report("v4:2x2x1", cfg.mesh, cfg.step_plan, cfg.stages)
+
+
 def test_refuses_a_topology_that_is_too_small(tmp_path):
   cfg = dataclasses.replace(
     small(tmp_path, fsdp=2, tensor=2, context=2), compile_only="v5p:2x2x1"

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from unittest import mock
 
 import jax
 import pytest
@@ -156,6 +157,27 @@ def test_one_process_writes(tmp_path, wandb, monkeypatch):
   write(tmp_path, [1], wandb="sparse", tensorboard=True)
   assert [x.name for x in tmp_path.iterdir()] == ["config.json"]
   assert not wandb.started
+
+
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU7x", 1153e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA H999", None),
+    ("cpu", None),
+  ],
+)
+def test_the_peak_is_that_of_the_exact_kind(kind, peak):
+  device = mock.Mock(spec=jax.devices()[0], device_kind=kind)
+  assert metrics.peak_flops(device) == peak
 
 
 class Device:
