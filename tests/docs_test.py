@@ -15,7 +15,7 @@ _FENCE = re.compile(r"^\s*```.*?^\s*```", re.M | re.S)
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
 _TARGET = re.compile(r"\]\(([^)\s]+)\)")
 _MODULE = re.compile(r"python -m ([\w.]+)")
-_PLACEHOLDER = re.compile(r"<\w+>|[A-Z]{2,}")  # of `tuned/<chip>.json`, `STAGE`
+_PLACEHOLDER = re.compile(r"<\w+>|[A-Z]{2,}")  # of `ops/<op>/api.py`, `STAGE`
 
 
 def long_lines(text: str) -> list[str]:
@@ -89,12 +89,12 @@ def test_commands_run_modules_that_exist(file):
 def test_what_is_wrong_is_found():
   wide = "x" * (COLUMNS + 1)
   assert long_lines(f"{wide}\n\n- {wide}") == [wide, f"- {wide}"]
-  assert paths("`train/no.py` and `tests/hf`, `tuned/<chip>.json`") == {
+  assert paths("`train/no.py` and `tests/hf`, `ops/<op>/api.py`") == {
     "train/no.py",
     "tests/hf",
   }
-  assert paths("`pallas_kernels/tuned/<chip>.json`") == {
-    "pallas_kernels/tuned/*.json"
+  assert paths("`pallas_kernels/ops/<op>/api.py`") == {
+    "pallas_kernels/ops/*/api.py"
   }
   assert paths("`python -m train.main`, `a / b`, `runs/mine`") == set()
   assert targets("![x](dsa/x.png), [y](https://y/z)") == {"dsa/x.png"}

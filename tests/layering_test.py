@@ -11,7 +11,10 @@ PACKAGES = ("configs", "train", "dsa_jax", "pallas_kernels")  # top to bottom
 ROOMS = {
   "train": ("", "aot", "run", "learn", "data", "host"),
   "dsa_jax": ("hf", "chat", ""),
-  "pallas_kernels": ("bench", "ops", "tpu", "hopper", "tuned", ""),
+  "pallas_kernels": (
+    *("bench", "workloads", "ops", "cases"),
+    *("tpu", "hopper", ""),
+  ),
 }
 # Rooms that need no accelerator's library, and are imported without one.
 WITHOUT_JAX = ("dsa_jax/chat",)
@@ -83,6 +86,49 @@ def test_some_rooms_do_without_jax(room):
   for file in files(room):
     names = {name for _, name in imports(file.read_text("utf-8"))}
     assert not {n for n in names if n.split(".")[0] in ("jax", "flax")}
+
+
+def test_no_op_imports_another():
+  """But the fused one, which has no kernels of its own."""
+  found = []
+  for file in files("pallas_kernels/ops"):
+    module = module_of(file)
+    op = ".".join(module.split(".")[:3])
+    found += [
+      (module, name)
+      for _, name in imports(file.read_text("utf-8"))
+      if name.startswith("pallas_kernels.ops.") and not name.startswith(op)
+    ]
+  assert {module.split(".")[2] for module, _ in found} == {
+    "sparse_mla_with_loss"
+  }
+
+
+def test_only_the_dialect_knows_of_mlir():
+  """Kernels are written in Pallas and `hopper`, without jax's own modules."""
+  below = ("jaxlib.mlir", "jax.experimental.mosaic", "jax.interpreters")
+  found = [
+    (module_of(file), name)
+    for package in (*PACKAGES, "tests")
+    for file in files(package)
+    for _, name in imports(file.read_text("utf-8"))
+    if name.startswith((*below, "jax._src"))
+  ]
+  assert found
+  hopper = "pallas_kernels.hopper."
+  assert not [x for x in found if not x[0].startswith(hopper)]
+  assert not [x for x in found if x[1].startswith("jax._src")]
+
+
+def test_functions_of_kernels_fit_on_a_page():
+  lengths = {
+    f"{module_of(file)}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+    for file in files("pallas_kernels")
+    for node in ast.walk(ast.parse(file.read_text("utf-8")))
+    if isinstance(node, ast.FunctionDef)
+  }
+  assert len(lengths) > 300
+  assert not {name: x for name, x in lengths.items() if x > 100}
 
 
 @pytest.mark.parametrize(

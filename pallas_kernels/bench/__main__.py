@@ -8,62 +8,51 @@ measured in the same run, and the floor: the least time at these peaks for the
 op's FLOPs and for reading each input and writing each result once. Plain XLA
 is shown beside it.
 
-  python -m pallas_kernels.bench sparse_mla --shape=32k --grad
-  python -m pallas_kernels.bench indexer_topk --shape=128k --json=out.json
-  python -m pallas_kernels.bench attention --shape=128k --grad
-  python -m pallas_kernels.bench sparse_mla --shape=tiny      # also on a CPU
+  python -m pallas_kernels.bench OP --shape=32k --grad
+  python -m pallas_kernels.bench OP --shape=128k --json=out.json
+  python -m pallas_kernels.bench OP --shape=tiny      # also on a CPU
 
 With --topology, and no TPU, nothing is run: the op's kernels are compiled for
 a device of that topology, and the table shows the least time of their schedule
-(static.py says what it leaves out). On a TPU the op is measured all the same.
+(estimate/estimator.py says what it leaves out). On a TPU the op is measured all
+the same.
 
-  python -m pallas_kernels.bench attention --shape=128k --topology=v6e:2x2
+  python -m pallas_kernels.bench OP --shape=128k --topology=v6e:2x2
 
-OP is one of the ops, on the last T queries of a sequence of S; or a whole
-layer's work on a sequence (T = S):
-
-  attention  indexer_topk, then sparse_mla, beside dense causal attention of the
-             same model; with --grad also backward, and with the indexer's loss
-  warmup     dense_mla, then dense_indexer_loss and its gradient
-  crossover  attention to the keys of indexer_topk by sparse_mla, and by
-             dense_mla with a mask; with --grad, the figure for crossover.py
+OP is one of the ops, on the last T queries of a sequence of S; or a workload of
+several, a whole layer's on a sequence (T = S).
 """
 
 import dataclasses
 import pathlib
 import random
 import sys
+import textwrap
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
 from pallas_kernels import shapes as shapes_lib
-from pallas_kernels.bench import cases
-from pallas_kernels.bench import programs
+from pallas_kernels.bench import catalogue
 from pallas_kernels.bench import report as report_lib
-from pallas_kernels.bench.estimate import counts
-from pallas_kernels.bench.estimate import static
-
-type Op = Literal[
-  "indexer_topk",
-  "sparse_mla",
-  "dense_mla",
-  "sparse_indexer_loss",
-  "sparse_mla_with_loss",
-  "dense_indexer_loss",
-  "attention",
-  "warmup",
-  "crossover",
-]
+from pallas_kernels.bench import runner as runner_lib
+from pallas_kernels.bench.estimate import compiler
+from pallas_kernels.bench.estimate import estimator as estimator_lib
+from pallas_kernels.cases import setting as setting_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
   """Options of the command line; see the module."""
 
-  op: tyro.conf.Positional[Op]
-  """Op or whole layer's work to run."""
+  op: Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(
+      constructor_factory=lambda: Literal[*catalogue.entries()],
+    ),
+  ]
+  """Op or workload to run."""
   shape: Literal["tiny", "8k", "32k", "64k", "128k"] = "32k"
   """Named sizes: 4096 queries, as many keys as the name says, DeepSeek-V3.2's
   widths; tiny is for a CPU. The options below override single sizes."""
@@ -82,13 +71,13 @@ class Options:
   implementation: str | None = None
   """Implementation of the ops; by default the one that they select."""
   baseline: str | None = "chunked_xla"
-  """Implementation to time beside it (not for a whole sequence), or None."""
-  indices: cases.Order = "random"
-  """Order of a query's randomly selected keys: as drawn, or ascending, as
-  indexer_topk returns them."""
-  visible: cases.Visible = "causal"
+  """Implementation to time beside it (not for a workload), or None."""
+  indices: setting_lib.Order = "random"
+  """Order of a query's randomly selected keys: as drawn, or ascending, as the
+  indexer returns them."""
+  visible: setting_lib.Visible = "causal"
   """Keys that dense ops and the indexer see: up to the query's own, or all."""
-  score_dtype: cases.ScoreDType | None = None
+  score_dtype: setting_lib.ScoreDType | None = None
   """Dtype of the indexer's products: float8_e4m3fn, or None for bfloat16."""
   checked: int = 256
   """Queries that are compared with the reference."""
@@ -106,19 +95,19 @@ class Options:
   json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
   """File for the results as JSON."""
 
-  def sizes(self) -> shapes_lib.Shape:
-    """Shape that the options ask for.
+  def setting(self, whole: bool, seed: int) -> setting_lib.Setting:
+    """Setting that the options ask for.
+
+    Args:
+      whole: Whether the queries are the whole sequence, unless `queries` says
+        how many, or it is an estimate.
+      seed: Seed of the data.
 
     Raises:
       ValueError: The options do not fit each other.
     """
     if self.checked < 1:
       raise ValueError(f"{self.checked=} must be at least 1.")
-    if self.grad and self.op == "indexer_topk":
-      raise ValueError(
-        "indexer_topk is a choice, which has no gradient; leave out --grad, or "
-        "take sparse_indexer_loss, which computes its scores again."
-      )
     named = {
       "T": self.queries,
       "S": self.keys,
@@ -128,31 +117,56 @@ class Options:
     }
     given = {name: x for name, x in named.items() if x is not None}
     shape = shapes_lib.SHAPES[self.shape]
-    whole = self.op in ("attention", "warmup", "crossover")
     if whole and self.topology is None and self.queries is None:
       given["T"] = given.get("S", shape.S)
-    return dataclasses.replace(shape, **given)
+    return setting_lib.Setting(
+      shape=dataclasses.replace(shape, **given),
+      order=self.indices,
+      visible=self.visible,
+      score_dtype=self.score_dtype,
+      measure=self.measure,
+      seed=seed,
+    )
 
 
 def main(args: list[str] | None = None) -> None:
+  entries = catalogue.entries()
   try:
     options = tyro.cli(
       Options,
       prog="python -m pallas_kernels.bench",
-      description=__doc__,
+      description=f"{__doc__}\n{_list(entries)}",
       args=args,
     )
-    shape = options.sizes()
+    seed = options.seed
+    if seed is None:
+      seed = random.SystemRandom().randrange(1 << 31)
+    entry = entries[options.op]
+    setting = options.setting(entry.whole, seed)
     if options.topology is None:
-      _measure(options, shape)
+      _measure(entry, options, setting)
       return
-    with static.dumping() as folder:  # before anything loads libtpu
+    with compiler.dumping() as folder:  # before anything loads libtpu
       if jax.default_backend() == "tpu":
-        _measure(options, shape)
+        _measure(entry, options, setting)
       else:
-        _estimate(options, options.topology, shape, folder)
+        _estimate(entry, options, setting, options.topology, folder)
   except (ValueError, NotImplementedError, report_lib.Wrong) as e:
     sys.exit(f"error: {e}")
+
+
+def _list(entries: dict[str, catalogue.Entry]) -> str:
+  """Formats names with what they are, as two columns."""
+  width = max(map(len, entries))
+  lines = (
+    textwrap.wrap(
+      f"  {name:<{width}}  {entry.about}",
+      80,
+      subsequent_indent=" " * (width + 4),
+    )
+    for name, entry in entries.items()
+  )
+  return "\n".join("\n".join(x) for x in lines)
 
 
 def _about(options: Options, shape: shapes_lib.Shape) -> dict[str, Any]:
@@ -165,54 +179,48 @@ def _about(options: Options, shape: shapes_lib.Shape) -> dict[str, Any]:
 
 
 def _estimate(
-  options: Options, topology: str, shape: shapes_lib.Shape, folder: pathlib.Path
+  entry: catalogue.Entry,
+  options: Options,
+  setting: setting_lib.Setting,
+  topology: str,
+  folder: pathlib.Path,
 ) -> None:
   union = options.union
-  estimates = static.Estimates(
+  estimator = estimator_lib.Estimator(
     folder,
     topology,
-    counts.Call(shape=shape, visible=options.visible, union=union),
+    setting=setting,
+    grad=options.grad,
+    union=union,
     data=f"bf16, {options.visible} keys visible, a block of queries chooses "
     f"{'no key in common' if union is None else f'{union:g} K keys'}",
-    **_about(options, shape),
-  )
-  of = static.Cases(
-    shape=shape,
-    visible=options.visible,
-    score_dtype=options.score_dtype,
-    measure=options.measure,
+    **_about(options, setting.shape),
   )
   try:
-    static.run(options.op, of, estimates, options.grad)
+    entry.estimate(estimator)
   finally:
     if options.json is not None:
-      estimates.write(options.json)
+      estimator.write(options.json)
 
 
-def _measure(options: Options, shape: shapes_lib.Shape) -> None:
-  seed = options.seed
-  if seed is None:
-    seed = random.SystemRandom().randrange(1 << 31)
+def _measure(
+  entry: catalogue.Entry, options: Options, setting: setting_lib.Setting
+) -> None:
   report = report_lib.Report(
     data=f"bf16, {options.indices} indices, {options.visible} keys visible",
-    seed=seed,
-    **_about(options, shape),
+    seed=setting.seed,
+    **_about(options, setting.shape),
   )
-  run = programs.Programs(
+  runner = runner_lib.Runner(
     report=report,
-    shape=shape,
-    seed=seed,
+    setting=setting,
     grad=options.grad,
     implementation=options.implementation,
     baseline=options.baseline,
-    order=options.indices,
-    visible=options.visible,
     checked=options.checked,
-    measure=options.measure,
-    score_dtype=options.score_dtype,
   )
   try:
-    getattr(run, options.op)()
+    entry.measure(runner)
   finally:
     if options.json is not None:
       report.write(options.json)

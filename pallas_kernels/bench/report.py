@@ -13,8 +13,9 @@ import jax
 import jaxlib
 
 from pallas_kernels import dispatch
-from pallas_kernels.bench import check
-from pallas_kernels.bench import measure
+from pallas_kernels.bench import peak as peak_lib
+from pallas_kernels.bench import timing as timing_lib
+from pallas_kernels.cases import contract
 
 _COLUMNS: Final = (
   ("what", "{:<45}"),
@@ -49,17 +50,13 @@ class Report:
     }
     for name, value in self._values.items():
       print(f"{name:<9} {value}")
-    self._peak = measure.peak()
-    print(
-      f"{'peak':<9} {self._peak.flops / 1e12:.3g} TFLOP/s (a bf16 matmul), "
-      f"{self._peak.bytes / 1e12:.3g} TB/s (a copy)",
-      flush=True,
-    )
+    self._peaks = peak_lib.measure()
+    print(f"{'peak':<9} {', '.join(map(str, self._peaks))}", flush=True)
     self._checks: list[dict[str, Any]] = []
     self._times: list[dict[str, Any]] = []
     self._ratios: list[dict[str, Any]] = []
 
-  def check(self, op: str, findings: list[check.Finding]) -> None:
+  def check(self, op: str, findings: list[contract.Finding]) -> None:
     """Prints the findings.
 
     Raises:
@@ -102,45 +99,37 @@ class Report:
     """
     with dispatch.record() as traced:
       compiled = jax.jit(function).lower(*arguments).compile()
-    chosen = chosen or traced
     out = jax.eval_shape(function, *arguments)
-    moved = measure.num_bytes(arguments) + measure.num_bytes(out)
-    timing = measure.measure(compiled, measure.copies(arguments))
-    if not self._times:
-      print("\n" + " ".join(_head(name, form) for name, form in _COLUMNS))
-    seconds, peak = timing.seconds, self._peak
-    by = "+".join(sorted({*itertools.chain(*chosen.values())}))
-    computing = (flops - flops_8_bits / 2) / peak.flops
-    floor = max(computing, moved / peak.bytes)
-    rates = flops / seconds, moved / seconds
-    shown = (
-      *(what, by, 1e3 * seconds),
-      *(rates[0] / 1e12, computing / seconds),
-      *(rates[1] / 1e12, rates[1] / peak.bytes),
-      1e3 * floor,
+    moved = timing_lib.num_bytes(arguments) + timing_lib.num_bytes(out)
+    timing = timing_lib.measure(compiled, timing_lib.copies(arguments))
+    computing, copying = self._least_seconds(
+      what, (flops - flops_8_bits / 2, float(moved)), timing.seconds
     )
-    cells = (form.format(x) for x, (_, form) in zip(shown, _COLUMNS))
-    print(" ".join(cells), flush=True)
+    unknown = computing is None or copying is None
     self._times.append(
       {
         "what": what,
-        "implementations": chosen,
+        "implementations": chosen or traced,
         **dataclasses.asdict(timing),
         "flops": flops,
         "bytes": moved,
-        "floor_seconds": floor,
+        "floor_seconds": None if unknown else max(computing, copying),
       }
     )
-    return seconds
+    self._print_time(self._times[-1], computing, copying)
+    return timing.seconds
 
   def ratio(self, what: str, value: float) -> None:
+    if not self._ratios:
+      print()
     print(f"{what}: {value:.2f}", flush=True)
     self._ratios.append({"what": what, "value": value})
 
   def write(self, file: pathlib.Path) -> None:
+    flops, copied = self._peaks
     values = {
       **self._values,
-      "peak": dataclasses.asdict(self._peak),
+      "peak": {"flops": flops.rate, "bytes": copied.rate},
       "checks": self._checks,
       "times": self._times,
       "ratios": self._ratios,
@@ -148,8 +137,42 @@ class Report:
     text = json.dumps(values, indent=2, default=str)
     file.write_text(text + "\n", encoding="utf-8")
 
+  def _least_seconds(
+    self, what: str, work: tuple[float, float], seconds: float
+  ) -> list[float | None]:
+    """Least times for FLOPs and bytes, which took `seconds`, at the peaks."""
+    for peak, amount in zip(self._peaks, work):
+      if (doubt := peak.disprove(what, amount / seconds)) is not None:
+        print(doubt)
+        for x in self._times:
+          x["floor_seconds"] = None
+    return [x.seconds(amount) for x, amount in zip(self._peaks, work)]
+
+  def _print_time(
+    self, x: dict[str, Any], computing: float | None, copying: float | None
+  ) -> None:
+    if len(self._times) == 1:
+      print("\n" + " ".join(_head(name, form) for name, form in _COLUMNS))
+    seconds = x["seconds"]
+    shown = (
+      x["what"],
+      "+".join(sorted({*itertools.chain(*x["implementations"].values())})),
+      1e3 * seconds,
+      x["flops"] / seconds / 1e12,
+      computing and computing / seconds,
+      x["bytes"] / seconds / 1e12,
+      copying and copying / seconds,
+      x["floor_seconds"] and 1e3 * x["floor_seconds"],
+    )
+    cells = (_cell(x, form) for x, (_, form) in zip(shown, _COLUMNS))
+    print(" ".join(cells), flush=True)
+
 
 def _head(name: str, form: str) -> str:
   """Formats a column's name with the column's width and alignment."""
   width = form.removeprefix("{:").partition(".")[0].rstrip("}")
   return f"{name:{width}}"
+
+
+def _cell(value: Any, form: str) -> str:
+  return _head("-", form) if value is None else form.format(value)

@@ -8,7 +8,6 @@ bits.
 """
 
 from collections.abc import Sequence
-from typing import Final
 
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -19,16 +18,24 @@ from jaxlib.mlir.dialects import vector
 import numpy as np
 
 from pallas_kernels.hopper import threads
+from pallas_kernels.hopper import tiles
 from pallas_kernels.hopper.threads import F32
 from pallas_kernels.hopper.threads import U32
-
-ROWS: Final = 64
 
 
 def matrix(columns: int, dtype: DTypeLike) -> plgpu.ShapeDtypeStruct:
   """Type of a matrix of 64 rows that `threads.code` returns."""
   return plgpu.ShapeDtypeStruct(
-    (ROWS, columns), jnp.dtype(dtype), layout=plgpu.Layout.WGMMA
+    (tiles.ROWS, columns), jnp.dtype(dtype), layout=tiles.MATRIX
+  )
+
+
+def numbers(n: int) -> plgpu.ShapeDtypeStruct:
+  """Type of n int32 numbers of each thread, in an array of no other meaning."""
+  return plgpu.ShapeDtypeStruct(
+    (n * threads.WARPGROUP,),
+    jnp.dtype(jnp.int32),
+    layout=plgpu.Layout.WG_STRIDED((n * threads.WARPGROUP,), n),
   )
 
 
@@ -72,6 +79,17 @@ def of_integers(numbers: Sequence[U32]) -> mgpu.FragmentedArray:
   return _of_pairs(numbers, threads.i32(), True)
 
 
+def of_numbers(numbers: Sequence[U32]) -> mgpu.FragmentedArray:
+  """Array of the type `numbers`."""
+  n = len(numbers)
+  kind = ir.VectorType.get((n,), threads.i32())
+  register = vector.from_elements(kind, [x.value for x in numbers])
+  layout = mgpu.WGStridedFragLayout((n * threads.WARPGROUP,), n)
+  return mgpu.FragmentedArray(
+    _registers=np.array([register], object), _layout=layout, _is_signed=True
+  )
+
+
 def _of_pairs(numbers, element, is_signed):
   pair = ir.VectorType.get((2,), element)
   values = [x.value for x in numbers]
@@ -95,7 +113,7 @@ def of_words(
 def _array(registers, is_signed):
   layout = mgpu.WGMMA_LAYOUT
   # Two registers for every 8 columns.
-  shape = layout.registers_shape((ROWS, 4 * len(registers)))
+  shape = layout.registers_shape((tiles.ROWS, 4 * len(registers)))
   array = np.empty(len(registers), object)
   array[:] = registers
   return mgpu.FragmentedArray(

@@ -1,11 +1,13 @@
 """Places in shared and device memory, as single threads address them."""
 
 from collections.abc import Sequence
+import dataclasses
 
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import vector
 
 from pallas_kernels.hopper import threads
 from pallas_kernels.hopper.threads import Bool
@@ -58,19 +60,29 @@ class Place:
     kind = self.value.type
     return arith.constant(kind, ir.IntegerAttr.get(kind, x))
 
-  # Here and below, an offset in bytes is a constant of the instruction.
+  # Here and below, an offset in bytes is a constant of the instruction. So is
+  # `turn`, for swizzled arrays in shared memory: the address is xor'd with it.
 
   def load(self, offset: int = 0) -> U32:
-    text = f"ld.{self.space}.b32 $0, [$1+{offset}];"
-    return U32(*threads.assembly(text, [self.value], [threads.i32()]))
+    [word] = self.load_words(1, offset)
+    return word
 
-  def load_floats(self, n: int, offset: int = 0) -> list[F32]:
+  def load_words(self, n: int, offset: int = 0, turn: int = 0) -> list[U32]:
+    """Loads 1, 2 or 4 neighbouring words at once."""
+    kinds = [threads.i32()] * n
+    return [U32(x) for x in self._get(".b32", kinds, offset, turn)]
+
+  def load_floats(self, n: int, offset: int = 0, turn: int = 0) -> list[F32]:
     """Loads 1, 2 or 4 neighbouring floats at once."""
+    kinds = [threads.f32()] * n
+    return [F32(x) for x in self._get(".f32", kinds, offset, turn)]
+
+  def _get(self, kind, kinds, offset, turn):
+    n = len(kinds)
     outs = ", ".join(f"${i}" for i in range(n))
     vector, outs = (f".v{n}", f"{{{outs}}}") if n > 1 else ("", outs)
-    text = f"ld.{self.space}{vector}.f32 {outs}, [${n}+{offset}];"
-    kinds = [threads.f32()] * n
-    return [F32(x) for x in threads.assembly(text, [self.value], kinds)]
+    text = f"ld.{self.space}{vector}{kind} {outs}, [${n}+{offset}];"
+    return threads.assembly(_turned(text, n, turn), [self.value], kinds)
 
   def load_constant(self, offset: int = 0) -> U32:
     """Loads a word of device memory that the kernel does not write."""
@@ -89,10 +101,11 @@ class Place:
     values: Sequence[F32 | U32],
     offset: int = 0,
     where: Bool | None = None,
+    turn: int = 0,
   ) -> None:
     """Stores 1, 2 or 4 neighbours at once."""
     kind = ".f32" if isinstance(values[0], F32) else ".b32"
-    self._put(f"st.{self.space}", kind, values, offset, where)
+    self._put(f"st.{self.space}", kind, values, offset, where, turn)
 
   def add(
     self, values: Sequence[F32], offset: int = 0, where: Bool | None = None
@@ -100,7 +113,7 @@ class Place:
     """Adds 4 neighbours in device memory, in no order with other threads'."""
     self._put("red.relaxed.gpu.global.add", ".f32", values, offset, where)
 
-  def _put(self, action, kind, values, offset, where):
+  def _put(self, action, kind, values, offset, where, turn=0):
     n = len(values)
     ins = ", ".join(f"${1 + i}" for i in range(n))
     vector, ins = (f".v{n}", f"{{{ins}}}") if n > 1 else ("", ins)
@@ -109,7 +122,52 @@ class Place:
     if where is not None:
       text = f"@${1 + n} {text}"
       args.append(where.value)
-    threads.assembly(text, args)
+    threads.assembly(_turned(text, 0, turn), args)
+
+
+def _turned(text, address, turn):
+  if not turn:
+    return text
+  text = text.replace(f"[${address}+", "[at+")
+  return f"{{ .reg .b32 at; xor.b32 at, ${address}, {turn}; {text} }}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyRow:
+  """Row of an array in device memory, whose address each use computes anew.
+
+  LLVM would hold the addresses of several `Place`s in registers, and whether
+  they are to be written.
+  """
+
+  array: Place
+  """Place in the array's first row."""
+  size: int
+  """Bytes of a row."""
+  number: U32
+  further: int
+  """Added to `number`."""
+  key: U32
+  keys: int
+  """Nothing is written unless `key` < `keys`."""
+
+  def store(self, values: Sequence[F32], offset: int) -> None:
+    """Stores 4 neighbours at once."""
+    self._put("st.global", values, offset)
+
+  def add(self, values: Sequence[F32], offset: int) -> None:
+    """Adds 4 neighbours, in no order with other threads'."""
+    self._put("red.relaxed.gpu.global.add", values, offset)
+
+  def _put(self, action, values, offset):
+    args = [self.array, self.key, self.number, *values]
+    threads.assembly(
+      "{ .reg .pred valid; .reg .b32 row; .reg .b64 at; "
+      f"setp.lt.u32 valid, $1, {self.keys}; add.u32 row, $2, {self.further}; "
+      f"mad.wide.u32 at, row, {self.size}, $0; "
+      f"@valid {action}.v4.f32 [at+{offset}], {{$3, $4, $5, $6}}; }}",
+      [x.value for x in args],
+    )
 
 
 class Memory:
@@ -184,3 +242,35 @@ class Memory:
       text = f"@$2 {text}"
       args.append(where.value)
     threads.assembly(text, args)
+
+
+class Array:
+  """Array of 16- or 32-bit numbers whose loads the compiler may move.
+
+  Those of `Place` and `Memory` stay where they are written.
+  """
+
+  def __init__(self, ref: ir.Value):
+    self._ref = ref
+    self._kind = ir.MemRefType(ref.type).element_type
+    self._bits = mgpu_utils.bitwidth(self._kind)
+
+  def load(self, *at: U32 | int) -> U32:
+    """Loads the number at these indices; one of 16 bits has zeros above."""
+    kind = ir.IntegerType.get_signless(self._bits)
+    number = vector.extract(self._load(1, kind, 1, at), [], [0])
+    if self._bits < 32:
+      number = arith.extui(threads.i32(), number)
+    return U32(number)
+
+  def load_words(self, n: int, *at: U32 | int) -> list[U32]:
+    """Loads n neighbouring words, the first of which begins at these indices;
+    16-bit numbers are two to a word."""
+    words = self._load(n * 32 // self._bits, threads.i32(), n, at)
+    return [U32(vector.extract(words, [], [i])) for i in range(n)]
+
+  def _load(self, size, kind, n, at):
+    index = ir.IndexType.get()
+    at = [arith.index_cast(index, U32(x).value) for x in at]
+    numbers = vector.load(ir.VectorType.get((size,), self._kind), self._ref, at)
+    return vector.bitcast(ir.VectorType.get((n,), kind), numbers)

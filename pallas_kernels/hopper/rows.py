@@ -4,9 +4,12 @@ Each thread copies, or adds, its own few bytes of arbitrary rows.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import math
 from typing import Any
 
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -115,6 +118,59 @@ def wait_copies(in_flight: int) -> None:
   """
   threads.code()(lambda: copies.wait(in_flight))()
   plgpu.commit_smem()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+  """Tiles of gathered rows, copied before they are read.
+
+  A tile has 64 rows; where these are long, it comes in pieces by columns.
+  """
+
+  source: Any
+  """[rows, pieces * columns] in device memory, bf16."""
+  rows: Any
+  """Numbers of rows, in shared memory, int32; those of number -1 become 0."""
+  slots: Any
+  """[n, 64, columns] in shared memory, `tiles.SWIZZLED`."""
+  number: Int[Array, ""] | int
+  """Tiles to read."""
+  ahead: int
+  """Pieces that are copied while an earlier one is read, below n."""
+  pieces: int = 1
+  first: Int[Array, ""] | int = 0
+  """The tiles are those of `rows[first]` and after."""
+
+  def start(self) -> None:
+    """Starts copying the first pieces."""
+    for piece in range(self.ahead):
+      self._copy(jnp.int32(0), piece)
+
+  def get(self, tile: Int[Array, ""], piece: int = 0) -> Any:
+    """Waits for a piece; pieces are to be got in order.
+
+    Starts copying a later one in place of the earliest, which must have been
+    read.
+    """
+    wait_copies(self.ahead - 1)
+    self._copy(tile, piece + self.ahead)
+    return self._slot(tile, piece)
+
+  def _copy(self, tile, piece):
+    tile += piece // self.pieces
+    piece %= self.pieces
+
+    @pl.when(tile < self.number)
+    def _():
+      _, bK, columns = self.slots.shape
+      slot, first = self._slot(tile, piece), self.first + tile * bK
+      start_copy(self.source, self.rows, slot, first, piece * columns)
+
+    commit_copies()
+
+  def _slot(self, tile, piece):
+    n = self.slots.shape[0]
+    return self.slots.at[lax.rem(tile * self.pieces + piece, n)]
 
 
 def add(

@@ -304,6 +304,12 @@ class U32:
     """Minimum of each half, as unsigned 16-bit numbers."""
     return self._by("min.u16x2 $0, $1, $2;", other)
 
+  def positive_halves(self) -> "U32":
+    """All ones in each half that is positive as bfloat16, else 0."""
+    return self._by(
+      "{ .reg .b32 zero; mov.b32 zero, 0; set.gt.u32.bf16x2 $0, $1, zero; }"
+    )
+
   def _by(self, text: str, *others: "U32 | Bool", in_order: bool = False):
     args = [self.value, *(x.value for x in others)]
     return U32(assembly(text, args, [i32()], in_order=in_order)[0])
@@ -362,6 +368,11 @@ class F32:
     """Computes self * factor + term, rounded once."""
     return F32(math_dialect.fma(self.value, factor.value, term.value))
 
+  def pack(self, high: "F32") -> U32:
+    """Packs this number and another as bfloat16 into one register."""
+    text, args = "cvt.rn.bf16x2.f32 $0, $1, $2;", [high.value, self.value]
+    return U32(*assembly(text, args, [i32()], in_order=False))
+
   def differs(self, other: "F32 | float") -> Bool:
     unequal = arith.CmpFPredicate.UNE
     return Bool(arith.cmpf(unequal, self.value, F32(other).value))
@@ -396,6 +407,21 @@ def when(condition: Bool) -> Callable[[Callable[[], None]], None]:
       body()
 
   return emit
+
+
+def change_where[T](condition: Bool, change: Callable[[T], T], x: T) -> T:
+  """Returns `change(x)` where the condition holds, else x; a warp in which it
+  holds nowhere skips the change. Of arrays as `code` gets them."""
+  values, tree = jax.tree.flatten(x)
+  types = [value.type for value in values]
+  op = scf.IfOp(condition.value, types, has_else=True)
+  with ir.InsertionPoint(op.then_block):
+    scf.yield_(jax.tree.leaves(change(x)))
+  otherwise = op.else_block
+  assert otherwise is not None
+  with ir.InsertionPoint(otherwise):
+    scf.yield_(values)
+  return jax.tree.unflatten(tree, list(op.results))
 
 
 def loop(

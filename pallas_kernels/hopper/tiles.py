@@ -7,15 +7,17 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 ROWS: Final = 64  # of a product, by one warpgroup
 # Tiles for tensor cores, in shared memory: eights of rows of 128 bytes, whose
 # 16-byte pieces are permuted within their row; NARROW: of rows of 64 bytes.
 SWIZZLED: Final = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 NARROW: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
-# The same of float32, for TMA.
+# The same of 8-bit numbers; and of float32, for TMA.
+BYTES: Final = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 FLOATS: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+_BY_SIZE: Final = {1: BYTES, 2: SWIZZLED, 4: FLOATS}
 # A product's rows and columns, as a warpgroup holds them.
 MATRIX: Final = plgpu.Layout.WGMMA
 BY_ROW: Final = MATRIX.reduce(1)
@@ -30,9 +32,13 @@ BY_HAND: Final = plgpu.CompilerParams(
 
 
 def shared(shape: tuple[int, ...], dtype: DTypeLike = jnp.bfloat16) -> Any:
-  """Scratch for tiles of 64 columns, `SWIZZLED`; float32: of 32, `FLOATS`."""
-  wide = jnp.dtype(dtype).itemsize == 4
-  return plgpu.SMEM(shape, dtype, transforms=FLOATS if wide else SWIZZLED)
+  """Scratch for tiles whose rows have 128 bytes."""
+  return plgpu.SMEM(shape, dtype, transforms=transforms(dtype))
+
+
+def transforms(dtype: DTypeLike) -> tuple[Any, ...]:
+  """Layout of such tiles: `BYTES`, `SWIZZLED` or `FLOATS`."""
+  return _BY_SIZE[jnp.dtype(dtype).itemsize]
 
 
 def zeros(columns: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -45,12 +51,12 @@ def by_row(value: float) -> Float[Array, "64"]:
   return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW)
 
 
-def over_columns(x: Float[Array, "64"], columns: int) -> jax.Array:
+def over_columns(x: Shaped[Array, "64"], columns: int) -> jax.Array:
   """Repeats each row's number over the columns: [64, columns]."""
   return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
-def over_rows(x: Float[Array, " columns"]) -> jax.Array:
+def over_rows(x: Shaped[Array, " columns"]) -> jax.Array:
   """Repeats each column's number over the rows: [64, columns]."""
   return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
 

@@ -8,34 +8,34 @@ there, its queries have zeros. Multiplying with these zeros is free, since the
 matrix units pad widths to the same size.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-LANES: Final = 128
+from pallas_kernels.tpu import lanes
 
 
 def side_by_side(k: Float[Array, "B S N X"]) -> Float[Array, "B S lanes"]:
   """Concatenates heads, padded to whole registers; X is a multiple of 64."""
   B, S, N, X = k.shape
-  return jnp.pad(k.reshape(B, S, N * X), [(0, 0), (0, 0), (0, -N * X % LANES)])
+  return lanes.pad(k.reshape(B, S, N * X), 1, lanes.LANES)
 
 
 def place(n: Any, X: int) -> Any:
   """First lane of the window of head n, of width X."""
-  return n * X // LANES * LANES
+  return n * X // lanes.LANES * lanes.LANES
 
 
 def width(X: int, heads: int = 1) -> int:
   """Lanes of the window of `heads` heads that start at a register."""
-  return -(-heads * X // LANES) * LANES
+  return lanes.whole(heads * X)
 
 
 def queries(q: Float[Array, "B N T X"]) -> Float[Array, "B N T width"]:
   """Pads queries with zeros where the window has a neighbouring head's keys."""
   B, N, T, X = q.shape
-  if X % LANES == 0:
+  if X % lanes.LANES == 0:
     return q
   q = jnp.pad(q, [(0, 0), (0, N % 2), (0, 0), (0, 0)])
   left, right = jnp.moveaxis(q.reshape(B, -1, 2, T, X), 2, 0)

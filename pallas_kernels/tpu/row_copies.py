@@ -17,16 +17,16 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.tpu import row_plan as plan_lib
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import row_plan
 
-LANES: Final = 128
 _UNROLLED: Final = 32  # copies in the body of the loop that starts them
 PREFETCHED: Final = 2  # tiles
 
 
 def parts(width: int, itemsize: int) -> int:
   """W, the number of parts of a row, of 128 numbers of 32 bits each."""
-  return pl.cdiv(pl.cdiv(width, LANES), 4 // itemsize)
+  return pl.cdiv(pl.cdiv(width, lanes.LANES), 4 // itemsize)
 
 
 def pack(
@@ -40,19 +40,19 @@ def pack(
   """
   B, S, D = kv.shape
   W, ratio = parts(D, kv.dtype.itemsize), 4 // kv.dtype.itemsize
-  kv = jnp.pad(kv, [(0, 0), (0, bK), (0, W * ratio * LANES - D)])
-  kv = kv.reshape(B, S + bK, ratio, W, LANES)
+  kv = jnp.pad(kv, [(0, 0), (0, bK), (0, W * ratio * lanes.LANES - D)])
+  kv = kv.reshape(B, S + bK, ratio, W, lanes.LANES)
   if ratio == 1:
     kv = kv[:, :, 0]
   else:
     halves = jax.lax.bitcast_convert_type(kv, jnp.uint16).astype(jnp.int32)
     kv = halves[:, :, 0] | halves[:, :, 1] << 16
   kv = jnp.pad(kv, [(0, 0), (0, 0), (0, pitch - W), (0, 0)])
-  return kv.reshape(-1, 1, LANES)
+  return kv.reshape(-1, 1, lanes.LANES)
 
 
 def listed(
-  plan: plan_lib.Plan, S: int, tiles: plan_lib.Tiles, cores: int, pitch: int
+  plan: row_plan.Plan, S: int, tiles: row_plan.Tiles, cores: int, pitch: int
 ) -> Int[Array, "B nQ nL bK"]:
   """First piece, in the layout of `pack`, of each row that a block reads.
 
@@ -119,19 +119,20 @@ def wait(buffer: Any, semaphore: Any) -> None:
 
 def planes(buffer: Any, interpret: Any) -> Any:
   """Views a buffer [W, bK, 1, 128] as [W, bK, 128]."""
-  W, bK, _, lanes = buffer.shape
   # Interpret mode does not support reshaped references, nor need them.
-  return buffer.at[:, :, 0] if interpret else buffer.reshape(W, bK, lanes)
+  if interpret:
+    return buffer.at[:, :, 0]
+  return buffer.reshape(*buffer.shape[:2], lanes.LANES)
 
 
 def unpack(planes: Any, keys: Any) -> None:
   """Unpacks copied rows into keys [bK, nD 128]."""
   W, bK, _ = planes.shape
-  n_chunks = keys.shape[1] // LANES
+  n_chunks = keys.shape[1] // lanes.LANES
 
   def put(chunk, x):
     if chunk < n_chunks:
-      keys[:, pl.ds(chunk * LANES, LANES)] = x
+      keys[:, pl.ds(chunk * lanes.LANES, lanes.LANES)] = x
 
   for w in range(W):
     if keys.dtype.itemsize == 4:
@@ -144,17 +145,44 @@ def unpack(planes: Any, keys: Any) -> None:
     put(w + W, pltpu.bitcast(upper, keys.dtype))
 
 
-def scratch(D: int, dtype: Any, bK: int) -> list[Any]:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lists:
+  """What a kernel has of a block's plan."""
+
+  block: Any
+  """Entry of `Plan.blocks`, as scalars."""
+  pieces: Any
+  """Entry of `listed`, as scalars: [nK + 2, bK]."""
+  codes: Any
+  """Entry of `Plan.codes`, as vectors: [nK, bK]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+  """Scratch memory of a `Stream`."""
+
+  buffers: Any
+  """Buffers of two tiles, as copied."""
+  semaphores: Any
+  """Semaphores of the copies."""
+  turn: Any
+  """Buffer of the block's first tile."""
+  keys: Any
+  """Current tile, [bK, D], D padded to whole registers."""
+
+
+def scratch(D: int, dtype: Any, bK: int) -> Scratch:
   """Scratch of a `Stream` of rows of D numbers."""
+  copied = jnp.int32 if dtype.itemsize == 2 else dtype
   W = parts(D, dtype.itemsize)
-  return [
-    pltpu.VMEM(
-      (PREFETCHED, W, bK, 1, LANES), jnp.int32 if dtype.itemsize == 2 else dtype
-    ),
-    pltpu.SemaphoreType.DMA((PREFETCHED,)),
-    pltpu.SMEM((1,), jnp.int32),
-    pltpu.VMEM((bK, pl.cdiv(D, LANES) * LANES), dtype),
-  ]
+  return Scratch(
+    buffers=pltpu.VMEM((PREFETCHED, W, bK, 1, lanes.LANES), copied),
+    semaphores=pltpu.SemaphoreType.DMA((PREFETCHED,)),
+    turn=pltpu.SMEM((1,), jnp.int32),
+    keys=pltpu.VMEM((bK, lanes.whole(D)), dtype),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,71 +194,70 @@ class Stream:
   next block.
   """
 
-  block: Any
-  """Entry of `Plan.blocks` of the block."""
-  pieces: Any
-  """Result of `listed` for the block, as scalars: [nK + 2, bK]."""
+  lists: Lists
   rows: Any
   """Result of `pack`, in HBM."""
-  buffers: Any
-  """Buffers of two tiles, as copied."""
-  semaphores: Any
-  """Semaphores of the copies."""
-  turn: Any
-  """Buffer of the block's first tile."""
-  keys: Any
-  """Current tile, [bK, D], D padded to whole registers."""
+  scratch: Scratch
   interpret: Any
+
+  @property
+  def keys(self) -> Any:
+    """Current tile, see `Scratch.keys`."""
+    return self.scratch.keys
 
   @property
   def n_tiles(self) -> Any:
     """Number of tiles, at least the prefetched ones, which may have no keys."""
-    return jnp.maximum(self.block[0, 0], PREFETCHED)
+    return jnp.maximum(self.lists.block[0, 0], PREFETCHED)
 
   def open(self) -> None:
     """Begins the block; called first."""
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
-      self.turn[0] = 0
+      self.scratch.turn[0] = 0
       for tile in range(PREFETCHED):
-        copy = self._copy(tile)
-        start_all(copy, self.pieces.at[tile], self.keys.dtype.itemsize)
+        pieces = self.lists.pieces.at[tile]
+        start_all(self._copy(tile), pieces, self.keys.dtype.itemsize)
 
   def read(self, tile: Any) -> None:
     """Writes a tile's rows to `keys`; `start` must be called next."""
     slot = self._slot(tile)
-    wait(self.buffers.at[slot], self.semaphores.at[slot])
-    unpack(planes(self.buffers.at[slot], self.interpret), self.keys)
+    self._wait(slot)
+    buffer = self.scratch.buffers.at[slot]
+    unpack(planes(buffer, self.interpret), self.keys)
 
   def start(self, tile: Any, part: Any = 0, n_parts: int = 1) -> None:
     """Starts part of the copies of the second tile after `tile`."""
     prefetched, n_tiles = tile + PREFETCHED, self.n_tiles
-    nK = self.pieces.shape[0] - PREFETCHED
+    nK = self.lists.pieces.shape[0] - PREFETCHED
     prefetched = jnp.where(
       prefetched < n_tiles, prefetched, nK + prefetched - n_tiles
     )
     itemsize = self.keys.dtype.itemsize
     copy = self._copy(self._slot(tile))
-    start(copy, self.pieces.at[prefetched], itemsize, part, n_parts)
+    start(copy, self.lists.pieces.at[prefetched], itemsize, part, n_parts)
 
   def close(self) -> None:
     """Ends the block; called last."""
-    self.turn[0] = self._slot(self.n_tiles)
+    self.scratch.turn[0] = self._slot(self.n_tiles)
     ends = [pl.program_id(i) == pl.num_programs(i) - 1 for i in (1, 2)]
 
     @pl.when(ends[0] & ends[1])
     def _():
       for slot in range(PREFETCHED):
-        wait(self.buffers.at[slot], self.semaphores.at[slot])
+        self._wait(slot)
 
   def _slot(self, tile):
-    return (self.turn[0] + tile) % PREFETCHED
+    return (self.scratch.turn[0] + tile) % PREFETCHED
+
+  def _wait(self, slot):
+    wait(self.scratch.buffers.at[slot], self.scratch.semaphores.at[slot])
 
   def _copy(self, slot):
-    W = self.buffers.shape[1]
+    W = self.scratch.buffers.shape[1]
     return lambda piece, place: pltpu.make_async_copy(
       self.rows.at[pl.ds(piece, W)],
-      self.buffers.at[slot, :, place],
-      self.semaphores.at[slot],
+      self.scratch.buffers.at[slot, :, place],
+      self.scratch.semaphores.at[slot],
     )

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import tuned
-from pallas_kernels.tpu import chip as tpu
+from pallas_kernels.tpu import lanes
 
 # Queries whose lists are sorted at once: bounds the memory of sorting.
 _SORTED_QUERIES = 4096
@@ -32,7 +31,7 @@ class Tiles:
   """Largest size of a union, in multiples of one query's keys."""
 
 
-def tiles(T: int, K: int, N: int) -> Tiles:
+def pick_tiles(K: int, N: int) -> Tiles:
   """Tiles that suit every chip, as far as static schedules tell.
 
   A block of 8 exploits most of the sharing, and is the smallest that lse can be
@@ -42,13 +41,11 @@ def tiles(T: int, K: int, N: int) -> Tiles:
   queries with keys that few of them selected cost more than reading a key for
   each: with few heads, reading takes the time.
   """
-  heuristic = {
-    "bQ": 8,
-    "bK": min(512, max(128, 1 << max(K - 1, 0).bit_length())),
-    "longest_union": 3 if N > 32 else 7,
-  }
-  table = tuned.tiles("sparse_mla", tpu.chip().name, T=T, K=K, N=N)
-  return Tiles(**(table or heuristic))
+  return Tiles(
+    bQ=8,
+    bK=min(512, max(128, 1 << max(K - 1, 0).bit_length())),
+    longest_union=3 if N > 32 else 7,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +63,8 @@ class Plan:
 def plan(indices: Int[Array, "B T K"], S: int, tiles: Tiles) -> Plan:
   """Sorts the selected keys of each block: O(T K) work and memory."""
   bQ, bK = tiles.bQ, tiles.bK
-  B, T, K = indices.shape
-  padding = (0, 0), (0, -T % bQ), (0, -K % bK)
-  indices = jnp.pad(indices, padding, constant_values=-1)
+  B, _, K = indices.shape
+  indices = lanes.pad(indices, bQ, bK, fill=-1)
   blocks_XL = indices.reshape(-1, bQ * indices.shape[2])
   codes_XL, blocks_X3 = jax.lax.map(
     lambda chosen_L: _block(chosen_L, K, S, tiles),

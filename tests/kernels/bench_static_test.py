@@ -11,9 +11,14 @@ import pytest
 
 from pallas_kernels import shapes
 from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench.estimate import bundles
-from pallas_kernels.bench.estimate import counts
-from pallas_kernels.bench.estimate import static
+from pallas_kernels.bench.estimate import compiler
+from pallas_kernels.bench.estimate import schedule
+from pallas_kernels.bench.estimate import work as work_lib
+from pallas_kernels.cases import counts
+from pallas_kernels.cases import data
+from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import (
+  counts as dense_indexer_loss,
+)
 from pallas_kernels.ops.dense_mla import api as dense_mla
 
 # libtpu writes schedules only where it was told to before it was loaded, which
@@ -24,7 +29,8 @@ import functools, json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from pallas_kernels.bench.estimate import bundles counts, static
+from pallas_kernels.bench.estimate import compiler, schedule, work
+from pallas_kernels.cases import counts
 
 def kernel(x, y, out, *, turns):
   @pl.when(pl.program_id(1) == 0)
@@ -49,8 +55,8 @@ def call(x, y):
   )(x, y)
 
 found = {}
-with static.dumping() as folder:
-  mesh = static.device(sys.argv[1])
+with compiler.dumping() as folder:
+  mesh = compiler.device(sys.argv[1])
   sharding = jax.sharding.NamedSharding(mesh, jax.P())
   sds = lambda *shape: jax.ShapeDtypeStruct(
     shape, jnp.bfloat16, sharding=sharding
@@ -61,14 +67,14 @@ with static.dumping() as folder:
       jax.jit(call).trace(sds(turns, T, 1024), sds(1024, 512)).lower(
         lowering_platforms=("tpu",)
       ).compile()
-    files = bundles.dumped(folder)
+    files = schedule.dumped(folder)
     (name,) = [x for x in files if x.startswith(f"products_q{T}_k{turns}")]
-    block = bundles.parse(files[name].read_text())
-    work = counts.work(
+    block = schedule.parse(files[name].read_text())
+    done = work.work(
       block, counts.Counts(steps=steps, ends=T // 256, blocks=(), bytes=0)
     )
     loops = [x.trips for _, x in block.walk() if x.kind == "loop"]
-    found[f"{steps}x{turns}"] = work.cycles, work.matmuls, loops
+    found[f"{steps}x{turns}"] = done.cycles, done.matmuls, loops
 print(json.dumps(found))
 """
 
@@ -105,8 +111,8 @@ def test_cycles_are_known_by_construction(topology, side):
 
 def block(kind, own, *inside, trips=None, matmuls=0):
   """Bundles of its own, and then what is inside."""
-  units = bundles.collections.Counter(matmul=matmuls)
-  return bundles.Block(kind, 0, own - 1, trips, own, units, [*inside])
+  units = schedule.collections.Counter(matmul=matmuls)
+  return schedule.Block(kind, 0, own - 1, trips, own, units, [*inside])
 
 
 def place(outer, first=0):
@@ -131,7 +137,7 @@ def kernel():
 
 def test_blocks_are_weighed_in_their_order():
   of = counts.Counts(steps=100, ends=10, blocks=(400, 300, 90), bytes=0)
-  work = counts.work(kernel(), of)
+  work = work_lib.work(kernel(), of)
   cycles = 3 + 100 * (11 + 22 + 20) + 10 * 25 + 400 * 10 + 300 * 30 + 90 * 50
   assert work.cycles == cycles + 100 * 4 * 7
   assert work.matmuls == 2 * 300 + 2 * 90
@@ -139,7 +145,7 @@ def test_blocks_are_weighed_in_their_order():
 
 def test_what_is_never_run_has_no_counts():
   of = counts.Counts(steps=100, ends=0, blocks=(0,), bytes=0)
-  assert counts.work(kernel(), of).matmuls == 0
+  assert work_lib.work(kernel(), of).matmuls == 0
 
 
 @pytest.mark.parametrize(
@@ -148,20 +154,20 @@ def test_what_is_never_run_has_no_counts():
 )
 def test_counts_of_another_kernel_are_refused(blocks, message):
   of = counts.Counts(steps=100, ends=10, blocks=blocks, bytes=0)
-  with pytest.raises(counts.Unknown, match=message):
-    counts.work(kernel(), of)
+  with pytest.raises(work_lib.Unknown, match=message):
+    work_lib.work(kernel(), of)
 
 
 @pytest.mark.parametrize("visible", ["causal", "all"])
 def test_tiles_that_are_seen(visible):
   shape = shapes.Shape(T=40, S=97, K=30, N=4)
   call = counts.Call(shape=shape, visible=visible, union=None)
-  start, end = (np.asarray(x)[0] for x in counts.cases.ranges(shape, visible))
+  start, end = (np.asarray(x)[0] for x in data.ranges(shape, visible))
   key = np.arange(104)
   sees_TS = (key >= start[:, None]) & (key < end[:, None])
   tiles = sees_TS.reshape(5, 8, 13, 8)
   alive = (start < end).reshape(5, 8, 1, 1)
-  seen, whole = counts._spans(call, 8, 8)
+  seen, whole = counts.spans(call, 8, 8)
   assert seen == tiles.any((1, 3)).sum()
   assert whole == (tiles | ~alive).all((1, 3)).sum()
 
@@ -178,14 +184,14 @@ def test_a_missing_compiler_is_told(monkeypatch):
   def fail(**_):
     raise RuntimeError("libtpu.so is not there")
 
-  monkeypatch.setattr(static.topologies, "get_topology_desc", fail)
+  monkeypatch.setattr(compiler.topologies, "get_topology_desc", fail)
   with pytest.raises(SystemExit, match="libtpu.so is not there.*jax.tpu"):
     bench.main(["dense_mla", "--shape=tiny", "--topology=v6e:2x2"])
 
 
 def test_an_op_without_a_kernel_is_told(monkeypatch):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
-  monkeypatch.setattr(static, "device", lambda _: mesh)
+  monkeypatch.setattr(compiler, "device", lambda _: mesh)
   monkeypatch.delitem(dense_mla.IMPLEMENTATIONS, "mosaic_tpu")
   with pytest.raises(SystemExit, match="dense_mla: .*'mosaic_tpu' is unknown"):
     bench.main(["dense_mla", "--shape=tiny", "--topology=v6e:2x2"])
@@ -276,4 +282,4 @@ def test_chunks_of_queries_are_those_of_all_cores():
   shape = shapes.Shape(T=64, S=256, K=16, N=4)
   call = counts.Call(shape=shape, visible="all", union=None, cores=2)
   # Two chunks of 2 x 16 queries, each of which sees 4 tiles of keys.
-  assert counts._chunks(call, 16, 64) == (2 * 2 * 4, 2 * 2)
+  assert dense_indexer_loss._chunks(call, 16, 64) == (2 * 2 * 4, 2 * 2)

@@ -1,8 +1,11 @@
 """The benchmark program, whole, on a shape that a CPU can do."""
 
 import dataclasses
+import importlib
 import json
 import pathlib
+import pkgutil
+import sys
 import tempfile
 from unittest import mock
 
@@ -11,11 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import ops
 from pallas_kernels import shapes
+from pallas_kernels import workloads
 from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench import cases
 from pallas_kernels.bench import check
-from pallas_kernels.bench import measure
+from pallas_kernels.bench import peak
+from pallas_kernels.bench import report as report_lib
+from pallas_kernels.bench import timing
+from pallas_kernels.cases import contract
+from pallas_kernels.cases import data
+from pallas_kernels.cases import setting as setting_lib
 from pallas_kernels.ops.dense_indexer_loss import api as dense_indexer_loss
 from pallas_kernels.ops.dense_mla import api as dense_mla
 from pallas_kernels.ops.indexer_topk import api as indexer_topk
@@ -32,22 +41,9 @@ APIS = {
 }
 
 
-def make_case(op: str, shape: shapes.Shape = TINY) -> cases.Case:
-  index_key, key, chosen_key = jax.random.split(jax.random.key(0), 3)
-  index = cases.index_inputs(index_key, shape)
-  if op == "indexer_topk":
-    return cases.indexer_topk(index, shape, "causal", None)
-  if op in ("sparse_mla", "sparse_indexer_loss"):
-    indices = cases.chosen(chosen_key, shape, "random")
-    attention = cases.sparse_mla(key, shape, indices)
-    loss = cases.sparse_indexer_loss
-  else:
-    attention = cases.dense_mla(key, shape, "causal")
-    loss = cases.dense_indexer_loss
-  if op == attention.op:
-    return attention
-  _, lse = jax.jit(attention.forward("chunked_xla"))(*attention.inputs.values())
-  return loss(index, attention, lse, shape, True)
+def make_case(op: str, shape: shapes.Shape = TINY) -> contract.Case:
+  module = importlib.import_module(f"pallas_kernels.ops.{op}.case")
+  return module.make(setting_lib.Setting(shape=shape))
 
 
 def spoil(name: str, x: jax.Array) -> jax.Array:
@@ -62,7 +58,7 @@ def spoil(name: str, x: jax.Array) -> jax.Array:
 def measured_once(monkeypatch):
   """Measurements take no longer than they must."""
   for name in ("_BATCH_SECONDS", "_ALL_SECONDS"):
-    monkeypatch.setattr(measure, name, 0.0)
+    monkeypatch.setattr(timing, name, 0.0)
 
 
 def run_main(op, *options):
@@ -137,7 +133,7 @@ def test_crossover():
   assert len(both) == 2
   seconds = {x["what"]: x["seconds"] for x in values["times"]}
   whole = dataclasses.replace(TINY, T=TINY.S)
-  start, end = (np.asarray(x) for x in cases.ranges(whole, "causal"))
+  start, end = (np.asarray(x) for x in data.ranges(whole, "causal"))
   seen = end - start
   per_pair = seen.sum() / np.minimum(seen, TINY.K).sum()
   for ratio, what in zip(both, ("forward", "forward and backward")):
@@ -215,7 +211,7 @@ def test_finds_one_wrong_row_of_a_gradient(name):
     q, kv = (same(q), kv) if name == "q" else (q, same(kv))
     return sparse_mla.reference.sparse_mla(q, kv, *args)
 
-  cotangents = cases.cotangents(case, jax.random.key(1))
+  cotangents = case.cotangents(jax.random.key(1))
   rows = np.arange(TINY.T)
   with mock.patch.dict(sparse_mla.IMPLEMENTATIONS, {"chunked_xla": wrong}):
     findings = check.check(case, "chunked_xla", rows, cotangents)
@@ -226,7 +222,7 @@ def test_finds_one_wrong_row_of_a_gradient(name):
 def test_a_sample_checks_what_the_whole_does():
   """Cotangents outside it are zero, so that d kv is that of the sample."""
   case = make_case("sparse_mla")
-  cotangents = cases.cotangents(case, jax.random.key(1))
+  cotangents = case.cotangents(jax.random.key(1))
   rows = check.sample(TINY.T, 9, seed=0)
   assert len(rows) == 9
   assert {0, 1, 2, 3, TINY.T - 1} <= set(rows.tolist())
@@ -253,7 +249,8 @@ def test_work_is_counted_as_in_the_bars():
 
 @pytest.mark.parametrize("order", ["random", "ascending"])
 def test_chosen_keys_are_distinct(order):
-  indices = np.asarray(cases.chosen(jax.random.key(0), TINY, order))[0]
+  setting = setting_lib.Setting(shape=TINY, order=order)
+  indices = np.asarray(data.chosen(setting))[0]
   assert not ((indices[1] >= 0) & (indices[1] < TINY.S)).any()
   for row in indices[3:]:
     assert len(set(row.tolist())) == TINY.K
@@ -261,3 +258,112 @@ def test_chosen_keys_are_distinct(order):
     assert TINY.K - 1 <= row.max() <= TINY.S - 1
   ascending = (np.diff(indices[3:]) > 0).all()
   assert ascending == (order == "ascending")
+
+
+def test_the_benchmark_knows_no_op_by_name():
+  names = {
+    x.name
+    for room in (ops, workloads)
+    for x in pkgutil.iter_modules(room.__path__)
+  }
+  assert {"sparse_mla", "attention"} <= names
+  files = [*pathlib.Path(bench.__file__).parent.rglob("*.py")]
+  assert len(files) > 5
+  for file in files:
+    named = [x for x in names if x in file.read_text(encoding="utf-8")]
+    assert not named, file
+
+
+DOUBLING = """
+from pallas_kernels import dispatch
+from pallas_kernels.cases import contract, data, tolerance
+
+def make(setting):
+  q, _ = data.latents(setting)
+
+  def call(q, *, implementation):
+    implementations = {
+      "reference": lambda q: q + q, "chunked_xla": lambda q: 2 * q
+    }
+    return dispatch.call("doubling", implementations, implementation, q)
+
+  return contract.Case(
+    op="doubling",
+    call=call,
+    inputs={"q": q},
+    differentiated=1,
+    shared=(),
+    outputs={"twice": tolerance.OUT},
+    flops=q.size,
+    flops_backward=q.size,
+    bytes_per_query=8 * q.size,
+    kernels={},
+  )
+"""
+
+
+@pytest.fixture
+def made_up_op(monkeypatch, tmp_path):
+  """An op whose folder was added to those of the package."""
+  folder = tmp_path / "doubling"
+  folder.mkdir()
+  (folder / "__init__.py").touch()
+  (folder / "case.py").write_text(DOUBLING, encoding="utf-8")
+  (tmp_path / "no_case").mkdir()
+  (tmp_path / "no_case" / "__init__.py").touch()
+  monkeypatch.setattr(ops, "__path__", [*ops.__path__, str(tmp_path)])
+  yield
+  for name in [*sys.modules]:
+    if name.startswith(
+      ("pallas_kernels.ops.doubling", "pallas_kernels.ops.no")
+    ):
+      del sys.modules[name]
+
+
+@pytest.mark.usefixtures("made_up_op")
+def test_an_op_with_a_case_is_run():
+  values = run_main("doubling", "--implementation=reference")
+  assert [x["name"] for x in values["checks"]] == ["twice"] * 2
+  assert [x["what"] for x in values["times"]] == ["doubling forward"] * 2
+  by = [x["implementations"]["doubling"] for x in values["times"]]
+  assert by == [["reference"], ["chunked_xla"]]
+
+
+@pytest.mark.usefixtures("made_up_op")
+def test_help_lists_what_has_a_case(capsys):
+  with pytest.raises(SystemExit):
+    bench.main(["--help"])
+  shown = capsys.readouterr().out
+  assert "doubling" in shown and "crossover" in shown
+  assert "no_case" not in shown and "grouped_matmul" not in shown
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [("flops", "is autotuning off?"), ("bytes", "was its data in a cache?")],
+)
+def test_a_peak_below_what_is_reached_is_none(
+  monkeypatch, capsys, tmp_path, wrong, message
+):
+  peaks = peak.measure()
+  for name, x in peaks._asdict().items():
+    x.rate = 1e15 if name == wrong else 1e30
+  monkeypatch.setattr(peak, "measure", lambda: peaks)
+  report = report_lib.Report()
+  small, large = jnp.zeros(1), jnp.zeros(1 << 20)
+
+  def time(array, flops):
+    report.time("negative", jnp.negative, (array,), flops)
+    report.write(tmp_path / "out.json")
+    return json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+
+  before = time(small, 1)
+  assert before["peak"][wrong] == 1e15
+  assert before["times"][0]["floor_seconds"] > 0
+  assert message not in capsys.readouterr().out
+  peaks[wrong == "bytes"].rate = 1e3
+  for _ in range(2):
+    after = time(large, 1 << 20)
+  assert after["peak"] == {"flops": 1e30, "bytes": 1e30} | {wrong: None}
+  assert [x["floor_seconds"] for x in after["times"]] == [None] * 3
+  assert capsys.readouterr().out.count(message) == 1

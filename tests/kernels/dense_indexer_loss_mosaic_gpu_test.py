@@ -19,9 +19,7 @@ import pytest
 
 from pallas_kernels import operands
 from pallas_kernels.ops.dense_indexer_loss import reference
-from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import (
-  launch as launch_lib,
-)
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import kernels
 from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import (
   scores as scores_lib,
@@ -109,15 +107,16 @@ def unless_seen(x, start, end, bT, bS):
   return jnp.where(visible, x, jnp.nan)
 
 
-def distributions(q_index, k_index, half_w, q, k, bias, where, scale, width):
-  place, start, end = where.place, where.start, where.end
+def distributions(index, attended, where, scale, width):
+  queries = where.queries
+  place, start, end = queries.place, queries.start, queries.end
   chunk = start.shape[0]
   similarity = jnp.einsum(
     "TMI,SI->TMS",
-    of_chunk(q_index, place, chunk),
-    keys(k_index, place, width),
+    of_chunk(index.q, place, chunk),
+    keys(index.k, place, width),
   )
-  w = 2 * of_chunk(half_w.swapaxes(1, 2), place, chunk)
+  w = 2 * of_chunk(index.half_w.swapaxes(1, 2), place, chunk)
   scores = jnp.einsum("TMS,TM->TS", jax.nn.relu(similarity), w)
   key = jnp.arange(width)[None]
   visible = (key >= start[:, None]) & (key < end[:, None])
@@ -133,20 +132,21 @@ def distributions(q_index, k_index, half_w, q, k, bias, where, scale, width):
   top = tiled.max(-1)
   finite = jnp.where(jnp.isneginf(top), 0.0, top)
   total = jnp.exp(tiled - finite[..., None]).sum(-1)
-  scores = unless_seen(scores, start, end, scores_lib.bT, launch_lib.bS)
+  scores = unless_seen(scores, start, end, scores_lib.bT, kernels.bS)
 
   wider = -(-width // target_lib.bS) * target_lib.bS
   logits = scale * jnp.einsum(
     "TND,SND->TNS",
-    of_chunk(q, place, chunk),
-    keys(k, place, wider),
+    of_chunk(attended.q, place, chunk),
+    keys(attended.k, place, wider),
   )
-  bias = of_chunk(bias.swapaxes(1, 2), place, chunk) / np.log2(np.e)
+  bias = of_chunk(attended.bias.swapaxes(1, 2), place, chunk) / np.log2(np.e)
   target = unless_seen(
     jnp.exp(logits + bias[..., None]).sum(1),
-    *(start, end, launch_lib.bT, target_lib.bS),
+    *(start, end, kernels.bT, target_lib.bS),
   )
-  return scores, jnp.stack(words).astype(jnp.int32), top.T, total.T, target
+  words = jnp.stack(words).astype(jnp.int32)
+  return scores_lib.Scores(scores, words, top.T, total.T), target
 
 
 def gradients(d_scores, active, k_index, weighted_q, where, d_k):
@@ -154,7 +154,7 @@ def gradients(d_scores, active, k_index, weighted_q, where, d_k):
   bit = heads % 32 // 2 + 16 * (heads % 2)
   active = (active[heads // 32] >> bit[:, None, None]) & 1
   g = jnp.where(active.swapaxes(0, 1) != 0, d_scores[:, None], 0.0).astype(f32)
-  k = keys(k_index, where.place, d_scores.shape[1])
+  k = keys(k_index, where.queries.place, d_scores.shape[1])
   d_k += jnp.einsum("TMS,TMI->SI", g, weighted_q.astype(f32))
   return jnp.einsum("TMS,SI->TMI", g, k), d_k
 
@@ -163,8 +163,8 @@ def gradients(d_scores, active, k_index, weighted_q, where, d_k):
 def without_kernels():
   """The surroundings call what the kernels' docstrings say, in their place."""
   with (
-    mock.patch.object(launch_lib, "distributions", distributions),
-    mock.patch.object(launch_lib, "gradients", gradients),
+    mock.patch.object(kernels, "distributions", distributions),
+    mock.patch.object(kernels, "gradients", gradients),
   ):
     yield
 

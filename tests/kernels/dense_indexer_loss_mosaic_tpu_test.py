@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels.ops.dense_indexer_loss import api
 from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import (
-  kernels as kernels_lib,
+  chunks as chunks_lib,
 )
 from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import op as mosaic_tpu
 from tests.kernels import dense_indexer_loss_test as portable
@@ -28,7 +28,7 @@ bf16 = jnp.bfloat16
 # Interpretation is slow: some of the queries, among them all kinds of ranges.
 QUERIES = {"any": slice(13), "packed": slice(-13, None)}
 # Several of each, none of which divides its length.
-TILES = kernels_lib.Tiles(cores=2, bT=4, bS=27, target_bS=18, bN=2)
+TILES = chunks_lib.Tiles(cores=2, bT=4, bS=27, target_bS=18, bN=2)
 op = functools.partial(mosaic_tpu.dense_indexer_loss, tiles=TILES)
 
 
@@ -77,10 +77,11 @@ def result(kind):
   return run(*with_noise(kind, make_inputs(kind)))
 
 
-def shapes(T, S, N, M=64, I=128, HR=192, dtype=bf16):
+def shapes(T, S, N, M=64, I=128, HR=192, dtype=bf16, key_dtype=None):
   a = jax.ShapeDtypeStruct
   return (
-    *(a((1, T, M, I), dtype), a((1, S, I), dtype), a((1, T, M), jnp.float32)),
+    *(a((1, T, M, I), dtype), a((1, S, I), key_dtype or dtype)),
+    a((1, T, M), jnp.float32),
     *[a((1, T), jnp.int32)] * 2,
     *(a((1, T, N, HR), dtype), a((1, S, N, HR), dtype)),
     *(a((1, T, N), jnp.float32), a((1, T), jnp.float32)),
@@ -131,7 +132,8 @@ def test_the_gradient_needs_no_loss():
 @pytest.mark.parametrize(
   "change, why",
   [
-    (dict(dtype=jnp.float16), "dtype=float16"),
+    (dict(dtype=jnp.float16), "k_index in float16"),
+    (dict(key_dtype=jnp.float32), "k_index in float32"),
     (dict(S=1 << 21), "S=2097152"),
     (dict(M=1024), "M=1024 .* bytes of VMEM"),
     (dict(HR=100), "HR=100 is not a multiple of 64"),

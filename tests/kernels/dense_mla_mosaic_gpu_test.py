@@ -2,10 +2,13 @@
 
 The kernels lower for CUDA at the real shapes. What surrounds them is run with
 each kernel replaced by what its docstring says, which trusts the plan: tiles
-that it leaves out are not looked at, those that it calls whole not masked.
+that it leaves out are not looked at, those that it calls whole not masked. Code
+of single threads is simulated.
 """
 
+import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 import jax
@@ -13,13 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.hopper import fragments
 from pallas_kernels.ops.dense_mla import api
 from pallas_kernels.ops.dense_mla import reference
 from pallas_kernels.ops.dense_mla.mosaic_gpu import backward as backward_lib
 from pallas_kernels.ops.dense_mla.mosaic_gpu import forward as forward_lib
+from pallas_kernels.ops.dense_mla.mosaic_gpu import mask_bits
 from pallas_kernels.ops.dense_mla.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.dense_mla.mosaic_gpu import walks
+from tests.kernels import by_thread
 from tests.kernels import inputs
 from tests.kernels import rows
+from tests.kernels import simulated_threads as threads
 
 B, HR, U = inputs.B, 192, 128
 SCALE = 0.1
@@ -208,3 +216,50 @@ def test_surroundings(kind, size, choice):
   for x, y, rtol, atol in zip(actual, expected, rtols, atols, strict=True):
     assert x.dtype == y.dtype
     rows.assert_close(x, y, rtol, atol)
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_blocks_have_each_tile_once(last_first):
+  heads, tiles = 3, 5
+  plan = np.arange(B * tiles * 4).reshape(B, tiles, 4)
+  found = []
+  for block in range(B * heads * tiles):
+    walk = walks.Walk.of_block(
+      *(jnp.int32(block), jnp.asarray(plan.reshape(-1)), B, heads),
+      last_first=last_first,
+    )
+    batch, head, tile, *bounds = map(int, dataclasses.astuple(walk))
+    assert bounds == plan[batch, tile].tolist()
+    found.append((batch, head, tile))
+  order = range(tiles)[::-1] if last_first else range(tiles)
+  assert found == list(itertools.product(range(B), range(heads), order))
+
+
+@pytest.mark.parametrize("columns", [backward_lib.bT, forward_lib.bS])
+def test_masks_by_bits(columns):
+  first, n = 75, columns // 32
+  x = np.random.default_rng(0)
+  words = x.integers(0, 2**32, (200, n), np.uint32)
+  logits = x.normal(size=(64, columns)).astype(np.float32)
+  kept = chosen_columns(words[None, None])[0, first : first + 64]
+  with (
+    threads.simulate(fragments, 128),
+    threads.simulate(mask_bits, 128),
+  ):
+    bits = mask_bits.load_words(threads.Place(words), threads.U32(first), n)
+    actual = mask_bits.masked(by_thread.registers(logits), bits)
+    expected = by_thread.registers(np.where(kept, logits, -np.inf))
+  for a, b in zip(actual, expected, strict=True):
+    np.testing.assert_array_equal(a.value, b.value)
+
+
+def test_packs_pairs_in_order():
+  numbers = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+  rounded = numbers.astype(jnp.bfloat16).astype(np.float32)
+  with threads.simulate(backward_lib, 128):
+    words = backward_lib.packed(by_thread.registers(numbers))
+    actual = backward_lib.unpacked(words)
+    expected = by_thread.registers(rounded)
+  assert len(words) == 16
+  for a, b in zip(actual, expected, strict=True):
+    np.testing.assert_array_equal(a.value, b.value)

@@ -182,8 +182,8 @@ def test_what_is_read_of_heads_side_by_side(N, HR):
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"k": jnp.float16}, "is not q.dtype"),
-    ({"q": jnp.float16}, "neither bfloat16 nor float32"),
+    ({"k": jnp.float32}, "k in float32"),
+    ({"q": jnp.float16}, "q in float16"),
     ({"HR": 100}, "only multiples of 64"),
     ({"U": 64}, "only multiples of 64 and 128"),
     ({"scale": 0.0}, "is not positive"),

@@ -1,11 +1,14 @@
 """A warpgroup's threads gather rows, and add to rows, as simulated in numpy."""
 
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.hopper import rows
 from pallas_kernels.hopper import tiles
+from tests.kernels import by_thread
 from tests.kernels import simulated_threads as threads
 from tests.kernels import swizzle
 
@@ -56,8 +59,61 @@ def test_adds_to_rows(columns):
     rows.add_registers(
       threads.Place(target) + 4 * column,
       threads.Place(rows_s, is_shared=True),
-      threads.registers(tile),
+      by_thread.registers(tile),
       threads.U32(first),
       width=width,
     )
   np.testing.assert_array_equal(target, expected)
+
+
+class Slots:
+  """Stands for an array of tiles."""
+
+  def __init__(self, n, columns):
+    self.shape = n, ROWS, columns
+    self.at = self
+
+  def __getitem__(self, i):
+    return int(i)
+
+
+@pytest.mark.parametrize(
+  "n, ahead, pieces", [(2, 1, 1), (4, 3, 1), (6, 4, 9), (3, 1, 2)]
+)
+def test_a_ring_has_each_piece_when_it_is_read(n, ahead, pieces):
+  number, first, columns = 5, 128, 64
+  held, groups, started = {}, [{}], []
+
+  def start_copy(source, rows, slot, first, column):
+    del source, rows
+    held.pop(slot, None)
+    groups[-1][slot] = int(first), column
+    started.append(groups[-1][slot])
+
+  def wait(in_flight):
+    while len(groups) - 1 > in_flight:
+      held.update(groups.pop(0))
+
+  doubles = dict(
+    start_copy=start_copy,
+    commit_copies=lambda: groups.append({}),
+    wait_copies=wait,
+  )
+  when = lambda condition: lambda body: body() if condition else None
+  ring = rows.Ring(
+    "source", "rows", Slots(n, columns), number, ahead, pieces, first
+  )
+  with (
+    mock.patch.multiple(rows, **doubles),
+    mock.patch.object(rows.pl, "when", when),
+  ):
+    ring.start()
+    read = []
+    for i in range(number * pieces):
+      tile, piece = divmod(i, pieces)
+      place = first + ROWS * tile, columns * piece
+      read.append((ring.get(jnp.int32(tile), piece), place))
+      # The earlier ones for which there is room stay, too.
+      for slot, place in read[-(n - ahead) :]:
+        assert held[slot] == place
+  assert started == [place for _, place in read]

@@ -1,6 +1,5 @@
-"""The kernel of the index scores: its plan, and that it lowers for CUDA.
-
-No CPU can run it: its arithmetic is PTX.
+"""The kernel of the index scores: its plan, the sums of a product's threads,
+and that it lowers for CUDA.
 """
 
 import jax
@@ -10,13 +9,15 @@ import pytest
 
 from pallas_kernels import shapes
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import scores as scores_lib
+from tests.kernels import by_thread
+from tests.kernels import simulated_threads as threads
 
 bS = scores_lib.bS
 
 
-def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16, scaled=None):
+def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16):
   struct = jax.ShapeDtypeStruct
-  scaled = dtype == jnp.float8_e4m3fn if scaled is None else scaled
+  scaled = dtype == jnp.float8_e4m3fn
   number = struct((T,), jnp.int32)
   return (
     struct((T, M, I), dtype),
@@ -77,6 +78,39 @@ def test_each_visible_tile_once(kind):
   assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("heads", scores_lib.HEADS)
+def test_threads_sum_over_heads(heads, scaled):
+  """Of a product of 64 keys with all heads of some queries, the last of which
+  does not exist."""
+  keys, columns = 64, 128
+  queries = columns // heads
+  T, S, query, key = 9 + queries, 256, 10, 128
+  x = np.random.default_rng(heads)
+  product = x.normal(size=(keys, columns)).astype(np.float32)
+  product[7] = -1  # no head is active
+  w = x.normal(size=columns).astype(np.float32)
+  w[:heads] = -np.abs(w[:heads])
+  scale = np.exp2(x.integers(-3, 3, keys)).astype(np.float32)
+  written = np.full((T, S), np.nan, np.float32)
+  with threads.simulate(scores_lib, 128):
+    scores_lib.write(
+      by_thread.registers(product),
+      by_thread.by_column(w),
+      [by_thread.by_row(scale)] if scaled else [],
+      threads.Place(written),
+      *(threads.U32(query), threads.U32(key), heads, (T, S)),
+    )
+  weighted = np.maximum(product.astype(np.float64), 0) * w
+  sums = weighted.reshape(keys, queries, heads).sum(2)
+  expected = np.full((T, S), np.nan)
+  expected[query:, key : key + keys] = (
+    sums * (scale if scaled else np.ones(keys))[:, None]
+  ).T[:-1]
+  np.testing.assert_allclose(written, expected, rtol=2e-6, atol=1e-6)
+  assert not np.signbit(written[query:, key + 7]).any()
+
+
 @pytest.mark.parametrize(
   "kwargs",
   [
@@ -89,19 +123,3 @@ def test_each_visible_tile_once(kind):
 )
 def test_lowers_for_cuda(kwargs):
   assert "mosaic_gpu" in lower(**kwargs).as_text()
-
-
-@pytest.mark.parametrize(
-  "kwargs, reason",
-  [
-    (dict(M=24), "M=24"),
-    (dict(I=96), "I=96"),
-    (dict(I=64, dtype=jnp.float8_e4m3fn), "I=64"),
-    (dict(dtype=jnp.float32), "float32"),
-    (dict(dtype=jnp.float8_e4m3fn, scaled=False), "scales"),
-    (dict(scaled=True), "scales"),
-  ],
-)
-def test_refusals_name_their_reason(kwargs, reason):
-  with pytest.raises(NotImplementedError, match=reason):
-    jax.eval_shape(scores_lib.scores, *inputs(8, 64, **kwargs))

@@ -1,6 +1,6 @@
 """The selection kernel is exact, and the op lowers for Hopper."""
 
-import functools
+from typing import Any
 from unittest import mock
 
 import jax
@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import operands
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import select as select_lib
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import sources
 from tests.kernels import simulated_threads as threads
 
 S, K = 20000, 1000
@@ -33,16 +34,18 @@ def simulate(scores, start, end, top_k):
   indices = np.full(top_k, -9, np.int32)
   chosen = np.full(top_k, np.nan, np.float32)
   scores = scores.copy()
-  scratch = select_lib.scratch_words(top_k)
   garbage = np.random.default_rng(0)
-  with threads.simulate(select_lib, select_lib.THREADS):
+  n = sources.THREADS
+
+  def memory(size):
+    words = garbage.integers(0, 2**32, size, np.uint32)
+    return threads.Memory(words, shared=True)
+
+  with threads.simulate(sources, n), threads.simulate(select_lib, n):
     select_lib.Row(
       *(lambda x=x: threads.Memory(x) for x in (scores, indices, chosen)),
       *map(threads.U32, (start, end)),
-      *(
-        threads.Memory(garbage.integers(0, 2**32, n, np.uint32), shared=True)
-        for n in scratch
-      ),
+      scratch=jax.tree.map(memory, select_lib.Scratch.sizes(top_k)),
       top_k=top_k,
     ).emit()
   return indices, chosen
@@ -166,35 +169,34 @@ def test_lowers_at_real_shapes(T, S, score_dtype):
   assert "mosaic_gpu" in lowered.as_text()
 
 
-def test_refuses():
-  start = end = jnp.zeros(8, jnp.int32)
-  for dtype, S, K, reason in (
-    (jnp.bfloat16, 64, 8, "float32"),
-    (jnp.float32, 65, 8, "multiple"),
-    (jnp.float32, 64, select_lib.LARGEST_K + 1, "top_k"),
-  ):
-    with pytest.raises(NotImplementedError, match=reason):
-      select = functools.partial(select_lib.select, top_k=K)
-      jax.eval_shape(select, jax.ShapeDtypeStruct((8, S), dtype), start, end)
+@pytest.mark.parametrize(
+  "sizes, reason",
+  [
+    (dict(M=24), "M=24"),
+    (dict(I=96), "I=96"),
+    (dict(I=64, score_dtype="float8_e4m3fn"), "I=64"),
+    (dict(dtype=jnp.float32), "float32"),
+    (dict(top_k=select_lib.LARGEST_K + 1), "top_k"),
+  ],
+)
+def test_refuses_what_its_kernels_cannot_do(sizes, reason):
+  with pytest.raises(NotImplementedError, match=reason):
+    refused(**sizes)
 
 
-def test_the_op_refuses_what_its_kernels_cannot_do():
+def refused(M=64, I=128, dtype=jnp.bfloat16, top_k=8, score_dtype: Any = None):
   ranges = jnp.zeros((1, 8), jnp.int32)
-  for dtype, M, K in (
-    (jnp.float32, 64, 8),
-    (jnp.bfloat16, 5, 8),
-    (jnp.bfloat16, 64, select_lib.LARGEST_K + 1),
-  ):
-    q_BTMI = jax.ShapeDtypeStruct((1, 8, M, 128), dtype)
-    k_BSI = jax.ShapeDtypeStruct((1, 9000, 128), dtype)
-    w_BTM = jax.ShapeDtypeStruct((1, 8, M), jnp.float32)
+  q_BTMI = jax.ShapeDtypeStruct((1, 8, M, I), dtype)
+  k_BSI = jax.ShapeDtypeStruct((1, 9000, I), dtype)
+  w_BTM = jax.ShapeDtypeStruct((1, 8, M), jnp.float32)
 
-    def op(q, k, w, K=K):
-      index = operands.Index(q, k, w)
-      return mosaic_gpu.indexer_topk(index, ranges, ranges, K)
+  def op(q, k, w):
+    index = operands.Index(q, k, w)
+    return mosaic_gpu.indexer_topk(
+      index, ranges, ranges, top_k, score_dtype=score_dtype
+    )
 
-    with pytest.raises(NotImplementedError):
-      jax.eval_shape(op, q_BTMI, k_BSI, w_BTM)
+  jax.eval_shape(op, q_BTMI, k_BSI, w_BTM)
 
 
 def test_chunks_keep_the_memory_law():

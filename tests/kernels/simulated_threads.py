@@ -1,8 +1,10 @@
-"""Runs on a CPU what a kernel emits through `threads_lib`.
+"""Runs on a CPU what a kernel's threads do: a double of `hopper`, in numpy.
 
-The same names, computed by numpy at once for all threads of one block. Shared
-memory tells when a word is read or overwritten that another warp has touched
-since the last barrier.
+The same names as in `threads`, `memory`, `copies`, `signals` and
+`instructions`, computed at once for all threads of one block, or of one
+warpgroup. `Memory` tells when a word is read or overwritten that another warp
+has touched since the last barrier. Other waits return at once, and copies have
+arrived when they have started.
 """
 
 import functools
@@ -38,7 +40,7 @@ def simulate(module, n: int):
   global _block
   _block = _Block(n)
   names: dict[str, Any] = {"threads": _Namespace(globals())}
-  names |= {x.__name__: x for x in (Bool, U32, F32, Memory, Place)}
+  names |= {x.__name__: x for x in (Bool, U32, F32, Memory, Place, LazyRow)}
   names |= {x.__name__: x for x in (copies, signals, instructions)}
   names = {x: double for x, double in names.items() if hasattr(module, x)}
   return mock.patch.multiple(module, **names)
@@ -128,6 +130,11 @@ class U32(threads_lib.U32):
     ]
     return U32(halves[0] | halves[1])
 
+  def positive_halves(self):
+    halves = np.ascontiguousarray(self.value).view(jnp.bfloat16)
+    masks = np.where(halves > 0, 0xFFFF, 0).astype(np.uint16)
+    return U32(masks.view(np.uint32))
+
   def float_order(self):
     with np.errstate(invalid="ignore"):
       bits = U32((self._floats() + np.float32(0)).view(np.uint32))
@@ -177,6 +184,10 @@ class F32(threads_lib.F32):
   def multiply_add(self, factor, term):
     exact = self.value.astype(np.float64) * factor.value
     return F32(exact + term.value)
+
+  def pack(self, high):
+    pair = np.stack([self.value, high.value], 1).astype(jnp.bfloat16)
+    return U32(pair.view(np.uint32)[:, 0])
 
   def differs(self, other):
     return Bool(self.value != F32(other).value)
@@ -294,16 +305,16 @@ class Place(memory_lib.Place):
   def step(self, index, stride):
     return self._further(index.value.astype(np.int64) * stride)
 
-  def _bytes(self, offset, n, where=None):
+  def _bytes(self, offset, n, where=None, turn=0):
     """Threads that take part, and the n bytes that each has."""
     active = _block.active if where is None else _block.active & where.value
-    at = self.at[active] + offset
+    at = (self.at[active] ^ turn) + offset
     assert (at % min(n, 16) == 0).all(), "not a multiple of its size"
     assert (0 <= at).all() and (at + n <= self.array.size).all(), at.max()
     return active, at[:, None] + np.arange(n)
 
-  def _read(self, offset, n, dtype):
-    active, at = self._bytes(offset, 4 * n)
+  def _read(self, offset, n, dtype, turn=0):
+    active, at = self._bytes(offset, 4 * n, turn=turn)
     out = np.zeros((_block.n, n), dtype)
     out[active] = self.array[at].view(dtype)
     return out.T
@@ -313,14 +324,16 @@ class Place(memory_lib.Place):
 
   load_constant = load
 
-  def load_floats(self, n, offset=0) -> Any:
-    return [F32(x) for x in self._read(offset, n, np.float32)]
+  def load_words(self, n, offset=0, turn=0) -> Any:
+    return [U32(x) for x in self._read(offset, n, np.uint32, turn)]
 
-  def load_constants(self, n, offset=0) -> Any:
-    return [U32(x) for x in self._read(offset, n, np.uint32)]
+  load_constants = load_words
 
-  def store(self, values, offset=0, where=None):
-    active, at = self._bytes(offset, 4 * len(values), where)
+  def load_floats(self, n, offset=0, turn=0) -> Any:
+    return [F32(x) for x in self._read(offset, n, np.float32, turn)]
+
+  def store(self, values, offset=0, where=None, turn=0):
+    active, at = self._bytes(offset, 4 * len(values), where, turn)
     assert np.unique(at).size == at.size, "two threads store one byte"
     words = np.stack([x.value for x in values], 1)[active]
     self.array[at] = np.ascontiguousarray(words).view(np.uint8)
@@ -332,12 +345,29 @@ class Place(memory_lib.Place):
     np.add.at(self.array.view(np.float32), at[:, ::4] // 4, numbers)
 
 
-def registers(matrix):
-  """Numbers of each thread of a warpgroup in a matrix [64, columns], in the
-  order of `hopper.fragments`."""
-  eights = matrix.reshape(4, 2, 8, -1, 4, 2)  # warp, half, r, eight, c, column
-  by_thread = eights.transpose(3, 1, 5, 0, 2, 4).reshape(-1, WARPGROUP)
-  return [F32(x) for x in by_thread]
+class Array(memory_lib.Array):
+  """Array of 16- or 32-bit numbers, of any shape."""
+
+  def __init__(self, array):
+    self.array = array
+
+  def load(self, *at):
+    bits = self.array.view(f"u{self.array.itemsize}")
+    return U32(bits[tuple(U32(i).value for i in at)])
+
+  def load_words(self, n, *at) -> Any:
+    at = tuple(U32(i).value for i in at)
+    byte = np.ravel_multi_index(at, self.array.shape) * self.array.itemsize
+    assert (byte % (4 * n) == 0).all(), "not a multiple of its size"
+    words = self.array.reshape(-1).view(np.uint32)
+    return [U32(words[byte // 4 + i]) for i in range(n)]
+
+
+class LazyRow(memory_lib.LazyRow):
+  def _put(self, action, values, offset):
+    place = self.array.step(self.number + self.further, self.size)
+    put = place.store if action.startswith("st") else place.add
+    put(values, offset, where=self.key < self.keys)
 
 
 class copies:
@@ -402,8 +432,7 @@ class instructions:
 
   @staticmethod
   def pack(low, high):
-    pair = np.stack([low.value, high.value], 1).astype(jnp.bfloat16)
-    return U32(pair.view(np.uint32)[:, 0])
+    return low.pack(high)
 
   @staticmethod
   def unpack(pair):
@@ -456,15 +485,23 @@ def when(condition):
   return run
 
 
+def loop(times, body, carried):
+  for i in range(times.value[_block.active].max()):
+    running = times > i
+    with _only(_block.active & running.value):
+      after = body(U32(i), *carried)
+    pairs = zip(after, carried, strict=True)
+    carried = [_either(running, x, before) for x, before in pairs]
+  return list(carried)
+
+
+def _either(condition, x, y):
+  return type(y)(np.where(condition.value, x.value, y.value))
+
+
 def _uniform(x):
   [value] = np.unique(x.value)
   return value
-
-
-def loop(times, body, carried):
-  for i in range(_uniform(times)):
-    carried = body(U32(i), *carried)
-  return list(carried)
 
 
 def loop_while(condition, body, carried):

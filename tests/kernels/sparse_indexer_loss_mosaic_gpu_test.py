@@ -1,4 +1,5 @@
-"""The Hopper kernels of sparse_indexer_loss: they lower, or refuse in time.
+"""The Hopper kernels of sparse_indexer_loss: they lower, or refuse in time;
+what single threads compute.
 
 Their numbers are checked on a GPU: `python -m pallas_kernels.bench`.
 """
@@ -6,10 +7,16 @@ Their numbers are checked on a GPU: `python -m pallas_kernels.bench`.
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import operands
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import (
+  gradient as gradient_lib,
+)
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import op as mosaic_gpu
+from tests.kernels import by_thread
+from tests.kernels import simulated_threads as threads
 
 T, S, N, CR, M, I = 16, 32_768, 128, 576, 64, 128
 SCALE = 0.07
@@ -93,3 +100,24 @@ def test_heads_without_weight_and_keys_without_place_are_added():
   keys = mosaic_gpu._pad_keys(jnp.zeros((2, 3, 300), jnp.int32), -1)
   chex.assert_shape(keys, (2, 3, 512))
   assert int(keys.sum()) == -2 * 3 * 212
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+def test_threads_mask_what_is_not_active(heads):
+  keys = 64
+  x = np.random.default_rng(0)
+  similarity = x.normal(size=(keys, heads)).astype(np.float32)
+  some = np.array([0.0, -0.0, 1e-30, 1e-45, np.inf, -np.inf, np.nan])
+  similarity[:, 3] = x.choice(some, keys)
+  d, w = (x.normal(size=n).astype(np.float32) for n in (keys, heads))
+  with threads.simulate(gradient_lib, 128):
+    masked = gradient_lib.where_active(
+      by_thread.registers(similarity),
+      by_thread.by_row(d),
+      by_thread.pairs(by_thread.by_column(w)),
+    )
+    active = similarity.astype(jnp.bfloat16) > 0
+    for numbers, factor in zip(masked, (d[:, None], w), strict=True):
+      expected = by_thread.registers(np.where(active, factor, 0))
+      for number, pair in zip(numbers, by_thread.pairs(expected), strict=True):
+        np.testing.assert_array_equal(number.value, pair.value)

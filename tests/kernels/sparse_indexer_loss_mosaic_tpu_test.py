@@ -15,8 +15,8 @@ import pytest
 
 from pallas_kernels.ops.sparse_indexer_loss import api
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import op as mosaic_tpu
-from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import walk as walk_lib
-from pallas_kernels.tpu import row_plan as plan_lib
+from pallas_kernels.tpu import row_plan
+from pallas_kernels.tpu import row_walk
 from tests.kernels import heads
 from tests.kernels import inputs
 from tests.kernels import oracles
@@ -28,7 +28,7 @@ bf16 = jnp.bfloat16
 # Interpretation is slow: three blocks of queries, the last not full, choosing
 # alike and read a union, anything and read it apart, or hardly any key.
 T = 11
-TILES = plan_lib.Tiles(bQ=4, bK=8, longest_union=2)
+TILES = row_plan.Tiles(bQ=4, bK=8, longest_union=2)
 op = functools.partial(mosaic_tpu.sparse_indexer_loss, tiles=TILES)
 
 
@@ -58,7 +58,7 @@ def compiled():
 
 def run(*args, measure=True):
   # Fewer products at once than a block has heads.
-  with mock.patch.object(walk_lib, "_AT_ONCE", 2 * portable.N):
+  with mock.patch.object(row_walk, "_AT_ONCE", 2 * portable.N):
     return compiled()(*args, measure=jnp.bool(measure))
 
 
@@ -86,10 +86,11 @@ def result():
   return run(*with_noise(make_inputs()))
 
 
-def shapes(T, S, N, M=64, I=128, K=2048, CR=576, dtype=bf16):
+def shapes(T, S, N, M=64, I=128, K=2048, CR=576, dtype=bf16, key_dtype=None):
   a = jax.ShapeDtypeStruct
   return (
-    *(a((1, T, M, I), dtype), a((1, S, I), dtype), a((1, T, M), jnp.float32)),
+    *(a((1, T, M, I), dtype), a((1, S, I), key_dtype or dtype)),
+    a((1, T, M), jnp.float32),
     a((1, T, K), jnp.int32),
     *(a((1, T, N, CR), dtype), a((1, S, CR), dtype)),
     *(a((1, T, N), jnp.float32), a((1, T), jnp.float32)),
@@ -101,7 +102,7 @@ def step(*args):
 
 
 def test_both_kinds_of_blocks():
-  plan = plan_lib.plan(make_inputs()[3], portable.S, TILES)
+  plan = row_plan.plan(make_inputs()[3], portable.S, TILES)
   assert set(np.unique(plan.blocks[..., 1])) == {0, 1}
 
 
@@ -134,7 +135,8 @@ def test_the_gradient_needs_no_loss():
 @pytest.mark.parametrize(
   "change, why",
   [
-    (dict(dtype=jnp.float16), "dtype=float16"),
+    (dict(dtype=jnp.float16), "kv in float16"),
+    (dict(key_dtype=jnp.float32), "k_index in float32"),
     (dict(K=0), "K=0"),
     (dict(S=1 << 24), "S=16777216"),
     (dict(K=1 << 14), "K=16384 .* bytes of SMEM"),

@@ -1,17 +1,29 @@
 """The Hopper kernels of sparse_mla: what they take, and that they lower.
 
-What they compute is compared on a GPU: `python -m pallas_kernels.bench`.
+The forward kernel's producer runs as simulated in numpy. What the kernels
+compute is compared on a GPU: `python -m pallas_kernels.bench`.
 """
+
+import functools
+from unittest import mock
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from pallas_kernels.hopper import barriers
 from pallas_kernels.ops.sparse_mla import api
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import gather
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
+from tests.kernels import simulated_threads as threads
+from tests.kernels import swizzle
 
 C, CR = 512, 576
+WIPED = 1000.0  # what no row holds
 
 
 def shapes(N=128, T=256, S=4096, K=2048, B=1, width=CR, dtype=jnp.bfloat16):
@@ -24,6 +36,10 @@ def shapes(N=128, T=256, S=4096, K=2048, B=1, width=CR, dtype=jnp.bfloat16):
 
 def attend(q, kv, indices, latent_rank=C):
   return mosaic_gpu.sparse_mla(q, kv, indices, latent_rank, 0.1)
+
+
+def gradient(*args, **options):
+  return jax.grad(lambda *x: jnp.sum(attend(*x, **options)[1]))(*args)
 
 
 def lowered(f, *args):
@@ -70,6 +86,7 @@ def test_heads_are_filled_up_and_cut_off_again():
   assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
 
 
+@pytest.mark.parametrize("f", [attend, gradient])
 @pytest.mark.parametrize(
   "sizes, message",
   [
@@ -77,18 +94,26 @@ def test_heads_are_filled_up_and_cut_off_again():
     ({"width": 512}, "C.R=512"),
     ({"N": 48}, "N=48"),
     ({"N": 96}, "N=96"),
+    ({"K": 0}, "K=0"),
     ({"K": 100}, "K=100"),
     ({"K": 8256}, "K=8256"),
   ],
 )
-def test_names_what_it_cannot_do(sizes, message):
+def test_names_what_it_cannot_do(f, sizes, message):
   with pytest.raises(NotImplementedError, match=message):
-    jax.eval_shape(attend, *shapes(**sizes))
+    jax.eval_shape(f, *shapes(**sizes))
 
 
-def test_another_latent_rank():
+@pytest.mark.parametrize("f", [attend, gradient])
+def test_another_latent_rank(f):
   with pytest.raises(NotImplementedError, match="C=256"):
-    jax.eval_shape(lambda *xs: attend(*xs, latent_rank=256), *shapes())
+    jax.eval_shape(functools.partial(f, latent_rank=256), *shapes())
+
+
+@pytest.mark.parametrize("sizes", [{"N": 16, "K": 64}, {"N": 320, "K": 8192}])
+def test_whatever_it_takes_has_a_gradient(sizes):
+  q, *rest = shapes(**sizes)
+  assert jax.eval_shape(gradient, q, *rest).shape == q.shape
 
 
 def test_the_api_reaches_it_by_name():
@@ -97,3 +122,108 @@ def test_the_api_reaches_it_by_name():
       lambda *xs: api.sparse_mla(*xs, C, 0.1, implementation="mosaic_gpu"),
       *shapes(dtype=jnp.float32),
     )
+
+
+class Consumers:
+  """Double of `signals` for the producer: consumers that look at all it has
+  written whenever it signals or waits, and wipe out a part when it is free.
+
+  Args:
+    rows: [steps, 2, 64, C+R], what the tiles should hold.
+    masks: [steps, 2, 64], likewise.
+  """
+
+  PARTS = (plan.LEFT_0, plan.RIGHT_0, plan.RIGHT_1, plan.LEFT_1)
+
+  def __init__(self, rows, masks):
+    self.rows, self.masks = rows, masks
+    self.tiles_s = np.full(rows[0].size, WIPED, rows.dtype)
+    self.rows_s = np.full((len(plan.Row), plan.ROWS), WIPED, np.float32)
+    self.expected_tiles = np.full_like(rows[0], WIPED)
+    self.expected_masks = np.full_like(masks[0], WIPED)
+    self.passed = []
+
+  def wait(self, barrier, parity):
+    self.look()
+    which, step = self._pass(barrier)
+    # Parts are free from the start: the first wait is for the phase before.
+    assert (parity.value == (step + 1) % 2).all()
+    [part] = (x for x in self.PARTS if x.free == which)
+    blocks = self.tiles_s.reshape(2, -1, plan.COLUMN_TILES, 8, plan.COLUMNS)
+    blocks[part.tile, :, part.columns] = WIPED
+    self.expected_tiles[self._columns(part)] = WIPED
+
+  def arrive_after_copies(self, barrier):
+    which, step = self._pass(barrier)
+    [part] = (x for x in self.PARTS if x.ready == which)
+    columns = self._columns(part)
+    self.expected_tiles[columns] = self.rows[step][columns]
+    self.look()
+
+  def arrive(self, barrier):
+    which, step = self._pass(barrier)
+    assert which == plan.Barrier.MASKED
+    self.expected_masks = self.masks[step]
+    self.look()
+
+  def look(self):
+    tiles = swizzle.matrix(self.tiles_s, CR).reshape(self.expected_tiles.shape)
+    np.testing.assert_array_equal(tiles, self.expected_tiles)
+    masks = self.rows_s[[plan.Row.MASK_0, plan.Row.MASK_1]]
+    np.testing.assert_array_equal(masks, self.expected_masks)
+
+  def _pass(self, barrier):
+    """Returns the barrier of a place, and how often it has been passed."""
+    [at] = np.unique(barrier.at) - self.rows_s[: plan.Row.BARRIERS].nbytes
+    which = plan.Barrier(at // barriers.BYTES)
+    step = self.passed.count(which)
+    self.passed.append(which)
+    return which, step
+
+  @staticmethod
+  def _columns(part):
+    columns = plan.COLUMNS * np.array(part.columns)
+    return part.tile, slice(None), slice(columns[0], columns[-1] + plan.COLUMNS)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_producer_fills_each_part_when_it_is_free(steps):
+  S, first_row = 300, 20
+  x = np.random.default_rng(steps)
+  kv = x.normal(size=(first_row + S, CR)).astype(jnp.bfloat16)
+  indices = x.integers(0, S, (steps, 2, plan.ROWS), np.int32)
+  invalid = x.choice([-1, -(2**31), S, 2**31 - 1], indices.shape)
+  indices = np.where(x.random(indices.shape) < 0.25, invalid, indices)
+  valid = (indices >= 0) & (indices < S)
+  rows = kv[first_row + np.where(valid, indices, 0)]
+  rows[~valid] = 0
+  masks = np.where(valid, np.float32(0), np.float32(-np.inf))
+  consumers = Consumers(rows, masks)
+  with (
+    threads.simulate(gather, 128),
+    mock.patch.object(gather, "signals", consumers),
+  ):
+    gather.fill(
+      threads.Place(kv) + 2 * CR * first_row,
+      threads.Place(indices.astype(np.int32)),
+      threads.Place(consumers.tiles_s, is_shared=True),
+      threads.Place(consumers.rows_s, is_shared=True),
+      threads.U32(steps),
+      S,
+    )
+  consumers.look()
+  of_step = [x for part in Consumers.PARTS for x in (part.free, part.ready)]
+  of_step.insert(of_step.index(plan.RIGHT_0.ready), plan.Barrier.MASKED)
+  assert consumers.passed == of_step * steps
+
+
+def test_steps_end_after_the_last_valid_index():
+  S, K = 1000, 192
+  last = np.array([[-1, 0, 126, 127], [128, 190, 191, 5]])
+  place = np.arange(K)
+  indices = np.where(place < last[..., None], 3 * place, S)
+  indices = np.where(place == last[..., None], S - 1, indices)
+  filled, steps = kernel.whole_steps(jnp.asarray(indices, jnp.int32), S)
+  np.testing.assert_array_equal(filled[:, :K], indices.reshape(8, K))
+  np.testing.assert_array_equal(filled[:, K:], np.full((8, 64), -1))
+  np.testing.assert_array_equal(steps, [1, 1, 1, 1, 2, 2, 2, 1])

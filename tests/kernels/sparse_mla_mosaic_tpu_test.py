@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ops.sparse_mla import reference
-from pallas_kernels.ops.sparse_mla.mosaic_tpu import forward as forward_lib
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import op as mosaic_tpu
 from pallas_kernels.tpu import row_plan
+from pallas_kernels.tpu import row_walk
 from tests.kernels import inputs
 from tests.kernels import rows
 from tests.kernels import tpu_topologies
@@ -114,7 +114,7 @@ def test_blocks_with_a_union_and_without():
 
 
 @pytest.mark.slow
-@mock.patch.object(forward_lib, "_LOGIT_ROWS", 2 * N)
+@mock.patch.object(row_walk, "_AT_ONCE", 2 * N)
 def test_a_union_in_several_products():
   """As blocks of many heads need; each starts a part of the copies."""
   op = jax.jit(lambda *args: value_and_vjp(OPS["kernel"], *args))
@@ -162,7 +162,8 @@ def test_no_key_no_output():
     (dict(N=12), "N=12 heads"),
     (dict(C=120), "C=120"),
     (dict(S=1 << 23), "S=8388608 keys"),
-    (dict(K=8200), "K=8200 keys"),
+    (dict(K=0), "K=0 keys"),
+    (dict(K=1 << 14), "K=16384 .* bytes of SMEM"),
     (dict(N=4096), "N=4096 heads .* bytes of VMEM"),
   ],
 )

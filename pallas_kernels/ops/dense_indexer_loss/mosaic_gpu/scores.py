@@ -6,30 +6,88 @@ a head's similarity only whether it is active, q.k > 0: one bit, saved here in
 place of another multiplication.
 """
 
-import functools
+import dataclasses
 from typing import Any, Final
 
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import math as math_dialect
-from jaxlib.mlir.dialects import vector
-import numpy as np
+from jaxtyping import Array, Int
 
-from pallas_kernels.hopper import ping_pong
-from pallas_kernels.hopper import ptx
-from pallas_kernels.hopper import registers
+from pallas_kernels.hopper import barriers
+from pallas_kernels.hopper import tiles
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import active_bits
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import ring as ring_lib
 
 bT: Final = 128
 bS: Final = 128
-HEADS: Final = 64
-_STAGES: Final = 5
-# Heads per word of bits; even heads are in its low half.
-WORD: Final = 32
+_SLOTS: Final = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """Operands of the kernel, of all chunks.
+
+  Attributes:
+    q: Index queries [B, T, 64, 128].
+    k: Index keys [B, S, 128].
+    half_w: Half of the head weights [B, 64, T].
+  """
+
+  q: Any
+  k: Any
+  half_w: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Results of the kernel, of a chunk.
+
+  Attributes:
+    scores: [chunk, width], -inf where a query does not see a key.
+    active: Bits of active heads [2, chunk, width], see `active_bits`; 0 where a
+      query does not see a key.
+    top: Maximum score [nS, chunk] of each tile of keys.
+    total: Sum of exponentials relative to it.
+  """
+
+  scores: Any
+  active: Any
+  top: Any
+  total: Any
+
+  @classmethod
+  def types(cls, chunk: int, width: int) -> "Scores":
+    a = jax.ShapeDtypeStruct
+    _, nS = n_tiles(chunk, width)
+    return cls(
+      scores=a((chunk, width), jnp.float32),
+      active=a((active_bits.WORDS, chunk, width), jnp.int32),
+      top=a((nS, chunk), jnp.float32),
+      total=a((nS, chunk), jnp.float32),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+  q: Any
+  k: Any
+  k_full: Any
+  ring: ring_lib.Ring
+
+  @classmethod
+  def types(cls):
+    return cls(
+      q=tiles.shared((_SLOTS, bT, 128)),
+      k=tiles.shared((bS, 128)),
+      k_full=plgpu.Barrier(),
+      ring=ring_lib.Ring.types(_SLOTS, copies=1, in_cluster=True),
+    )
 
 
 def n_tiles(chunk: int, width: int) -> tuple[int, int]:
@@ -37,220 +95,159 @@ def n_tiles(chunk: int, width: int) -> tuple[int, int]:
   return chunk // bT, width // bS
 
 
-def scratch(dtype) -> tuple[Any, ...]:
-  """Scratch of one block, for `tile`."""
-  transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-  smem = lambda shape: plgpu.SMEM(shape, dtype, transforms=transforms)
-  return (
-    smem((_STAGES, bT, 128)),
-    smem((bS, 128)),
-    plgpu.Barrier(),
-    plgpu.Barrier(num_barriers=_STAGES),
-    plgpu.ClusterBarrier(
-      collective_axes=("cluster",), num_arrivals=2, num_barriers=_STAGES
-    ),
-  )
-
-
-def tile(inputs, outputs, row, i_s, q_s, k_s, k_full, full, free) -> None:
+def tile(
+  index: Index,
+  queries: Any,
+  results: Scores,
+  row: Int[Array, ""],
+  i_s: Int[Array, ""],
+) -> None:
   """Writes one tile; called by all warpgroups of a cluster's blocks.
 
   Args:
-    inputs: Refs of q_index [B, T, 64, 128], k_index [B, S, 128], half of the
-      head weights [B, 64, T], place: batch row and first query of the chunk,
-      start and end [chunk]: the first key that a query sees, and one past the
-      last.
-    outputs: Refs of scores [chunk, width], -inf where a query does not see a
-      key; bits of active heads [2, chunk, width], `WORD` heads to a word: bit
-      h // 2 for head h if even, 16 + h // 2 if odd, 0 where a query does not
-      see a key; the maximum score [nS, chunk] of each tile of keys, and the
-      sum of exponentials relative to it.
+    index: Refs.
+    queries: Refs of the `chunks.Queries`.
+    results: Refs.
     row: First query of the tile, in the chunk; the same in both blocks of a
       cluster.
     i_s: Index of the tile of keys; different in the two blocks.
-    q_s: Like the arguments after it, scratch.
   """
-  q, k, w, place, start, end = inputs
-  scores, active, top, total = outputs
-  wg = lax.axis_index("wg")
-  batch, query = place[0], pl.multiple_of(place[1], bT) + row
-  key = i_s * bS
 
-  @pl.when(wg == 2)
-  def _load():
-    plgpu.set_max_registers(40, action="decrease")
-    plgpu.copy_gmem_to_smem(k.at[batch, pl.ds(key, bS)], k_s, k_full)
-
-    def step(i, _):
-      slot = lax.rem(i, _STAGES)
-      pl.when(i >= _STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
-
-      @pl.when(i < HEADS)
-      def _():
-        plgpu.copy_gmem_to_smem(
-          q.at[batch, pl.ds(query, bT), _head(i)],
-          q_s.at[slot],
-          full.at[slot],
-          collective_axes="cluster",
-        )
-
-    # A block stays until the other has sent its last signal.
-    lax.fori_loop(0, HEADS + _STAGES, step, None)
-
-  @pl.when(wg < 2)
-  def _compute():
-    plgpu.set_max_registers(232, action="increase")
-    mine, rows = pl.ds(wg * 64, 64), pl.ds(row + wg * 64, 64)
-    load_T = functools.partial(
-      plgpu.load, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
+  def run(shared):
+    wg = lax.axis_index("wg")
+    batch, query = queries.place[0], pl.multiple_of(queries.place[1], bT) + row
+    at = _Tile(
+      index,
+      queries,
+      results,
+      shared,
+      wg=wg,
+      batch=batch,
+      query=query,
+      row=row,
+      i_s=i_s,
+      key=i_s * bS,
     )
-    over_keys = lambda x: lax.broadcast_in_dim(x, (64, bS), [0])
-    zeros = lambda dtype: plgpu.layout_cast(
-      jnp.zeros((64, bS), dtype), plgpu.Layout.WGMMA
-    )
-    ping_pong.start(wg)
-    plgpu.barrier_wait(k_full)
+    ring_lib.divide_work(wg, at.copy, at.compute)
 
-    def head(i, carry):
-      w_T = load_T(w.at[batch, _head(i), pl.ds(query + wg * 64, 64)])
-      slot = lax.rem(i, _STAGES)
-
-      def multiply(similarity):
-        plgpu.barrier_wait(full.at[slot])
-        ping_pong.wait(wg)
-        for part in range(2):
-          half = pl.ds(part * 64, 64)
-          plgpu.wgmma(
-            similarity,
-            q_s.at[slot, mine, half],
-            k_s.at[:, half].transpose((1, 0)),
-          )
-        # The other begins when half is done: tensor cores serve both equally.
-        plgpu.wgmma_wait(1)
-        ping_pong.signal(1 - wg)
-        return similarity[...]
-
-      similarity_TS = pl.run_scoped(multiply, plgpu.ACC((64, bS), jnp.float32))
-      plgpu.barrier_arrive(free.at[slot])
-      return _add_head(similarity_TS, over_keys(w_T), *carry)
-
-    key_TS = key + plgpu.broadcasted_iota(
-      jnp.int32, (64, bS), 1, layout=plgpu.Layout.WGMMA
-    )
-    visible = lambda: (
-      (key_TS >= over_keys(load_T(start.at[rows])))
-      & (key_TS < over_keys(load_T(end.at[rows])))
-    )
-    scores_TS = zeros(jnp.float32)
-    for word in range(HEADS // WORD):
-      bits = []
-      for parity in range(2):
-        i = (2 * word + parity) * WORD // 2
-        scores_TS, bits_TS = lax.fori_loop(
-          i, i + WORD // 2, head, (scores_TS, zeros(jnp.int16))
-        )
-        bits.append(bits_TS)
-      active[word, rows, pl.ds(key, bS)] = jnp.where(
-        visible(), _words(*bits), 0
-      )
-
-    scores_TS = jnp.where(visible(), scores_TS, -jnp.inf)
-    scores[rows, pl.ds(key, bS)] = scores_TS
-    top_T = scores_TS.max(1)
-    top[i_s, rows] = top_T
-    finite_T = jnp.where(top_T == -jnp.inf, 0.0, top_T)
-    total[i_s, rows] = jnp.exp(scores_TS - over_keys(finite_T)).sum(1)
+  pl.run_scoped(run, _Shared.types(), collective_axes="wg")
 
 
-def no_tile(outputs, row, i_s) -> None:
+def no_tile(results: Scores, row: Int[Array, ""], i_s: Int[Array, ""]) -> None:
   """Replaces `tile` where no query sees a key."""
-  _, _, top, total = outputs
   wg = lax.axis_index("wg")
 
   @pl.when(wg < 2)
   def _():
-    rows = pl.ds(row + wg * 64, 64)
-    for x, ref in ((-jnp.inf, top), (0.0, total)):
-      ref[i_s, rows] = plgpu.layout_cast(
-        jnp.full((64,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+    rows = pl.ds(row + wg * tiles.ROWS, tiles.ROWS)
+    results.top[i_s, rows] = tiles.by_row(-jnp.inf)
+    results.total[i_s, rows] = tiles.by_row(0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+  """A tile, as the warpgroups of a block compute it."""
+
+  index: Index
+  queries: Any
+  results: Scores
+  shared: _Shared
+  wg: Int[Array, ""]
+  batch: Int[Array, ""]
+  query: Int[Array, ""]  # the tile's first
+  row: Int[Array, ""]  # of that query in the chunk
+  i_s: Int[Array, ""]
+  key: Int[Array, ""]  # the tile's first
+
+  def copy(self):
+    """Copies the tile's keys, and its queries head by head."""
+    k = self.index.k.at[self.batch, pl.ds(self.key, bS)]
+    plgpu.copy_gmem_to_smem(k, self.shared.k, self.shared.k_full)
+
+    def queries_of_head(step, slot):
+      head, rows = active_bits.head(step), pl.ds(self.query, bT)
+      plgpu.copy_gmem_to_smem(
+        self.index.q.at[self.batch, rows, head],
+        self.shared.q.at[slot],
+        self.shared.ring.full.at[slot],
+        collective_axes="cluster",
       )
 
+    self.shared.ring.fill(active_bits.HEADS, queries_of_head)
 
-def _head(i):
-  """Head of step i: of each word the even heads, then the odd ones, the highest
-  first, since each bit shifts the earlier ones to the left."""
-  group, i = lax.div(i, WORD // 2), lax.rem(i, WORD // 2)
-  highest = WORD - 2 + lax.rem(group, 2)
-  return lax.div(group, 2) * WORD + highest - 2 * i
-
-
-def _add_head(similarity_TS, half_w_TS, scores_TS, bits_TS):
-  """Adds half_w (x + |x|) to the scores, shifts the bit of x > 0 into bits."""
-  layout = plgpu.Layout.WGMMA
-
-  @plgpu.inline_mgpu(
-    arg_types=(layout,) * 4,
-    return_type=tuple(
-      registers.matrix(bS, dtype) for dtype in (jnp.float32, jnp.int16)
-    ),
-  )
-  def add(ctx, similarity, half_w, scores, bits):
-    del ctx
-    new_scores = np.empty_like(scores.registers)
-    new_bits = np.empty_like(bits.registers)
-    one = ptx.i32(0x00010001)
-    for at in np.ndindex(similarity.registers.shape):
-      pair, twice = scores.registers[at], []
-      for e in range(2):
-        x, w, old = (
-          vector.extract(y.registers[at], [], [e])
-          for y in (similarity, half_w, scores)
+  def compute(self):
+    """Computes scores and bits of this warpgroup's queries, and writes them."""
+    first = self.wg * tiles.ROWS  # of the tile's queries
+    rows = pl.ds(self.row + first, tiles.ROWS)
+    turns = barriers.PingPong(self.wg)
+    turns.start()
+    plgpu.barrier_wait(self.shared.k_full)
+    key_TS = self.key + plgpu.broadcasted_iota(
+      jnp.int32, (tiles.ROWS, bS), 1, layout=tiles.MATRIX
+    )
+    scores_TS = tiles.zeros(bS)
+    for word in range(active_bits.WORDS):
+      halves = []
+      for parity in range(2):
+        step = (2 * word + parity) * active_bits.HALF
+        scores_TS, half_TS = lax.fori_loop(
+          *(step, step + active_bits.HALF),
+          lambda i, carry: self.add_head(i, first, turns, *carry),
+          (scores_TS, tiles.zeros(bS, jnp.int16)),
         )
-        twice.append(arith.addf(x, math_dialect.absf(x)))
-        new = math_dialect.fma(w, twice[-1], old)
-        pair = vector.insert(new, pair, [], [e])
-      new_scores[at] = pair
-      # The upper halves of two f32: positive or 0, as integers too.
-      halves = registers.asm(
-        "prmt.b32 $0, $1, $2, 0x7632;",
-        *(arith.bitcast(registers.i32(), x) for x in twice),
+        halves.append(half_TS)
+      self.results.active[word, rows, pl.ds(self.key, bS)] = jnp.where(
+        self.visible(rows, key_TS), active_bits.join(*halves), 0
       )
-      bit = registers.asm("min.u16x2 $0, $1, $2;", halves, one)
-      old = registers.from_pair(bits.registers[at])
-      new_bits[at] = registers.to_pair(
-        arith.addi(arith.addi(old, old), bit), ir.IntegerType.get_signless(16)
-      )
-    array = functools.partial(mgpu.FragmentedArray, _layout=scores.layout)
-    return (
-      array(_registers=new_scores, _is_signed=None),
-      array(_registers=new_bits, _is_signed=True),
+    scores_TS = jnp.where(self.visible(rows, key_TS), scores_TS, -jnp.inf)
+    self.write_scores(rows, scores_TS)
+
+  def add_head(self, step, first, turns, scores_TS, half_TS):
+    """Adds a head to the scores, and its bits to a half of the words."""
+    head = active_bits.head(step)
+    queries = pl.ds(self.query + first, tiles.ROWS)
+    half_w = self.index.half_w.at[self.batch, head, queries]
+    w_T = tiles.load(half_w, tiles.BY_ROW)
+    slot = self.shared.ring.slot(step)
+    similarity_TS = pl.run_scoped(
+      lambda acc: self.multiply(acc, slot, first, turns),
+      plgpu.ACC((tiles.ROWS, bS), jnp.float32),
     )
+    self.shared.ring.release(slot)
+    w_TS = tiles.over_columns(w_T, bS)
+    return active_bits.add_head(similarity_TS, w_TS, scores_TS, half_TS)
 
-  return add(similarity_TS, half_w_TS, scores_TS, bits_TS)
-
-
-def _words(even_TS, odd_TS):
-  """Joins the bits of even heads, low, and odd ones, high."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA,) * 2,
-    return_type=registers.matrix(bS, jnp.int32),
-  )
-  def join(ctx, even, odd):
-    del ctx
-    words = np.empty_like(even.registers)
-    for at in np.ndindex(words.shape):
-      halves = (
-        registers.from_pair(even.registers[at]),
-        registers.from_pair(odd.registers[at]),
+  def multiply(self, similarity, slot, first, turns):
+    """Similarity of queries and keys for the head in the slot."""
+    mine = pl.ds(first, tiles.ROWS)
+    self.shared.ring.wait(slot)
+    turns.wait()
+    for part in range(2):
+      half = pl.ds(part * 64, 64)
+      plgpu.wgmma(
+        similarity,
+        self.shared.q.at[slot, mine, half],
+        self.shared.k.at[:, half].transpose((1, 0)),
       )
-      low = registers.asm("prmt.b32 $0, $1, $2, 0x5410;", *halves)
-      high = registers.asm("prmt.b32 $0, $1, $2, 0x7632;", *halves)
-      words[at] = vector.from_elements(
-        ir.VectorType.get((2,), registers.i32()), [low, high]
-      )
-    return mgpu.FragmentedArray(
-      _registers=words, _layout=even.layout, _is_signed=True
-    )
+    # The other begins when half is done: tensor cores serve both equally.
+    plgpu.wgmma_wait(1)
+    turns.signal()
+    return similarity[...]
 
-  return join(even_TS, odd_TS)
+  def visible(self, rows, key_TS):
+    """Whether each of the rows' queries sees each key of the tile."""
+
+    def of_rows(ref):
+      return tiles.over_columns(tiles.load(ref.at[rows], tiles.BY_ROW), bS)
+
+    seen_TS = key_TS >= of_rows(self.queries.start)
+    return seen_TS & (key_TS < of_rows(self.queries.end))
+
+  def write_scores(self, rows, scores_TS):
+    """Writes the scores, and of each query their maximum and sum."""
+    self.results.scores[rows, pl.ds(self.key, bS)] = scores_TS
+    top_T = scores_TS.max(1)
+    self.results.top[self.i_s, rows] = top_T
+    finite_T = jnp.where(top_T == -jnp.inf, 0.0, top_T)
+    weights_TS = jnp.exp(scores_TS - tiles.over_columns(finite_T, bS))
+    self.results.total[self.i_s, rows] = weights_TS.sum(1)

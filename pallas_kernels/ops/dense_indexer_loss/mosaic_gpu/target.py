@@ -9,22 +9,58 @@ warpgroups of 64 queries each ping-pong: one multiplies while the other computes
 exponentials.
 """
 
-import math
+import dataclasses
 from typing import Any, Final
 
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from pallas_kernels.hopper import ping_pong
+from pallas_kernels import softmax
+from pallas_kernels.hopper import barriers
+from pallas_kernels.hopper import tiles
+from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import ring as ring_lib
 
 bT: Final = 128
 bS: Final = 192
-# Part of a head's width H + R that a pipeline stage holds.
+# Part of a head's width H + R that a slot of the ring buffer holds.
 _WIDTH: Final = 64
-_STAGES: Final = 5
-_LOG2E: Final = math.log2(math.e)
+_SLOTS: Final = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Attended:
+  """Operands of the kernel, of all chunks.
+
+  Attributes:
+    q: Queries [B, T, N, HR].
+    k: Keys [B, S, N, HR].
+    bias: -lse [B, N, T], in base 2.
+  """
+
+  q: Any
+  k: Any
+  bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+  q: Any
+  k: Any
+  ring: ring_lib.Ring
+
+  @classmethod
+  def types(cls):
+    return cls(
+      q=tiles.shared((_SLOTS, bT, _WIDTH)),
+      k=tiles.shared((_SLOTS, bS, _WIDTH)),
+      ring=ring_lib.Ring.types(_SLOTS, copies=2, in_cluster=True),
+    )
 
 
 def n_tiles(chunk: int, width: int) -> tuple[int, int]:
@@ -32,99 +68,118 @@ def n_tiles(chunk: int, width: int) -> tuple[int, int]:
   return chunk // bT, pl.cdiv(width, bS)
 
 
-def scratch(dtype) -> tuple[Any, ...]:
-  """Scratch of one block, for `tile`."""
-  transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-  smem = lambda shape: plgpu.SMEM(shape, dtype, transforms=transforms)
-  return (
-    smem((_STAGES, bT, _WIDTH)),
-    smem((_STAGES, bS, _WIDTH)),
-    plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-    plgpu.ClusterBarrier(
-      collective_axes=("cluster",), num_arrivals=2, num_barriers=_STAGES
-    ),
-  )
-
-
-def tile(inputs, target, row, key, scale, q_s, k_s, full, free) -> None:
+def tile(
+  attended: Attended,
+  queries: Any,
+  target: Any,
+  row: Int[Array, ""],
+  key: Int[Array, ""],
+  scale: float,
+) -> None:
   """Writes one tile; called by all warpgroups of a cluster's blocks.
 
   Args:
-    inputs: Refs of q [B, T, N, HR], k [B, S, N, HR], bias [B, N, T], which is
-      -lse in base 2, and place: batch row and first query of the chunk.
+    attended: Refs.
+    queries: Refs of the `chunks.Queries`.
     target: Ref of the sums [chunk, width].
     row: First query of the tile, in the chunk; different in the two blocks of a
       cluster.
     key: First key of the tile; the same in both blocks.
     scale: Scale of the logits.
-    q_s: Like the arguments after it, scratch.
   """
-  q, k, bias, place = inputs
-  N, parts = q.shape[2], q.shape[3] // _WIDTH
-  wg = lax.axis_index("wg")
-  batch, query = place[0], pl.multiple_of(place[1], bT) + row
 
-  @pl.when(wg == 2)
-  def _load():
-    plgpu.set_max_registers(40, action="decrease")
+  def run(shared):
+    wg = lax.axis_index("wg")
+    batch, query = queries.place[0], pl.multiple_of(queries.place[1], bT) + row
+    at = _Tile(attended, shared, wg, batch, query, key, scale)
 
-    def step(i, _):
-      slot = lax.rem(i, _STAGES)
-      pl.when(i >= _STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+    def compute():
+      first = wg * tiles.ROWS
+      sum_TS = at.sum_over_heads(first)
+      target[pl.ds(row + first, tiles.ROWS), pl.ds(key, bS)] = sum_TS
 
-      @pl.when(i < N * parts)
-      def _():
-        n = lax.div(i, parts)
-        part = pl.ds(lax.rem(i, parts) * _WIDTH, _WIDTH)
-        plgpu.copy_gmem_to_smem(
-          q.at[batch, pl.ds(query, bT), n, part], q_s.at[slot], full.at[slot]
-        )
-        plgpu.copy_gmem_to_smem(
-          k.at[batch, pl.ds(key, bS), n, part],
-          k_s.at[slot],
-          full.at[slot],
-          collective_axes="cluster",
-        )
+    ring_lib.divide_work(wg, at.copy, compute)
 
-    # A block stays until the other has sent its last signal.
-    lax.fori_loop(0, N * parts + _STAGES, step, None)
+  pl.run_scoped(run, _Shared.types(), collective_axes="wg")
 
-  @pl.when(wg < 2)
-  def _compute():
-    plgpu.set_max_registers(232, action="increase")
-    mine = pl.ds(wg * 64, 64)
-    ping_pong.start(wg)
 
-    def head(n, sum_TS):
-      bias_T = plgpu.load(
-        bias.at[batch, n, pl.ds(query + wg * 64, 64)],
-        layout=plgpu.Layout.WGMMA.reduce(1),
-        optimized=False,
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+  """A tile, as the warpgroups of a block compute it."""
+
+  attended: Attended
+  shared: _Shared
+  wg: Int[Array, ""]
+  batch: Int[Array, ""]
+  query: Int[Array, ""]  # the tile's first
+  key: Int[Array, ""]  # the tile's first
+  scale: float
+
+  @property
+  def parts(self):
+    """Steps of the ring buffer for each head."""
+    return self.attended.q.shape[3] // _WIDTH
+
+  def copy(self):
+    """Copies queries and keys, head by head and part by part."""
+    ring, parts = self.shared.ring, self.parts
+
+    def part_of_head(step, slot):
+      n = lax.div(step, parts)
+      part = pl.ds(lax.rem(step, parts) * _WIDTH, _WIDTH)
+      plgpu.copy_gmem_to_smem(
+        self.attended.q.at[self.batch, pl.ds(self.query, bT), n, part],
+        self.shared.q.at[slot],
+        ring.full.at[slot],
+      )
+      plgpu.copy_gmem_to_smem(
+        self.attended.k.at[self.batch, pl.ds(self.key, bS), n, part],
+        self.shared.k.at[slot],
+        ring.full.at[slot],
+        collective_axes="cluster",
       )
 
-      def multiply(logits):
-        ping_pong.wait(wg)
-        for part in range(parts):
-          slot = lax.rem(n * parts + part, _STAGES)
-          plgpu.barrier_wait(full.at[slot])
-          plgpu.wgmma(
-            logits, q_s.at[slot, mine], k_s.at[slot].transpose((1, 0))
-          )
-          if part:
-            plgpu.wgmma_wait(1)
-            plgpu.barrier_arrive(
-              free.at[lax.rem(n * parts + part - 1, _STAGES)]
-            )
-        ping_pong.signal(1 - wg)
-        return logits[...]
+    ring.fill(self.attended.q.shape[2] * parts, part_of_head)
 
-      logits_TS = pl.run_scoped(multiply, plgpu.ACC((64, bS), jnp.float32))
-      plgpu.barrier_arrive(free.at[lax.rem(n * parts + parts - 1, _STAGES)])
-      bias_TS = lax.broadcast_in_dim(bias_T, (64, bS), [0])
-      return sum_TS + jnp.exp2(logits_TS * (scale * _LOG2E) + bias_TS)
-
-    zeros_TS = plgpu.layout_cast(
-      jnp.zeros((64, bS), jnp.float32), plgpu.Layout.WGMMA
+  def sum_over_heads(self, first):
+    """Weights of this warpgroup's queries, the tile's from `first` on."""
+    turns = barriers.PingPong(self.wg)
+    turns.start()
+    return lax.fori_loop(
+      *(0, self.attended.q.shape[2]),
+      lambda n, sum_TS: sum_TS + self.weights(n, first, turns),
+      tiles.zeros(bS),
     )
-    sum_TS = lax.fori_loop(0, N, head, zeros_TS)
-    target[pl.ds(row + wg * 64, 64), pl.ds(key, bS)] = sum_TS
+
+  def weights(self, n, first, turns):
+    """Weights of head n."""
+    queries = pl.ds(self.query + first, tiles.ROWS)
+    bias = self.attended.bias.at[self.batch, n, queries]
+    bias_T = tiles.load(bias, tiles.BY_ROW)
+    logits_TS = pl.run_scoped(
+      lambda acc: self.multiply(acc, n, first, turns),
+      plgpu.ACC((tiles.ROWS, bS), jnp.float32),
+    )
+    last = n * self.parts + self.parts - 1
+    self.shared.ring.release(self.shared.ring.slot(last))
+    bias_TS = tiles.over_columns(bias_T, bS)
+    return jnp.exp2(logits_TS * (self.scale * softmax.LOG2E) + bias_TS)
+
+  def multiply(self, logits, n, first, turns):
+    """Unscaled logits of head n."""
+    ring, mine = self.shared.ring, pl.ds(first, tiles.ROWS)
+    turns.wait()
+    for part in range(self.parts):
+      step = n * self.parts + part
+      slot = ring.slot(step)
+      ring.wait(slot)
+      plgpu.wgmma(
+        logits,
+        self.shared.q.at[slot, mine],
+        self.shared.k.at[slot].transpose((1, 0)),
+      )
+      if part:
+        plgpu.wgmma_wait(1)
+        ring.release(ring.slot(step - 1))
+    turns.signal()
+    return logits[...]

@@ -22,13 +22,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import operands
 from pallas_kernels import softmax
-from pallas_kernels import tuned
-from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import kernels
+from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import (
+  chunks as chunks_lib,
+)
+from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import (
+  gradients as gradients_lib,
+)
+from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import (
+  scores as scores_lib,
+)
+from pallas_kernels.ops.dense_indexer_loss.mosaic_tpu import (
+  target as target_lib,
+)
 from pallas_kernels.tpu import chip as tpu
 from pallas_kernels.tpu import heads
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
 
 _CHUNK_BYTES: Final = 256 << 20
-_LANES: Final = 128
 
 
 def dense_indexer_loss(
@@ -39,60 +50,47 @@ def dense_indexer_loss(
   scale: float,
   heads_axis: str | tuple[str, ...] | None = None,
   measure: Bool[Array, ""] | bool = True,
-  tiles: kernels.Tiles | None = None,
+  tiles: chunks_lib.Tiles | None = None,
 ) -> Float[Array, "B T"]:
   """See `api.dense_indexer_loss`. Tiles bound the memory, not the result."""
   attended = jax.lax.stop_gradient(attended)
   q, k, lse = attended.q, attended.kv, attended.lse
   T, (_, S, N, _) = q.shape[1], k.shape
   tiles = tiles or pick_tiles(T, S, N)
-  _check(index.q, index.k, q, k, tiles)
+  check(index, attended, tiles)
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
-  queries = lambda x: _pad(x, -T % tiles.chunk)
+  queries = lambda x: lanes.pad(x, tiles.chunk)
   loss_BT = _loss(
     queries(index.q),
-    _pad(index.k, -S % tiles.bS),
+    lanes.pad(index.k, tiles.bS),
     queries(index.w.astype(jnp.float32)),
     *(queries(start), queries(end)),
-    *(queries(q), heads.side_by_side(_pad(k, -S % tiles.target_bS))),
+    *(queries(q), heads.side_by_side(lanes.pad(k, tiles.target_bS))),
     *(queries(lse), jnp.asarray(measure)),
     _Op(scale, heads_axis, tiles),
   )
   return loss_BT[:, :T]
 
 
-def pick_tiles(T: int, S: int, N: int) -> kernels.Tiles:
+def pick_tiles(T: int, S: int, N: int) -> chunks_lib.Tiles:
   """Largest tiles that fit: with more queries, keys are read less often."""
   chip = tpu.chip()
-  if found := tuned.tiles("dense_indexer_loss", chip.name, T=T, S=S, N=N):
-    return kernels.Tiles(chip.cores, **found)
   bT = 1024 if chip.vmem >= 128 << 20 else 512
-  while bT > _LANES and 4 * chip.cores * bT * S > _CHUNK_BYTES:
+  while bT > lanes.LANES and 4 * chip.cores * bT * S > _CHUNK_BYTES:
     bT //= 2
-  whole = lambda length: -(-length // _LANES) * _LANES
-  bT = min(bT, whole(-(-T // chip.cores)))
-  bS, target_bS = min(512, whole(S)), min(2048, whole(S))
-  return kernels.Tiles(chip.cores, bT, bS, target_bS, math.gcd(N, 4))
+  bT = min(bT, lanes.whole(-(-T // chip.cores)))
+  bS, target_bS = (min(n, lanes.whole(S)) for n in (512, 2048))
+  return chunks_lib.Tiles(chip.cores, bT, bS, target_bS, math.gcd(N, 4))
 
 
-def vmem_bytes(tiles: kernels.Tiles, N: int, HR: int, M: int, I: int) -> int:
-  """Bytes of VMEM of the larger of `target` and `gradients`, in bf16."""
-  bT, bS = tiles.bT, tiles.bS
-  pairs, target_pairs = 4 * bS * bT, 4 * tiles.target_bS * bT
-  of_queries = tiles.bN * bT * heads.width(HR)
-  of_keys = tiles.target_bS * heads.width(HR, tiles.bN)
-  target = 2 * 2 * (of_queries + of_keys) + 2 * 4 * N * bT
-  target += 2 * target_pairs + 2 * pairs
-  index = M * bT * I * (2 * 2 + 4) + 2 * bS * I * (2 * 2 + 2 * 4)
-  gradients = index + (4 + 3) * pairs
-  return max(target, gradients)
-
-
-def _check(q_index, k_index, q, k, tiles):
+def check(
+  index: operands.Index, attended: operands.Attended, tiles: chunks_lib.Tiles
+) -> None:
+  """Raises NotImplementedError for inputs that the kernels do not support."""
+  q_index, k_index, q, k = index.q, index.k, attended.q, attended.kv
   (_, _, M, I), (_, S, N, HR) = q_index.shape, k.shape
-  for name, x in dict(q_index=q_index, k_index=k_index, q=q, k=k).items():
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-      raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
+  products.check(q_index=q_index, k_index=k_index)
+  products.check(q=q, k=k)
   if HR % 64:
     raise NotImplementedError(f"{HR=} is not a multiple of 64.")
   if 4 * tiles.chunk * S > _CHUNK_BYTES:
@@ -100,15 +98,15 @@ def _check(q_index, k_index, q, k, tiles):
       f"{S=}: {tiles.chunk} queries x S in float32 are more than "
       f"{_CHUNK_BYTES} bytes."
     )
-  needed, vmem = vmem_bytes(tiles, N, HR, M, I), tpu.chip().vmem
-  if needed > vmem:
+  needed = max(
+    target_lib.vmem_bytes(tiles, N, HR, q.dtype.itemsize),
+    gradients_lib.vmem_bytes(tiles, M, I, q_index.dtype.itemsize),
+  )
+  if needed > tpu.chip().vmem:
     raise NotImplementedError(
-      f"{M=} index heads of width {I=} take {needed} bytes of VMEM of {vmem}."
+      f"{N=} heads of width {HR} and {M=} index heads of width {I=} take "
+      f"{needed} bytes of VMEM; {tpu.chip().vmem} at most."
     )
-
-
-def _pad(x, rows):
-  return jnp.pad(x, [(0, 0), (0, rows), *[(0, 0)] * (x.ndim - 2)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +115,7 @@ class _Op:
 
   scale: float
   heads_axis: str | tuple[str, ...] | None
-  tiles: kernels.Tiles
+  tiles: chunks_lib.Tiles
 
   def chunks(self, function, init, inputs, *more):
     """Scans `function(carry, chunk, distributions, *more)` over batch rows.
@@ -136,13 +134,13 @@ class _Op:
     index = q_index.swapaxes(1, 2), k_index, w.swapaxes(1, 2)
     bias_BTN = softmax.bias(lse)
     attention = q.swapaxes(1, 2), k, bias_BTN.swapaxes(1, 2)
-    chunks = kernels.chunks(start, end, self.tiles)
+    chunks = chunks_lib.split(start, end, self.tiles)
     more = [x.reshape(B, -1, self.tiles.chunk, *x.shape[2:]) for x in more]
 
     def step(carry, xs):
       chunk, *more = xs
-      scores = kernels.scores(*index, chunk, self.tiles)
-      target_ST = kernels.target(
+      scores = scores_lib.scores(*index, chunk, self.tiles)
+      target_ST = target_lib.target(
         *attention, chunk, self.tiles, self.scale, k_index.shape[1]
       )
       if self.heads_axis is not None:
@@ -187,7 +185,7 @@ def _vjp_backward(op, inputs, d_loss):
   heads_first = q_index.swapaxes(1, 2), weighted_q.swapaxes(1, 2)
 
   def gradients(d_k, chunk, distributions, q_index, w, d_loss):
-    sums_MIT, d_k = kernels.gradients(
+    sums_MIT, d_k = gradients_lib.gradients(
       *(*heads_first, k_index, *distributions, d_loss[None], d_k),
       *(chunk, op.tiles),
     )

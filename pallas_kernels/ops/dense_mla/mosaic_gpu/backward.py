@@ -16,40 +16,40 @@ float32 by TMA, in no fixed order of blocks: its last bit varies from run to
 run.
 """
 
-import math
-from typing import cast, Final
+from collections.abc import Sequence
+import dataclasses
+import enum
+import functools
+from typing import Any, Final
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import llvm
-from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Float, Int
-import numpy as np
 
-from pallas_kernels.hopper import ptx
+from pallas_kernels import softmax
+from pallas_kernels.hopper import barriers
+from pallas_kernels.hopper import fragments
+from pallas_kernels.hopper import instructions
+from pallas_kernels.hopper import threads
+from pallas_kernels.hopper import tiles
+from pallas_kernels.hopper.threads import F32
+from pallas_kernels.hopper.threads import U32
 from pallas_kernels.ops.dense_mla.mosaic_gpu import mask_bits as mask_bits_lib
+from pallas_kernels.ops.dense_mla.mosaic_gpu import walks
 
 bT: Final = 64
 bS: Final = 128
-_ROWS: Final = 64  # keys of a warpgroup
 _STAGES: Final = 2
-_LOG2E: Final = math.log2(math.e)
-_BY_COLUMN: Final = plgpu.Layout.WGMMA.reduce(0)
-# Half of dQ's columns, 96, is not a multiple of 64: tiles of these columns are
-# 32 wide.
-_WIDE: Final = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_NARROW: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
-_FLOATS: Final = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-# Named barriers of the two warpgroups: dS is written; dS and K have been read.
-_WRITTEN: Final = 10
-_READ: Final = 11
-_BOTH: Final = 256
+
+
+class _Barrier(enum.IntEnum):
+  """Named barriers of the two consumers."""
+
+  READ = barriers.FIRST  # dS and K have been read
+  WRITTEN = barriers.FIRST + 1  # dS is written
 
 
 def backward(
@@ -80,27 +80,22 @@ def backward(
     delta: Subtracted from d weights.
     start: First key of each query, padded to whole tiles of queries.
     end: One past the last key, at most S.
-    plan: For each tile of keys, tiles of queries: in [first, second) some
-      query sees some of it, in [third, fourth) all queries see all of it.
+    plan: Result of `walks.over_queries`.
     scale: Scale of the logits.
     mask_bits: Bits of the queries that read each key, all within their ranges,
       padded to whole tiles of queries and keys.
   """
   (B, T, N, HR), (S, U) = q.shape, (k.shape[1], v.shape[-1])
   nS = plan.shape[1]
-  operands = q, k, v, d_out, lse, delta, start, end, plan.reshape(-1)
+  plan = plan.reshape(-1)
   if mask_bits is not None:
-    operands += (mask_bits.reshape(-1, mask_bits.shape[-1]),)
-
-  def kernel(*refs):
-    refs, rest = refs[: len(operands)], refs[len(operands) :]
-    _kernel(*refs[:9], *rest, scale=scale, nS=nS, mask_bits=refs[9:])
-
-  wide = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_WIDE)
-  narrow = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_NARROW)
+    mask_bits = mask_bits.reshape(-1, mask_bits.shape[-1])
   d_q = jax.new_ref(jnp.zeros((B, T, N, HR), jnp.float32))
+  operands = _Operands(
+    *(q, k, v, d_out, lse, delta, start, end, plan, mask_bits, d_q)
+  )
   d_k, d_v = plgpu.kernel(
-    kernel,
+    functools.partial(_kernel, scale=scale),
     out_type=(
       jax.ShapeDtypeStruct((B, S, N, HR), k.dtype),
       jax.ShapeDtypeStruct((B, S, N, U), v.dtype),
@@ -109,71 +104,346 @@ def backward(
     grid_names=("block",),
     num_threads=3,
     thread_name="wg",
-    scratch_types=(
-      narrow(bS, HR),
-      wide(bS, U),
-      narrow(_STAGES, bT, HR),
-      wide(_STAGES, bT, U),
-      narrow(bS, bT),
-      plgpu.SMEM((2, bT, HR // 2), jnp.float32, transforms=_FLOATS),
-      plgpu.SMEM((_STAGES, bT), jnp.float32),
-      plgpu.SMEM((_STAGES, bT), jnp.float32),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
-      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
-      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
-      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
-    ),
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-    ),
+    scratch_types=[_Shared.types(HR, U)],
+    compiler_params=tiles.BY_HAND,
     kernel_name="dense_mla_backward",
-  )(*operands, d_q)
+  )(operands)
   return d_q[...], d_k, d_v
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+  """Arguments of `backward` in device memory, and dQ."""
+
+  q: Any
+  k: Any
+  v: Any
+  d_out: Any
+  lse: Any
+  delta: Any
+  start: Any
+  end: Any
+  plan: Any  # flat
+  mask_bits: Any  # [rows, words of a tile], or None
+  d_q: Any  # blocks add to it
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+  """Shared memory, and barriers there; of queries, a ring buffer's slots."""
+
+  k: Any  # at the end, dK
+  v: Any  # at the end, dV
+  q: Any
+  d_out: Any
+  ds: Any
+  dq: Any  # by warpgroup
+  lse: Any
+  delta: Any
+  kv_full: Any
+  q_full: Any  # and lse
+  d_out_full: Any  # and delta
+  q_free: Any
+  d_out_free: Any
+
+  @classmethod
+  def types(cls, HR: int, U: int) -> Any:
+    # Half of dQ's columns, 96, is not a multiple of 64.
+    narrow = lambda *shape: plgpu.SMEM(
+      shape, jnp.bfloat16, transforms=tiles.NARROW
+    )
+    sums = plgpu.SMEM((_STAGES, bT), jnp.float32)
+    ring = plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2)
+    return cls(
+      k=narrow(bS, HR),
+      v=tiles.shared((bS, U)),
+      q=narrow(_STAGES, bT, HR),
+      d_out=tiles.shared((_STAGES, bT, U)),
+      ds=narrow(bS, bT),
+      dq=tiles.shared((2, bT, HR // 2), jnp.float32),
+      lse=sums,
+      delta=sums,
+      kv_full=plgpu.Barrier(num_arrivals=2),
+      q_full=ring,
+      d_out_full=ring,
+      q_free=ring,
+      d_out_free=ring,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Accumulators:
+  """Accumulators of products, in registers."""
+
+  dk: Any
+  dv: Any
+  s: Any
+  dp: Any
+  dq: Any
+
+  @classmethod
+  def types(cls, HR: int, U: int) -> Any:
+    wide = lambda n: plgpu.ACC((tiles.ROWS, n), jnp.float32)
+    return cls(
+      dk=wide(HR), dv=wide(U), s=wide(bT), dp=wide(bT), dq=wide(HR // 2)
+    )
+
+
+def _kernel(operands, d_k, d_v, shared, *, scale):
+  B, _, N, HR = d_k.shape
+  block, wg = lax.axis_index("block"), lax.axis_index("wg")
+  # The first keys first: with causal ranges they take the longest.
+  walk = walks.Walk.of_block(block, operands.plan, B, N, last_first=False)
+
+  @pl.when(wg == 2)
+  def _produce():
+    plgpu.set_max_registers(24, action="decrease")
+    _load(operands, shared, walk)
+
+  @pl.when(wg < 2)
+  def _consume():
+    plgpu.set_max_registers(240, action="increase")
+    mine = pl.ds(wg * tiles.ROWS, tiles.ROWS)
+    consumer = _Consumer(operands, d_k, d_v, shared, walk, scale, wg, mine)
+    pl.run_scoped(consumer.run, _Accumulators.types(HR, d_v.shape[3]))
+
+
+def _load(operands, shared, walk):
+  """Copies the block's keys, and the walk's queries into the ring buffer."""
+  batch, head = walk.batch, walk.head
+  keys = pl.ds(walk.tile * bS, bS)
+  for source, target in ((operands.k, shared.k), (operands.v, shared.v)):
+    plgpu.copy_gmem_to_smem(
+      source.at[batch, keys, head], target, shared.kv_full
+    )
+
+  def step(i, _):
+    slot = walk.slot(i, _STAGES)
+    queries = pl.ds(i * bT, bT)
+
+    def copy(rows, rows_smem, sums, sums_smem, full, free):
+      pl.when(i - walk.first >= _STAGES)(
+        lambda: plgpu.barrier_wait(free.at[slot])
+      )
+      full = full.at[slot]
+      rows, sums = rows.at[batch, queries, head], sums.at[batch, head, queries]
+      plgpu.copy_gmem_to_smem(rows, rows_smem.at[slot], full)
+      plgpu.copy_gmem_to_smem(sums, sums_smem.at[slot], full)
+
+    copy(
+      *(operands.q, shared.q, operands.lse, shared.lse),
+      *(shared.q_full, shared.q_free),
+    )
+    copy(
+      *(operands.d_out, shared.d_out, operands.delta, shared.delta),
+      *(shared.d_out_full, shared.d_out_free),
+    )
+
+  lax.fori_loop(walk.first, walk.last, step, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+  """What a consumer needs of shared memory for a tile of queries."""
+
+  slot: Int[Array, ""]
+  """Of the ring buffer."""
+  mine: Any
+  """The warpgroup's keys."""
+  columns: Any
+  """Its columns of dQ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Consumer:
+  """Warpgroup that has 64 keys."""
+
+  operands: _Operands
+  d_k: Any
+  d_v: Any
+  shared: _Shared
+  walk: walks.Walk
+  scale: float
+  wg: Int[Array, ""]
+  """This one, 0 or 1."""
+  mine: Any
+  """Its keys of the block's."""
+
+  def run(self, acc: _Accumulators) -> None:
+    """Walks over the queries; writes dK and dV."""
+    first = self.walk.first
+    acc.dk[...] = tiles.zeros(acc.dk.shape[1])
+    acc.dv[...] = tiles.zeros(acc.dv.shape[1])
+    plgpu.barrier_wait(self.shared.kv_full)
+    plgpu.barrier_wait(self.shared.q_full.at[0])
+    self.multiply_logits(acc, first)
+    bits = self.load_bits(first)
+    s_ST = _chosen(plgpu.wgmma_accumulator_load(acc.s), bits)
+    step = functools.partial(self.step, acc)
+    lax.fori_loop(first, self.walk.last, step, s_ST)
+    self.write(acc)
+
+  def step(
+    self, acc: _Accumulators, i: Int[Array, ""], s_ST: Float[Array, "64 bT"]
+  ) -> Float[Array, "64 bT"]:
+    """Adds the gradients of a tile of queries; returns the next one's S^T."""
+    at = self.places(i)
+    p_ST = self.weights(s_ST, i, at)
+    ds_ST = self.d_logits(acc, p_ST, i, at)
+    self.share(ds_ST, at)
+    self.add_dq(acc, i, at)
+    return self.following_logits(acc, i, at)
+
+  def places(self, i: Int[Array, ""]) -> _Places:
+    """Computes them anew at each use, since registers are scarce."""
+    wg, width = _fresh(self.wg), self.shared.k.shape[1] // 2
+    mine = pl.ds(pl.multiple_of(wg * tiles.ROWS, tiles.ROWS), tiles.ROWS)
+    half = pl.multiple_of(wg * width, width)
+    return _Places(self.walk.slot(i, _STAGES), mine, pl.ds(half, width))
+
+  def multiply_logits(self, acc: _Accumulators, i: Int[Array, ""]) -> None:
+    """Starts S^T = K Q^T."""
+    at = self.places(i)
+    acc.s[...] = tiles.zeros(bT)
+    q_T = self.shared.q.at[at.slot].transpose((1, 0))
+    plgpu.wgmma(acc.s, self.shared.k.at[at.mine], q_T)
+
+  def weights(
+    self, s_ST: Float[Array, "64 bT"], i: Int[Array, ""], at: _Places
+  ) -> Float[Array, "64 bT"]:
+    """P^T in bfloat16, of S^T that chosen bits have masked."""
+    if self.operands.mask_bits is None:
+      s_ST = self.walk.mask(s_ST, i, lambda x: self.within_ranges(x, i))
+    plgpu.barrier_wait(self.shared.d_out_full.at[at.slot])
+    lse_T = plgpu.load(self.shared.lse.at[at.slot], layout=tiles.BY_COLUMN)
+    scaled_ST = s_ST * (self.scale * softmax.LOG2E)
+    return _pack(jnp.exp2(scaled_ST - tiles.over_rows(lse_T)))
+
+  def within_ranges(
+    self, s_ST: Float[Array, "64 bT"], i: Int[Array, ""]
+  ) -> Float[Array, "64 bT"]:
+    key = plgpu.broadcasted_iota(jnp.int32, s_ST.shape, 0, layout=tiles.MATRIX)
+    key += self.walk.tile * bS + self.wg * tiles.ROWS
+    start_T, end_T = (
+      tiles.load(x.at[self.walk.batch, pl.ds(i * bT, bT)], tiles.BY_COLUMN)
+      for x in (self.operands.start, self.operands.end)
+    )
+    seen = (key >= tiles.over_rows(start_T)) & (key < tiles.over_rows(end_T))
+    return jnp.where(seen, s_ST, -jnp.inf)
+
+  def d_logits(
+    self,
+    acc: _Accumulators,
+    p_ST: Float[Array, "64 bT"],
+    i: Int[Array, ""],
+    at: _Places,
+  ) -> Float[Array, "64 bT"]:
+    """dS^T in bfloat16; starts dV += P^T dO."""
+    v, d_out = self.shared.v.at[at.mine], self.shared.d_out.at[at.slot]
+    acc.dp[...] = tiles.zeros(bT)
+    plgpu.wgmma(acc.dp, v, d_out.transpose((1, 0)))
+    plgpu.wgmma(acc.dv, p_ST, d_out)
+    delta_T = plgpu.load(self.shared.delta.at[at.slot], layout=tiles.BY_COLUMN)
+    dp_ST = plgpu.wgmma_accumulator_load(acc.dp, wait_n=1)
+
+    @pl.when(i > self.walk.first)
+    def _():  # dK of the tile before is multiplied
+      plgpu.barrier_arrive(self.shared.q_free.at[1 - at.slot])
+
+    return _pack(_unpack(p_ST) * (dp_ST - tiles.over_rows(delta_T)))
+
+  def share(self, ds_ST: Float[Array, "64 bT"], at: _Places) -> None:
+    """Writes dS^T, and waits for the other warpgroup's."""
+    barriers.meet(_Barrier.READ)
+    self.shared.ds[at.mine] = ds_ST
+    barriers.fence_async()
+    barriers.meet(_Barrier.WRITTEN)
+    plgpu.wgmma_wait(0)  # dV
+    plgpu.barrier_arrive(self.shared.d_out_free.at[at.slot])
+
+  def add_dq(self, acc: _Accumulators, i: Int[Array, ""], at: _Places) -> None:
+    """Adds half of the columns of dQ = dS K; starts half of dK."""
+    acc.dq[...] = tiles.zeros(acc.dq.shape[1])
+    ds_TS = self.shared.ds.transpose((1, 0))
+    plgpu.wgmma(acc.dq, ds_TS, self.shared.k.at[:, at.columns])
+    self.multiply_dk(acc, i, 0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    self.shared.dq[self.wg] = plgpu.wgmma_accumulator_load(acc.dq, wait_n=1)
+    plgpu.commit_smem()
+    queries = pl.ds(i * bT, bT)
+    plgpu.copy_smem_to_gmem(
+      self.shared.dq.at[self.wg],
+      self.operands.d_q.at[
+        self.walk.batch, queries, self.walk.head, at.columns
+      ],
+      reduction_op="add",
+    )
+
+  def multiply_dk(
+    self, acc: _Accumulators, i: Int[Array, ""], part: int
+  ) -> None:
+    """Starts dK += dS^T Q for one half of the queries."""
+    at = self.places(i)
+    queries = pl.ds(part * (bT // 2), bT // 2)
+    ds_ST = self.shared.ds.at[at.mine, queries]
+    plgpu.wgmma(acc.dk, ds_ST, self.shared.q.at[at.slot, queries])
+
+  def following_logits(
+    self, acc: _Accumulators, i: Int[Array, ""], at: _Places
+  ) -> Float[Array, "64 bT"]:
+    """S^T of the next tile, masked by bits; starts the other half of dK."""
+    following = jnp.minimum(i + 1, self.walk.last - 1)
+
+    @pl.when(i + 1 < self.walk.last)
+    def _():
+      plgpu.barrier_wait(self.shared.q_full.at[1 - at.slot])
+
+    bits = self.load_bits(following)
+    # The last tile computes its own logits again, which are not used.
+    self.multiply_logits(acc, following)
+    self.multiply_dk(acc, i, 1)
+    return _chosen(plgpu.wgmma_accumulator_load(acc.s, wait_n=1), bits)
+
+  def load_bits(self, i: Int[Array, ""]) -> Int[Array, " numbers"] | None:
+    """Bits of the queries that read the keys; None if all in range do."""
+    ref, (B, T) = self.operands.mask_bits, self.operands.start.shape
+    if ref is None:
+      return None
+    nT = T // bT
+    row = (self.walk.batch * nT + i) * (ref.shape[0] // (B * nT))
+    row = row + self.walk.tile * bS + self.wg * tiles.ROWS
+    return mask_bits_lib.load(ref, row, bT // 32)
+
+  def write(self, acc: _Accumulators) -> None:
+    """Writes dK and dV, through the buffers of K and V."""
+    barriers.meet(_Barrier.READ)
+    dk = plgpu.wgmma_accumulator_load(acc.dk) * self.scale
+    self.shared.k[self.mine] = dk.astype(self.d_k.dtype)
+    dv = plgpu.wgmma_accumulator_load(acc.dv)
+    self.shared.v[self.mine] = dv.astype(self.d_v.dtype)
+    plgpu.commit_smem()
+    batch, head = self.walk.batch, self.walk.head
+    keys = pl.ds(self.walk.tile * bS + self.wg * tiles.ROWS, tiles.ROWS)
+    k, v = self.shared.k.at[self.mine], self.shared.v.at[self.mine]
+    plgpu.copy_smem_to_gmem(k, self.d_k.at[batch, keys, head])
+    plgpu.copy_smem_to_gmem(v, self.d_v.at[batch, keys, head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _chosen(logits, bits):
+  return logits if bits is None else mask_bits_lib.apply(logits, bits)
+
+
+@threads.code(threads.NUMBER, returns=threads.a_number())
 def _fresh(number):
   """Returns `number` unchanged, opaque to the compiler.
 
   Otherwise it keeps the addresses of all operands in registers across a loop.
   """
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WG_SPLAT,),
-    return_type=plgpu.ShapeDtypeStruct(
-      (), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT
-    ),
-  )
-  def emit(ctx, number):
-    del ctx
-    x = number.registers.item()
-    x = llvm.inline_asm(
-      x.type, [x], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
-    )
-    return mgpu.FragmentedArray.splat(cast(ir.Value, x), (), is_signed=True)
-
-  return emit(number)
-
-
-def _map_registers(x, dtype, function):
-  """Applies `function` to the registers of a tile, two elements each."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA,),
-    return_type=plgpu.ShapeDtypeStruct(
-      x.shape, dtype, layout=plgpu.Layout.WGMMA
-    ),
-  )
-  def emit(ctx, x):
-    del ctx
-    registers = np.empty_like(x.registers)
-    for i, register in np.ndenumerate(x.registers):
-      registers[i] = function(register)
-    return mgpu.FragmentedArray(
-      _registers=registers, _layout=x.layout, _is_signed=None
-    )
-
-  return emit(x)
+  return number.opaque()
 
 
 def _pack(x):
@@ -182,202 +452,31 @@ def _pack(x):
   Otherwise it keeps each half in its own register for a later `_unpack`.
   """
 
-  def pack(pair):
-    low, high = (
-      vector.extract(pair, dynamic_position=[], static_position=[i])
-      for i in range(2)
-    )
-    word = ir.IntegerType.get_signless(32)
-    both = llvm.inline_asm(
-      word, [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
-    )
-    pair_type = ir.VectorType.get((2,), ir.BF16Type.get())
-    return llvm.bitcast(pair_type, cast(ir.Value, both))
+  @threads.code(
+    tiles.MATRIX, returns=fragments.matrix(x.shape[1], jnp.bfloat16)
+  )
+  def emit(x):
+    return fragments.of_words(packed(fragments.floats(x)))
 
-  return _map_registers(x, jnp.dtype(jnp.bfloat16), pack)
+  return emit(x)
+
+
+def packed(numbers: Sequence[F32]) -> list[U32]:
+  """Packs this thread's numbers, two a word."""
+  pairs = zip(numbers[::2], numbers[1::2], strict=True)
+  return [low.pack(high) for low, high in pairs]
 
 
 def _unpack(x):
   """bfloat16 -> float32."""
 
-  def unpack(pair):
-    word, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    both = llvm.bitcast(word, pair)
-    low = arith.shli(both, ptx.i32(16))
-    high = arith.andi(both, ptx.i32(-(2**16)))
-    return vector.from_elements(
-      ir.VectorType.get((2,), f32), [arith.bitcast(f32, y) for y in (low, high)]
-    )
+  @threads.code(tiles.MATRIX, returns=fragments.matrix(x.shape[1], jnp.float32))
+  def emit(x):
+    return fragments.of_floats(unpacked(fragments.words(x)))
 
-  return _map_registers(x, jnp.dtype(jnp.float32), unpack)
+  return emit(x)
 
 
-def _kernel(
-  q, k, v, d_out, lse, delta, start, end, plan, d_q, d_k, d_v,
-  k_smem, v_smem, q_smem, do_smem, ds_smem, dq_smem, lse_smem, delta_smem,
-  kv_full, q_full, do_full, q_free, do_free,
-  *, scale, nS, mask_bits,
-):  # fmt: skip
-  N, HR, U = q.shape[2], q.shape[3], v.shape[3]
-  block, wg = lax.axis_index("block"), lax.axis_index("wg")
-  # The first keys first: with causal ranges they take the longest.
-  head, i_s = lax.div(block, nS), lax.rem(block, nS)
-  batch, head = lax.div(head, N), lax.rem(head, N)
-  at = 4 * (batch * nS + i_s)
-  first, last, whole, unwhole = (plan[at + i] for i in range(4))
-
-  @pl.when(wg == 2)
-  def _load():
-    plgpu.set_max_registers(24, action="decrease")
-    keys = pl.ds(i_s * bS, bS)
-    plgpu.copy_gmem_to_smem(k.at[batch, keys, head], k_smem, kv_full)
-    plgpu.copy_gmem_to_smem(v.at[batch, keys, head], v_smem, kv_full)
-
-    def step(i, _):
-      slot = lax.rem(i - first, _STAGES)
-      queries = pl.ds(i * bT, bT)
-      for source, target, sums, sums_smem, full, free in (
-        (q, q_smem, lse, lse_smem, q_full, q_free),
-        (d_out, do_smem, delta, delta_smem, do_full, do_free),
-      ):
-        pl.when(i - first >= _STAGES)(
-          lambda free=free: plgpu.barrier_wait(free.at[slot])
-        )
-        plgpu.copy_gmem_to_smem(
-          source.at[batch, queries, head], target.at[slot], full.at[slot]
-        )
-        plgpu.copy_gmem_to_smem(
-          sums.at[batch, head, queries], sums_smem.at[slot], full.at[slot]
-        )
-
-    lax.fori_loop(first, last, step, None)
-
-  @pl.when(wg < 2)
-  def _compute():
-    plgpu.set_max_registers(240, action="increase")
-    mine = pl.ds(wg * _ROWS, _ROWS)
-
-    def spread(x):
-      return lax.broadcast_in_dim(x, (_ROWS, bT), [1])
-
-    def zeros(n):
-      return plgpu.layout_cast(
-        jnp.zeros((_ROWS, n), jnp.float32), plgpu.Layout.WGMMA
-      )
-
-    def masked(logits_ST, i):
-      key = plgpu.broadcasted_iota(
-        jnp.int32, (_ROWS, bT), 0, layout=plgpu.Layout.WGMMA
-      )
-      key += i_s * bS + wg * _ROWS
-      start_T, end_T = (
-        plgpu.load(
-          x.at[batch, pl.ds(i * bT, bT)], layout=_BY_COLUMN, optimized=False
-        )
-        for x in (start, end)
-      )
-      seen = (key >= spread(start_T)) & (key < spread(end_T))
-      return jnp.where(seen, logits_ST, -jnp.inf)
-
-    def load_bits(ref, i):
-      nT = start.shape[1] // bT
-      row = (batch * nT + i) * (nS * bS) + i_s * bS + wg * _ROWS
-      return mask_bits_lib.load(ref, row, bT // 32)
-
-    def compute(dk_acc, dv_acc, s_acc, dp_acc, dq_acc):
-      def operands(i):
-        here = _fresh(wg)
-        mine = pl.ds(pl.multiple_of(here * _ROWS, _ROWS), _ROWS)
-        half = pl.multiple_of(here * (HR // 2), HR // 2)
-        return lax.rem(i - first, _STAGES), mine, pl.ds(half, HR // 2)
-
-      def multiply_logits(i):
-        slot, mine, _ = operands(i)
-        s_acc[...] = zeros(bT)
-        plgpu.wgmma(s_acc, k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
-
-      def multiply_dk(i, part):
-        slot, mine, _ = operands(i)
-        queries = pl.ds(part * (bT // 2), bT // 2)
-        plgpu.wgmma(dk_acc, ds_smem.at[mine, queries], q_smem.at[slot, queries])
-
-      def kept(logits_ST, bits):
-        return mask_bits_lib.apply(logits_ST, *bits) if bits else logits_ST
-
-      dk_acc[...], dv_acc[...] = zeros(HR), zeros(U)
-      plgpu.barrier_wait(kv_full)
-      plgpu.barrier_wait(q_full.at[0])
-      multiply_logits(first)
-
-      def step(i, logits_ST):
-        slot, mine, columns = operands(i)
-        if not mask_bits:
-          logits_ST = lax.cond(
-            (i >= whole) & (i < unwhole),
-            lambda x: x,
-            lambda x: masked(x, i),
-            logits_ST,
-          )
-        plgpu.barrier_wait(do_full.at[slot])
-        lse_T = plgpu.load(lse_smem.at[slot], layout=_BY_COLUMN)
-        p_ST = jnp.exp2(logits_ST * (scale * _LOG2E) - spread(lse_T))
-        p_ST = _pack(p_ST)
-        dp_acc[...] = zeros(bT)
-        plgpu.wgmma(dp_acc, v_smem.at[mine], do_smem.at[slot].transpose((1, 0)))
-        plgpu.wgmma(dv_acc, p_ST, do_smem.at[slot])
-        delta_T = plgpu.load(delta_smem.at[slot], layout=_BY_COLUMN)
-        dp_ST = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-
-        @pl.when(i > first)
-        def _():
-          plgpu.barrier_arrive(q_free.at[1 - slot])
-
-        ds_ST = _unpack(p_ST) * (dp_ST - spread(delta_T))
-        ds_ST = _pack(ds_ST)
-        ptx.meet(_READ, _BOTH)
-        ds_smem[mine] = ds_ST
-        ptx.fence_smem()
-        ptx.meet(_WRITTEN, _BOTH)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(do_free.at[slot])
-        dq_acc[...] = zeros(HR // 2)
-        plgpu.wgmma(dq_acc, ds_smem.transpose((1, 0)), k_smem.at[:, columns])
-        multiply_dk(i, 0)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        dq_smem[wg] = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-          dq_smem.at[wg],
-          d_q.at[batch, pl.ds(i * bT, bT), head, columns],
-          reduction_op="add",
-        )
-        following = jnp.minimum(i + 1, last - 1)
-
-        @pl.when(i + 1 < last)
-        def _():
-          plgpu.barrier_wait(q_full.at[1 - slot])
-
-        prefetched = [load_bits(ref, following) for ref in mask_bits]
-        # The last tile computes its own logits again, which are not used.
-        multiply_logits(following)
-        multiply_dk(i, 1)
-        return kept(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), prefetched)
-
-      bits = [load_bits(ref, first) for ref in mask_bits]
-      logits_ST = kept(plgpu.wgmma_accumulator_load(s_acc), bits)
-      lax.fori_loop(first, last, step, logits_ST)
-      ptx.meet(_READ, _BOTH)
-      k_smem[mine] = (plgpu.wgmma_accumulator_load(dk_acc) * scale).astype(
-        d_k.dtype
-      )
-      v_smem[mine] = plgpu.wgmma_accumulator_load(dv_acc).astype(d_v.dtype)
-      plgpu.commit_smem()
-      rows = pl.ds(i_s * bS + wg * _ROWS, _ROWS)
-      plgpu.copy_smem_to_gmem(k_smem.at[mine], d_k.at[batch, rows, head])
-      plgpu.copy_smem_to_gmem(v_smem.at[mine], d_v.at[batch, rows, head])
-      plgpu.wait_smem_to_gmem(0)
-
-    pl.run_scoped(
-      compute,
-      *(plgpu.ACC((_ROWS, n), jnp.float32) for n in (HR, U, bT, bT, HR // 2)),
-    )
+def unpacked(words: Sequence[U32]) -> list[F32]:
+  """Undoes `packed`."""
+  return [x for word in words for x in instructions.unpack(word)]

@@ -13,8 +13,9 @@ ranges, that is all but the last. With selected keys, every tile is masked by
 bits.
 """
 
-import math
-from typing import Final
+import dataclasses
+import functools
+from typing import Any, Final
 
 import jax
 from jax import lax
@@ -23,18 +24,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper import ping_pong
+from pallas_kernels import softmax
+from pallas_kernels.hopper import barriers
+from pallas_kernels.hopper import tiles
 from pallas_kernels.ops.dense_mla.mosaic_gpu import mask_bits as mask_bits_lib
+from pallas_kernels.ops.dense_mla.mosaic_gpu import walks
 
 bT: Final = 128
 bS: Final = 128
-_ROWS: Final = 64  # queries of a warpgroup
 _COLUMNS: Final = 64  # of a tile of queries
 _STAGES: Final = 2
 _NEVER: Final = -1e30  # initial maximum; finite, since -inf would give NaN
-_LOG2E: Final = math.log2(math.e)
-_SWIZZLED: Final = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_BY_ROW: Final = plgpu.Layout.WGMMA.reduce(1)
 
 
 def forward(
@@ -55,25 +55,18 @@ def forward(
     v: Values.
     start: First key of each query, padded to whole tiles of queries.
     end: One past the last key, at most S.
-    plan: For each tile of queries, tiles of keys: those in [first, second) are
-      seen by some query, those in [third, fourth) in full by all.
+    plan: Result of `walks.over_keys`.
     scale: Scale of the logits; positive.
     mask_bits: Bits of the keys that each query reads, all in its range, padded
       to whole tiles of keys. A query that reads none has an empty range.
   """
   (B, T, N, HR), U = q.shape, v.shape[-1]
   nT = plan.shape[1]
-  operands = q, k, v, start, end, plan.reshape(-1)
+  plan = plan.reshape(-1)
   if mask_bits is not None:
-    operands += (mask_bits.reshape(-1, mask_bits.shape[-1]),)
-
-  def kernel(*refs):
-    refs, rest = refs[: len(operands)], refs[len(operands) :]
-    _kernel(*refs[:6], *rest, scale=scale, nT=nT, mask_bits=refs[6:])
-
-  smem = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=_SWIZZLED)
+    mask_bits = mask_bits.reshape(-1, mask_bits.shape[-1])
   return plgpu.kernel(
-    kernel,
+    functools.partial(_kernel, scale=scale),
     out_type=(
       jax.ShapeDtypeStruct((B, T, N, U), q.dtype),
       jax.ShapeDtypeStruct((B, N, nT * bT), jnp.float32),
@@ -84,177 +77,290 @@ def forward(
     grid_names=("block",),
     num_threads=3,
     thread_name="wg",
-    scratch_types=(
-      smem(2, HR // _COLUMNS, _ROWS, _COLUMNS),
-      smem(_STAGES, bS, HR),
-      smem(_STAGES, bS, U),
-      plgpu.SMEM((2, _ROWS), jnp.float32),
-      plgpu.Barrier(num_barriers=2, num_arrivals=HR // _COLUMNS),
-      plgpu.Barrier(num_barriers=_STAGES),
-      plgpu.Barrier(num_barriers=_STAGES),
-      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
-      plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
-    ),
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-    ),
+    scratch_types=[_Shared.types(HR, U)],
+    compiler_params=tiles.BY_HAND,
     kernel_name="dense_mla_forward",
-  )(*operands)
+  )(_Operands(q, k, v, start, end, plan, mask_bits))
 
 
-def _kernel(
-  q, k, v, start, end, plan, out, lse,
-  q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free,
-  *, scale, nT, mask_bits,
-):  # fmt: skip
-  batches, _, N, U = out.shape
-  parts = q.shape[3] // _COLUMNS
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+  """Arguments of `forward` in device memory."""
+
+  q: Any
+  k: Any
+  v: Any
+  start: Any
+  end: Any
+  plan: Any  # flat
+  mask_bits: Any  # [rows, words of a tile], or None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+  """Shared memory, and barriers there; slots of the ring buffer come first."""
+
+  q: Any  # by warpgroup and _COLUMNS; at the end, the output
+  k: Any
+  v: Any
+  lse: Any  # by warpgroup
+  q_full: Any  # by warpgroup
+  k_full: Any
+  v_full: Any
+  k_free: Any
+  v_free: Any
+
+  @classmethod
+  def types(cls, HR: int, U: int) -> Any:
+    parts = HR // _COLUMNS
+    full = plgpu.Barrier(num_barriers=_STAGES)
+    free = plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2)
+    return cls(
+      q=tiles.shared((2, parts, tiles.ROWS, _COLUMNS)),
+      k=tiles.shared((_STAGES, bS, HR)),
+      v=tiles.shared((_STAGES, bS, U)),
+      lse=plgpu.SMEM((2, tiles.ROWS), jnp.float32),
+      q_full=plgpu.Barrier(num_barriers=2, num_arrivals=parts),
+      k_full=full,
+      v_full=full,
+      k_free=free,
+      v_free=free,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Accumulators:
+  """Accumulators of products, in registers."""
+
+  out: Any
+  logits: Any
+
+  @classmethod
+  def types(cls, U: int) -> Any:
+    return cls(
+      out=plgpu.ACC((tiles.ROWS, U), jnp.float32),
+      logits=plgpu.ACC((tiles.ROWS, bS), jnp.float32),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Softmax:
+  """Softmax over the keys so far, of each query."""
+
+  top: Float[Array, "64"]
+  """Largest logit, in base 2."""
+  total: Float[Array, "64"]
+  """Sum of the weights, relative to that of the largest logit."""
+
+  def add(
+    self, logits: Float[Array, "64 bS"], scale: float
+  ) -> tuple["_Softmax", Float[Array, "64"], Float[Array, "64 bS"]]:
+    """Adds a tile of keys.
+
+    Args:
+      logits: Not scaled.
+      scale: Makes them logits in base 2.
+
+    Returns:
+      The softmax with the tile; the factor of what was summed without it; the
+      tile's weights.
+    """
+    top = jnp.maximum(self.top, jnp.max(logits, axis=1) * scale)
+    keep = jnp.exp2(self.top - top)
+    weights = jnp.exp2(logits * scale - tiles.over_columns(top, bS))
+    total = self.total * keep + jnp.sum(weights, axis=1)
+    return _Softmax(top, total), keep, weights
+
+
+def _kernel(operands, out, lse, shared, *, scale):
+  B, _, N, U = out.shape
   block, wg = lax.axis_index("block"), lax.axis_index("wg")
-  head = lax.div(block, nT)
   # The last queries first: with causal ranges they take the longest.
-  i_t = nT - 1 - lax.rem(block, nT)
-  batch, head = lax.div(head, N), lax.rem(head, N)
-  at = 4 * (batch * nT + i_t)
-  first, last, whole, unwhole = (plan[at + i] for i in range(4))
-  query = i_t * bT + wg * _ROWS
+  walk = walks.Walk.of_block(block, operands.plan, B, N, last_first=True)
+  query = walk.tile * bT + wg * tiles.ROWS
 
   @pl.when(wg == 2)
-  def _load():
+  def _produce():
     plgpu.set_max_registers(40, action="decrease")
-
-    def step(i, _):
-      slot = lax.rem(i - first, _STAGES)
-      keys = pl.ds(i * bS, bS)
-      for source, target, full, free in (
-        (k, k_smem, k_full, k_free),
-        (v, v_smem, v_full, v_free),
-      ):
-        pl.when(i - first >= _STAGES)(
-          lambda free=free: plgpu.barrier_wait(free.at[slot])
-        )
-        plgpu.copy_gmem_to_smem(
-          source.at[batch, keys, head], target.at[slot], full.at[slot]
-        )
-
-    lax.fori_loop(first, last, step, None)
+    _load(operands, shared, walk)
 
   @pl.when(wg < 2)
-  def _compute():
+  def _consume():
     plgpu.set_max_registers(232, action="increase")
-    for i in range(parts):
-      columns = pl.ds(i * _COLUMNS, _COLUMNS)
+    consumer = _Consumer(operands, out, lse, shared, walk, scale, wg, query)
+    consumer.load_queries()
+    pl.run_scoped(consumer.attend, _Accumulators.types(U))
+
+
+def _load(operands, shared, walk):
+  """Copies the walk's keys and values into the ring buffer."""
+
+  def step(i, _):
+    slot = walk.slot(i, _STAGES)
+    keys = pl.ds(i * bS, bS)
+
+    def copy(source, target, full, free):
+      pl.when(i - walk.first >= _STAGES)(
+        lambda: plgpu.barrier_wait(free.at[slot])
+      )
+      source = source.at[walk.batch, keys, walk.head]
+      plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+
+    copy(operands.k, shared.k, shared.k_full, shared.k_free)
+    copy(operands.v, shared.v, shared.v_full, shared.v_free)
+
+  lax.fori_loop(walk.first, walk.last, step, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Consumer:
+  """Warpgroup that attends from 64 queries."""
+
+  operands: _Operands
+  out: Any
+  lse: Any
+  shared: _Shared
+  walk: walks.Walk
+  scale: float
+  wg: Int[Array, ""]
+  """This one, 0 or 1."""
+  query: Int[Array, ""]
+  """Its first."""
+
+  @property
+  def queries(self) -> Any:
+    return pl.ds(self.query, tiles.ROWS)
+
+  def load_queries(self) -> None:
+    for part in range(self.shared.q.shape[1]):
+      columns = pl.ds(part * _COLUMNS, _COLUMNS)
       plgpu.copy_gmem_to_smem(
-        q.at[batch, pl.ds(query, _ROWS), head, columns],
-        q_smem.at[wg, i],
-        q_full.at[wg],
+        self.operands.q.at[
+          self.walk.batch, self.queries, self.walk.head, columns
+        ],
+        self.shared.q.at[self.wg, part],
+        self.shared.q_full.at[self.wg],
       )
 
-    def of_rows(ref):
-      return plgpu.load(
-        ref.at[batch, pl.ds(query, _ROWS)], layout=_BY_ROW, optimized=False
+  def attend(self, acc: _Accumulators) -> None:
+    """Walks over the keys in turns with the other warpgroup."""
+    walk, turn = self.walk, barriers.PingPong(self.wg)
+    acc.out[...] = tiles.zeros(acc.out.shape[1])
+    plgpu.barrier_wait(self.shared.q_full.at[self.wg])
+    pl.when(self.wg == 1)(turn.wait)
+    self.multiply_logits(acc.logits, walk.first)
+    turn.signal()
+    so_far = _Softmax(top=tiles.by_row(_NEVER), total=tiles.by_row(0.0))
+    step = functools.partial(self.step, acc, turn)
+    so_far = lax.fori_loop(walk.first, walk.last - 1, step, so_far)
+    so_far = step(walk.last - 1, so_far, is_last=True)
+    pl.when(self.wg == 0)(turn.wait)
+    self.write(acc.out, so_far)
+
+  def step(
+    self,
+    acc: _Accumulators,
+    turn: barriers.PingPong,
+    i: Int[Array, ""],
+    so_far: _Softmax,
+    *,
+    is_last: bool = False,
+  ) -> _Softmax:
+    """Adds tile `i` to the output, and multiplies the logits of the next."""
+    slot = self.walk.slot(i, _STAGES)
+    logits = self.logits(acc.logits, i, slot)
+    so_far, keep, weights = so_far.add(logits, self.scale * softmax.LOG2E)
+    weights = weights.astype(self.out.dtype)
+    # Complete, as the logits are: there is nothing to wait for.
+    out_TU = plgpu.wgmma_accumulator_load(acc.out, wait_n=None)
+    acc.out[...] = out_TU * tiles.over_columns(keep, out_TU.shape[1])
+    plgpu.barrier_wait(self.shared.v_full.at[slot])
+    turn.wait()
+    plgpu.wgmma(acc.out, weights, self.shared.v.at[slot])
+    if not is_last:
+      self.multiply_logits(acc.logits, i + 1)
+    turn.signal()
+    if not is_last:
+      plgpu.wgmma_wait(self.shared.q.shape[1])  # all but the logits'
+      plgpu.barrier_arrive(self.shared.v_free.at[slot])
+    return so_far
+
+  def multiply_logits(self, acc: Any, i: Int[Array, ""]) -> None:
+    """Starts the products of a tile's logits."""
+    slot = self.walk.slot(i, _STAGES)
+    acc[...] = tiles.zeros(bS)
+    plgpu.barrier_wait(self.shared.k_full.at[slot])
+    for part in range(self.shared.q.shape[1]):
+      columns = pl.ds(part * _COLUMNS, _COLUMNS)
+      plgpu.wgmma(
+        acc,
+        self.shared.q.at[self.wg, part],
+        self.shared.k.at[slot, :, columns].transpose((1, 0)),
       )
 
-    def spread(x, columns):
-      return lax.broadcast_in_dim(x, (_ROWS, columns), [0])
+  def logits(
+    self, acc: Any, i: Int[Array, ""], slot: Int[Array, ""]
+  ) -> Float[Array, "64 bS"]:
+    """Waits for a tile's logits, and masks them."""
+    chosen = self.operands.mask_bits is not None
+    bits = self.load_bits(i) if chosen else None
+    logits = plgpu.wgmma_accumulator_load(acc)
+    plgpu.barrier_arrive(self.shared.k_free.at[slot])
+    if bits is not None:
+      return mask_bits_lib.apply(logits, bits)
+    return self.walk.mask(logits, i, lambda x: self.within_ranges(x, i))
 
-    def full(value, *shape, layout=_BY_ROW):
-      return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+  def load_bits(self, i: Int[Array, ""]) -> Int[Array, " numbers"]:
+    ref, (B, _, T) = self.operands.mask_bits, self.lse.shape
+    nS = ref.shape[0] // (B * T)
+    row = (self.walk.batch * nS + i) * T + self.query
+    return mask_bits_lib.load(ref, row, bS // 32)
 
-    def masked(logits, i):
-      key = plgpu.broadcasted_iota(
-        jnp.int32, (_ROWS, bS), 1, layout=plgpu.Layout.WGMMA
-      )
-      key += i * bS
-      seen = (key >= spread(of_rows(start), bS)) & (
-        key < spread(of_rows(end), bS)
-      )
-      return jnp.where(seen, logits, -jnp.inf)
-
-    def load_bits(ref, i):
-      nS = ref.shape[0] // (batches * nT * bT)
-      row = (batch * nS + i) * (nT * bT) + query
-      return mask_bits_lib.load(ref, row, bS // 32)
-
-    def compute(out_acc, logits_acc):
-      def multiply_logits(i):
-        slot = lax.rem(i - first, _STAGES)
-        logits_acc[...] = full(0.0, _ROWS, bS, layout=plgpu.Layout.WGMMA)
-        plgpu.barrier_wait(k_full.at[slot])
-        for part in range(parts):
-          columns = pl.ds(part * _COLUMNS, _COLUMNS)
-          plgpu.wgmma(
-            logits_acc,
-            q_smem.at[wg, part],
-            k_smem.at[slot, :, columns].transpose((1, 0)),
-          )
-
-      def step(i, carry, is_last=False):
-        top, total = carry
-        slot = lax.rem(i - first, _STAGES)
-        bits = [load_bits(ref, i) for ref in mask_bits]
-        logits = plgpu.wgmma_accumulator_load(logits_acc)
-        plgpu.barrier_arrive(k_free.at[slot])
-        if bits:
-          logits = mask_bits_lib.apply(logits, *bits)
-        else:
-          logits = lax.cond(
-            (i >= whole) & (i < unwhole),
-            lambda x: x,
-            lambda x: masked(x, i),
-            logits,
-          )
-        new_top = jnp.maximum(top, jnp.max(logits, axis=1) * (scale * _LOG2E))
-        keep = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logits * (scale * _LOG2E) - spread(new_top, bS))
-        total = total * keep + jnp.sum(weights, axis=1)
-        weights = weights.astype(v.dtype)
-        out_TU = plgpu.wgmma_accumulator_load(out_acc, wait_n=None)
-        out_acc[...] = out_TU * spread(keep, U)
-        plgpu.barrier_wait(v_full.at[slot])
-        ping_pong.wait(wg)
-        plgpu.wgmma(out_acc, weights, v_smem.at[slot])
-        if not is_last:
-          multiply_logits(i + 1)
-        ping_pong.signal(1 - wg)
-        if not is_last:
-          plgpu.wgmma_wait(parts)
-          plgpu.barrier_arrive(v_free.at[slot])
-        return new_top, total
-
-      out_acc[...] = full(0.0, _ROWS, U, layout=plgpu.Layout.WGMMA)
-      plgpu.barrier_wait(q_full.at[wg])
-      pl.when(wg == 1)(lambda: ping_pong.wait(wg))
-      multiply_logits(first)
-      ping_pong.signal(1 - wg)
-      carry = full(_NEVER, _ROWS), full(0.0, _ROWS)
-      carry = lax.fori_loop(first, last - 1, step, carry)
-      top, total = step(last - 1, carry, is_last=True)
-      pl.when(wg == 0)(lambda: ping_pong.wait(wg))
-
-      out_TU = plgpu.wgmma_accumulator_load(out_acc)
-      alive = of_rows(start) < of_rows(end)
-      inverse = jnp.where(alive, 1 / total, 0.0)
-      out_TU = jnp.where(spread(alive, U), out_TU * spread(inverse, U), 0.0)
-      # The queries are no longer needed: their buffer takes the output.
-      out_TU = out_TU.astype(out.dtype)
-      for part in range(U // _COLUMNS):
-        columns = slice(part * _COLUMNS, (part + 1) * _COLUMNS)
-        q_smem[wg, part] = out_TU[:, columns]
-      lse_smem[wg] = jnp.where(
-        alive, top * (1 / _LOG2E) + jnp.log(total), -jnp.inf
-      )
-      plgpu.commit_smem()
-      rows = pl.ds(query, _ROWS)
-      for part in range(U // _COLUMNS):
-        columns = pl.ds(part * _COLUMNS, _COLUMNS)
-        plgpu.copy_smem_to_gmem(
-          q_smem.at[wg, part], out.at[batch, rows, head, columns]
-        )
-      plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse.at[batch, head, rows])
-      plgpu.wait_smem_to_gmem(0)
-
-    pl.run_scoped(
-      compute,
-      plgpu.ACC((_ROWS, U), jnp.float32),
-      plgpu.ACC((_ROWS, bS), jnp.float32),
+  def within_ranges(
+    self, logits: Float[Array, "64 bS"], i: Int[Array, ""]
+  ) -> Float[Array, "64 bS"]:
+    key = plgpu.broadcasted_iota(
+      jnp.int32, logits.shape, 1, layout=tiles.MATRIX
     )
+    key += i * bS
+    seen = (key >= tiles.over_columns(self.of_queries("start"), bS)) & (
+      key < tiles.over_columns(self.of_queries("end"), bS)
+    )
+    return jnp.where(seen, logits, -jnp.inf)
+
+  def of_queries(self, bound: str) -> Int[Array, "64"]:
+    ref = getattr(self.operands, bound)
+    return tiles.load(ref.at[self.walk.batch, self.queries], tiles.BY_ROW)
+
+  def write(self, acc: Any, whole: _Softmax) -> None:
+    """Writes the output and the logsumexp."""
+    out_TU = plgpu.wgmma_accumulator_load(acc)
+    alive = self.of_queries("start") < self.of_queries("end")
+    inverse = jnp.where(alive, 1 / whole.total, 0.0)
+    over_U = functools.partial(tiles.over_columns, columns=out_TU.shape[1])
+    out_TU = jnp.where(over_U(alive), out_TU * over_U(inverse), 0.0)
+    # The queries are no longer needed: their buffer takes the output.
+    out_TU = out_TU.astype(self.out.dtype)
+    parts = range(out_TU.shape[1] // _COLUMNS)
+    for part in parts:
+      columns = slice(part * _COLUMNS, (part + 1) * _COLUMNS)
+      self.shared.q[self.wg, part] = out_TU[:, columns]
+    self.shared.lse[self.wg] = jnp.where(
+      alive, whole.top * (1 / softmax.LOG2E) + jnp.log(whole.total), -jnp.inf
+    )
+    plgpu.commit_smem()
+    batch, head = self.walk.batch, self.walk.head
+    for part in parts:
+      columns = pl.ds(part * _COLUMNS, _COLUMNS)
+      plgpu.copy_smem_to_gmem(
+        self.shared.q.at[self.wg, part],
+        self.out.at[batch, self.queries, head, columns],
+      )
+    plgpu.copy_smem_to_gmem(
+      self.shared.lse.at[self.wg], self.lse.at[batch, head, self.queries]
+    )
+    plgpu.wait_smem_to_gmem(0)

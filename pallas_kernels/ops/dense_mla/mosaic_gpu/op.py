@@ -1,7 +1,6 @@
 """Dense attention on Hopper: prepares the kernels' inputs and runs them."""
 
 import functools
-import math
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -10,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import softmax
+from pallas_kernels.hopper import widths
 from pallas_kernels.ops.dense_mla import mask_bits as mask_bits_lib
 from pallas_kernels.ops.dense_mla.mosaic_gpu import backward as backward_lib
 from pallas_kernels.ops.dense_mla.mosaic_gpu import forward as forward_lib
-
-_U = 128
-_HR = 192
+from pallas_kernels.ops.dense_mla.mosaic_gpu import walks
 
 
 def dense_mla(
@@ -28,19 +27,25 @@ def dense_mla(
   indices: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
   """See `api.dense_mla`."""
-  _check(q, k, v, scale)
+  check(q, k, v, scale)
   return _dense_mla(q, k, v, start, end, scale, indices)
 
 
-def _check(q, k, v, scale):
+def check(
+  q: Float[Array, "B T N HR"],
+  k: Float[Array, "B S N HR"],
+  v: Float[Array, "B S N U"],
+  scale: float,
+) -> None:
+  """Raises NotImplementedError for inputs that the kernels do not support."""
   for name, x in dict(q=q, k=k, v=v).items():
     if x.dtype != jnp.bfloat16:
       raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
   HR, U = q.shape[-1], v.shape[-1]
-  if (HR, U) != (_HR, _U):
+  if (HR, U) != (widths.HR, widths.U):
     raise NotImplementedError(
-      f"Queries of width {HR=} and values of {U=}: only {_HR} and {_U} can be "
-      "done."
+      f"Queries of width {HR=} and values of {U=}: only {widths.HR} and"
+      f" {widths.U} can be done."
     )
   if not scale > 0:
     raise NotImplementedError(f"{scale=} is not positive.")
@@ -52,9 +57,9 @@ def _dense_mla(q, k, v, start, end, scale, indices):
 
 
 def _pad(x, length, fill=0):
-  widths = [(0, 0)] * x.ndim
-  widths[1] = 0, length - x.shape[1]
-  return jnp.pad(x, widths, constant_values=fill)
+  padding = [(0, 0)] * x.ndim
+  padding[1] = 0, length - x.shape[1]
+  return jnp.pad(x, padding, constant_values=fill)
 
 
 def tileable(x: jax.Array, tile: int) -> jax.Array:
@@ -65,37 +70,6 @@ def tileable(x: jax.Array, tile: int) -> jax.Array:
 def whole_tiles(x: jax.Array, tile: int, fill: float = 0) -> jax.Array:
   """[B, T, ...] -> [B, nT tile, ...]"""
   return _pad(x, -(-x.shape[1] // tile) * tile, fill)
-
-
-def _bounds(start, end, tile):
-  """Least and largest start, least and largest end of query tiles, [B, nT].
-
-  Only queries that see a key count; a tile without any gets an empty range.
-  """
-  B = start.shape[0]
-  start, end = (x.reshape(B, -1, tile) for x in (start, end))
-  alive = start < end
-  largest = jnp.iinfo(start.dtype).max
-  return (
-    jnp.min(start, -1, where=alive, initial=largest),
-    jnp.max(start, -1, where=alive, initial=0),
-    jnp.min(end, -1, where=alive, initial=largest),
-    jnp.max(end, -1, where=alive, initial=0),
-  )
-
-
-def forward_plan(
-  start: Int[Array, "B paddedT"], end: Int[Array, "B paddedT"]
-) -> Int[Array, "B nT 4"]:
-  """Plan for `forward_lib.forward`; every walk has a tile or more."""
-  bT, bS = forward_lib.bT, forward_lib.bS
-  least_start, start, end, largest_end = _bounds(start, end, bT)
-  some = least_start < largest_end
-  first = jnp.where(some, least_start // bS, 0)
-  last = jnp.where(some, -(-largest_end // bS), 1)
-  whole = jnp.where(some, -(-start // bS), 0)
-  unwhole = jnp.where(some, end // bS, 0)
-  return jnp.stack([first, last, whole, unwhole], -1)
 
 
 def bits_of_tiles(
@@ -127,7 +101,7 @@ def _vjp_forward(q, k, v, start, end, scale, indices):
     tileable(v, bS),
     padded_start,
     padded_end,
-    forward_plan(padded_start, padded_end),
+    walks.over_keys(padded_start, padded_end, bT, bS),
     scale,
     None if mask_bits is None else bits_of_tiles(mask_bits, bT, bS),
   )
@@ -137,44 +111,12 @@ def _vjp_forward(q, k, v, start, end, scale, indices):
   return (out, lse), (q, k, v, start, end, mask_bits, out, lse)
 
 
-def backward_plan(
-  start: Int[Array, "B paddedT"], end: Int[Array, "B paddedT"], nS: int
-) -> Int[Array, "B nS 4"]:
-  """Plan for `backward_lib.backward`; every walk has a tile or more."""
-  bT, bS = backward_lib.bT, backward_lib.bS
-  least_start, start, end, largest_end = (
-    x[:, None] for x in _bounds(start, end, bT)
-  )
-  keys = bS * jnp.arange(nS, dtype=start.dtype)[None, :, None]
-  seen = (least_start < keys + bS) & (largest_end > keys)
-  whole = (start <= keys) & (end >= keys + bS)
-  nT = seen.shape[-1]
-  i = jnp.arange(nT, dtype=jnp.int32)[None, None]
-
-  def past(condition):
-    """One past the last tile of queries where `condition` holds, or 0."""
-    return jnp.max(jnp.where(condition, i + 1, 0), -1)
-
-  first = jnp.min(jnp.where(seen, i, nT), -1)
-  last = jnp.maximum(past(seen), 1)
-  unwhole = past(seen & whole)
-  # From `unwhole` back to the last tile that is not whole.
-  begin = past(~(seen & whole) & (i < unwhole[..., None]))
-  return jnp.stack([jnp.minimum(first, last - 1), last, begin, unwhole], -1)
-
-
 def _vjp_backward(scale, residuals, cotangents):
   q, k, v, start, end, mask_bits, out, lse = residuals
   d_out, d_lse = cotangents
   T, S = q.shape[1], k.shape[1]
   bT, bS = forward_lib.bT, backward_lib.bS
-  # d logits = weights * (d weights - delta), where d lse enters as -delta does.
-  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  # A dead row has weights of 0, whatever d_lse: lse is -inf there, so most
-  # functions of it have no finite gradient.
-  dead = jnp.isneginf(lse)
-  delta = jnp.where(dead, 0.0, delta - d_lse)
-  lse = jnp.where(dead, jnp.inf, lse * math.log2(math.e))
+  lse, delta = softmax.lse_and_delta(out, lse, d_out, d_lse, base2=True)
   lse_BNT, delta_BNT = (
     whole_tiles(x, bT, fill).swapaxes(1, 2)
     for x, fill in ((lse, jnp.inf), (delta, 0.0))
@@ -193,7 +135,7 @@ def _vjp_backward(scale, residuals, cotangents):
     delta_BNT,
     start,
     end,
-    backward_plan(start, end, pl.cdiv(S, bS)),
+    walks.over_queries(start, end, backward_lib.bT, bS, pl.cdiv(S, bS)),
     scale,
     mask_bits,
   )

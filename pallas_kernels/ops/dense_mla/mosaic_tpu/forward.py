@@ -11,9 +11,9 @@ Two chunks of keys are unrolled into straight-line code, in which the compiler
 hides the softmax of some rows behind the products of others.
 """
 
+import dataclasses
 import functools
-import math
-from typing import Final
+from typing import Any, Final
 
 import jax
 from jax import lax
@@ -22,24 +22,22 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.ops.dense_mla.mosaic_tpu import mask_bits as mask_bits_lib
+from pallas_kernels import softmax
+from pallas_kernels.ops.dense_mla.mosaic_tpu import visible as visible_lib
 from pallas_kernels.tpu import chip as tpu
 from pallas_kernels.tpu import heads
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
 
-LANES: Final = 128
 _NEVER: Final = -1e30  # initial maximum; finite, since -inf would give NaN
-_LEAST: Final = jnp.iinfo(jnp.int32).min
-_LOG2E: Final = math.log2(math.e)
 
 
 def forward(
   q: Float[Array, "B N paddedT HR"],
   k: Float[Array, "B paddedS lanes"],
   v: Float[Array, "B N paddedS U"],
-  start: Int[Array, "B 1 paddedT"],
-  end: Int[Array, "B 1 paddedT"],
+  visible: visible_lib.Visible,
   bounds: Int[Array, "B nT 4"],
-  mask_bits: Int[Array, "B nW paddedT 128"] | None,
   scale: float,
   *,
   bS: int,
@@ -52,12 +50,8 @@ def forward(
     k: Keys, padded to whole tiles of bS, heads side by side; see
       `tpu.heads`.
     v: Values.
-    start: First key of each query.
-    end: One past the last key.
-    bounds: For each tile of queries: keys in [first, fourth) are seen by some,
-      keys in [second, third) by all.
-    mask_bits: If given, the mask, in place of start and end; see
-      `mask_bits_lib`.
+    visible: Keys that each query sees; mask bits [B, nW, paddedT, 128].
+    bounds: Bounds of each tile of queries.
     scale: Scale of the logits; positive.
     bS: Keys per tile.
     chunk: Keys per chunk; a divisor of bS.
@@ -65,63 +59,28 @@ def forward(
   (B, N, T, HR), U, nT = q.shape, v.shape[-1], bounds.shape[1]
   bT = T // nT
   bounds = bounds.reshape(-1)
-
-  def keys(b, i, j, bounds):
-    """Tile of step j; past the last, the first tile of the next queries."""
-    at, following = (4 * (b * nT + x) for x in (i, lax.rem(i + 1, nT)))
-    tile = bounds[at] // bS + j
-    is_walked = tile * bS < bounds[at + 3]
-    return jnp.where(is_walked, tile, bounds[following] // bS)
-
   queries = lambda width: pl.BlockSpec(
-    (None, None, bT, width), lambda b, n, i, j, bounds: (b, n, i, 0)
+    (None, None, bT, width), lambda b, n, i, *_: (b, n, i, 0)
   )
-  k_spec = pl.BlockSpec(
-    (pl.Squeezed(), pl.Element(bS), pl.Element(heads.width(HR))),
-    lambda b, n, i, j, bounds: (
-      *(b, bS * keys(b, i, j, bounds)),
-      pl.multiple_of(heads.place(n, HR), LANES),
-    ),
+  sums: Any = _Sums(
+    out=pltpu.VMEM((bT, U), jnp.float32),
+    top=pltpu.VMEM((bT, lanes.LANES), jnp.float32),
+    total=pltpu.VMEM((bT, lanes.LANES), jnp.float32),
   )
-  v_spec = pl.BlockSpec(
-    (None, None, bS, U),
-    lambda b, n, i, j, bounds: (b, n, keys(b, i, j, bounds), 0),
-  )
-  bound = pl.BlockSpec((None, 1, bT), lambda b, n, i, j, bounds: (b, 0, i))
-  in_specs = [queries(heads.width(HR)), k_spec, v_spec]
-  operands = [heads.queries(q), k, v]
-  if mask_bits is None:
-    in_specs += [bound, bound]
-    operands += [start, end]
-  else:
-    per_word = 32 * LANES // bS
-    in_specs.append(
-      pl.BlockSpec(
-        (None, None, bT, LANES),
-        lambda b, n, i, j, bounds: (b, keys(b, i, j, bounds) // per_word, i, 0),
-      )
-    )
-    operands.append(mask_bits)
+  inputs = _Inputs(heads.queries(q), k, v, visible)
   steps = jnp.max(pl.cdiv(bounds[3::4], bS) - bounds[::4] // bS)
+  masked = "" if visible.is_range else "masked_"
   return pl.pallas_call(
-    functools.partial(
-      _kernel, scale=scale, nT=nT, chunk=chunk, has_mask=mask_bits is not None
-    ),
+    functools.partial(_kernel, scale=scale, nT=nT, chunk=chunk),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(B, N, nT, jnp.maximum(steps, 1)),
-      in_specs=in_specs,
+      in_specs=[_blocks(inputs, queries, HR, bS, nT)],
       out_specs=[
         queries(U),
-        pl.BlockSpec(
-          (None, None, 1, bT), lambda b, n, i, j, bounds: (b, n, 0, i)
-        ),
+        pl.BlockSpec((None, None, 1, bT), lambda b, n, i, *_: (b, n, 0, i)),
       ],
-      scratch_shapes=[
-        pltpu.VMEM((bT, U), jnp.float32),
-        pltpu.VMEM((bT, LANES), jnp.float32),
-        pltpu.VMEM((bT, LANES), jnp.float32),
-      ],
+      scratch_shapes=[sums],
     ),
     out_shape=[
       jax.ShapeDtypeStruct((B, N, T, U), q.dtype),
@@ -132,38 +91,70 @@ def forward(
       vmem_limit_bytes=tpu.chip().vmem,
     ),
     interpret=tpu.interpret(),
-    name=f"dense_mla_{'masked_' * (mask_bits is not None)}forward"
-    f"_q{bT}_k{bS}_c{chunk}",
-  )(bounds, *operands)
+    name=f"dense_mla_{masked}forward_q{bT}_k{bS}_c{chunk}",
+  )(bounds, inputs)
 
 
-def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-  """Contracts one axis of each; float32 operands are not rounded."""
-  return lax.dot_general(
-    x, y, ((contracted[:1], contracted[1:]), ((), ())),
-    precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+  """A tile of queries of one head, and a tile of its keys."""
+
+  q: Any
+  k: Any
+  v: Any
+  visible: visible_lib.Visible
 
 
-def _to_rows(x: jax.Array) -> jax.Array:
-  """[1, bT] -> [bT, 128]: broadcasts the number of lane i over row i."""
-  return jnp.broadcast_to(x, (LANES, x.shape[1])).T
+def _blocks(inputs, queries, HR, bS, nT):
+  """Blocks of the inputs, of which `queries` makes those of queries."""
+  U, window = inputs.v.shape[-1], inputs.q.shape[-1]
+  bT = inputs.q.shape[2] // nT
+
+  def keys(b, i, j, bounds):
+    """Tile of step j; past the last, the first tile of the next queries."""
+    at, following = (4 * (b * nT + x) for x in (i, lax.rem(i + 1, nT)))
+    tile = bounds[at] // bS + j
+    is_walked = tile * bS < bounds[at + 3]
+    return jnp.where(is_walked, tile, bounds[following] // bS)
+
+  def first_number(b, n, i, j, bounds):
+    row = bS * keys(b, i, j, bounds)
+    return b, row, pl.multiple_of(heads.place(n, HR), lanes.LANES)
+
+  def words(b, n, i, j, bounds):
+    tiles_of_words = 32 * lanes.LANES // bS
+    return b, keys(b, i, j, bounds) // tiles_of_words, i, 0
+
+  return _Inputs(
+    q=queries(window),
+    k=pl.BlockSpec(
+      (pl.Squeezed(), pl.Element(bS), pl.Element(window)), first_number
+    ),
+    v=pl.BlockSpec(
+      (None, None, bS, U),
+      lambda b, n, i, j, bounds: (b, n, keys(b, i, j, bounds), 0),
+    ),
+    visible=inputs.visible.blocks(
+      pl.BlockSpec((None, 1, bT), lambda b, n, i, *_: (b, 0, i)),
+      pl.BlockSpec((None, None, bT, lanes.LANES), words),
+    ),
+  )
 
 
-def _wide(x: jax.Array, width: int) -> jax.Array:
-  """[bT, 128], equal in all lanes -> [bT, width]."""
-  return jnp.concatenate([x] * (width // LANES), 1)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+  """Running sums of the softmax, and its running maximum in all lanes."""
+
+  out: Any
+  top: Any
+  total: Any
+  """Sums over every 128th key."""
 
 
-def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, has_mask):
-  if has_mask:
-    mask_bits, *refs = refs
-  else:
-    start, end, *refs = refs
-  out, lse, total_out, top, total = refs
-  bT, U = out.shape
-  bS = k.shape[0]
+def _kernel(bounds, tiles, out, lse, sums, *, scale, nT, chunk):
+  bS = tiles.k.shape[0]
   b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
   least_start, largest_start, least_end, largest_end = (
     bounds[4 * (b * nT + i) + x] for x in range(4)
@@ -172,38 +163,9 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, has_mask):
 
   @pl.when(j == 0)
   def _():
-    total_out[...] = jnp.zeros_like(total_out)
-    top[...] = jnp.full_like(top, _NEVER)
-    total[...] = jnp.zeros_like(total)
-
-  def seen(at):
-    """bool[bT, chunk]"""
-    first_key = tile_key + at
-    if has_mask:
-      return mask_bits_lib.unpack(mask_bits[...], first_key, chunk, axis=1)
-    before = _to_rows(start[...] - first_key)
-    length = _to_rows(jnp.maximum(end[...] - start[...], 0))
-    lane = lax.broadcasted_iota(jnp.int32, (bT, LANES), 1)
-    # Compared as unsigned: keys before the start exceed any length.
-    keys = lane - before + _LEAST
-    parts = [keys + x < length + _LEAST for x in range(0, chunk, LANES)]
-    return jnp.concatenate(parts, 1)
-
-  def add(at, masked):
-    """Adds the chunk of keys that begins at offset `at` of the tile."""
-    keys = pl.ds(at, chunk)
-    logits = dot(q[...], k[keys], (1, 1))
-    if masked:
-      logits = jnp.where(seen(at), logits, -jnp.inf)
-    old_top = top[...]
-    new_top = jnp.maximum(old_top, jnp.max(logits, 1, keepdims=True))
-    keep = jnp.exp2((old_top - new_top) * (scale * _LOG2E))
-    weights = jnp.exp2((logits - _wide(new_top, chunk)) * (scale * _LOG2E))
-    # Sums over every 128th key; lanes are reduced at the end.
-    total[...] = total[...] * keep + sum(jnp.split(weights, chunk // LANES, 1))
-    top[...] = new_top
-    part = dot(weights.astype(v.dtype), v[keys], (1, 0))
-    total_out[...] = total_out[...] * _wide(keep, U) + part
+    sums.out[...] = jnp.zeros_like(sums.out)
+    sums.top[...] = jnp.full_like(sums.top, _NEVER)
+    sums.total[...] = jnp.zeros_like(sums.total)
 
   stretch = min(2 * chunk, bS)
 
@@ -216,22 +178,53 @@ def _kernel(bounds, q, k, v, *refs, scale, nT, chunk, has_mask):
 
     def walk(masked):
       for at in range(0, stretch, chunk):
-        add(first + at, masked)
+        keys = pl.ds(first + at, chunk)
+        _add(tiles, sums, keys, tile_key, scale, masked)
 
-    if has_mask:
-      walk(masked=True)
-    else:
+    if tiles.visible.is_range:
       whole = (largest_start <= tile_key + first) & (
         least_end >= tile_key + first + stretch
       )
       pl.when(whole)(lambda: walk(masked=False))
       pl.when(~whole)(lambda: walk(masked=True))
+    else:
+      walk(masked=True)
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _():
-    sum_T1 = jnp.sum(total[...], 1, keepdims=True)
-    alive = sum_T1 > 0
-    inverse = jnp.where(alive, 1 / jnp.where(alive, sum_T1, 1.0), 0.0)
-    out[...] = (total_out[...] * inverse).astype(out.dtype)
-    lse_TL = jnp.where(alive, top[...] * scale + jnp.log(sum_T1), -jnp.inf)
-    lse[...] = lse_TL.T[:1]
+    _write(out, lse, sums, scale)
+
+
+def _add(tiles, sums, keys, tile_key, scale, masked):
+  """Adds a chunk of keys, whose place in the tile is `keys`."""
+  chunk, base2 = keys.size, scale * softmax.LOG2E
+  logits = products.dot(tiles.q[...], tiles.k[keys], products.NT)
+  if masked:
+    seen = tiles.visible.by_query(tile_key + keys.start, chunk)
+    logits = jnp.where(seen, logits, -jnp.inf)
+  old_top = sums.top[...]
+  new_top = jnp.maximum(old_top, jnp.max(logits, 1, keepdims=True))
+  keep = jnp.exp2((old_top - new_top) * base2)
+  weights = jnp.exp2((logits - _wide(new_top, chunk)) * base2)
+  sums.total[...] = sums.total[...] * keep + sum(
+    jnp.split(weights, chunk // lanes.LANES, 1)
+  )
+  sums.top[...] = new_top
+  weights = weights.astype(tiles.v.dtype)
+  part = products.dot(weights, tiles.v[keys], products.NN)
+  sums.out[...] = sums.out[...] * _wide(keep, part.shape[1]) + part
+
+
+def _write(out, lse, sums, scale):
+  """Writes the results of the queries."""
+  sum_T1 = jnp.sum(sums.total[...], 1, keepdims=True)
+  alive = sum_T1 > 0
+  inverse = jnp.where(alive, 1 / jnp.where(alive, sum_T1, 1.0), 0.0)
+  out[...] = (sums.out[...] * inverse).astype(out.dtype)
+  lse_TL = jnp.where(alive, sums.top[...] * scale + jnp.log(sum_T1), -jnp.inf)
+  lse[...] = lse_TL.T[:1]
+
+
+def _wide(x: jax.Array, width: int) -> jax.Array:
+  """[bT, 128], equal in all lanes -> [bT, width]."""
+  return jnp.concatenate([x] * (width // lanes.LANES), 1)

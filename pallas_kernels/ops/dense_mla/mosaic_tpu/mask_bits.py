@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.tpu import chip as tpu
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
 
-LANES: Final = 128
 _HALF: Final = 16  # bits
 _QUERIES: Final = 32  # per grid step
 
@@ -32,25 +33,21 @@ def from_indices(
   S: int,
 ) -> Int[Array, "B T nW 128"]:
   """Sets the bits of the indices in [start, end); none may occur twice."""
-  B, T, K = indices.shape
-  nW = -(-S // (2 * _HALF * LANES))
+  B, T, _ = indices.shape
+  nW = -(-S // (2 * _HALF * lanes.LANES))
   rows = -(-nW // 8) * 8
   inside = (indices >= start[..., None]) & (indices < end[..., None])
   indices = jnp.where(inside, indices, -1).astype(jnp.int32)
-  indices = jnp.pad(
-    indices,
-    [(0, 0), (0, -T % _QUERIES), (0, -K % LANES)],
-    constant_values=-1,
-  )
+  indices = lanes.pad(indices, _QUERIES, lanes.LANES, fill=-1)
   _, paddedT, K = indices.shape
   packed = pl.pallas_call(
     _kernel,
     grid=(B, paddedT // _QUERIES),
     in_specs=[pl.BlockSpec((None, _QUERIES, K), lambda b, i: (b, i, 0))],
     out_specs=pl.BlockSpec(
-      (None, _QUERIES, rows, LANES), lambda b, i: (b, i, 0, 0)
+      (None, _QUERIES, rows, lanes.LANES), lambda b, i: (b, i, 0, 0)
     ),
-    out_shape=jax.ShapeDtypeStruct((B, paddedT, rows, LANES), jnp.int32),
+    out_shape=jax.ShapeDtypeStruct((B, paddedT, rows, lanes.LANES), jnp.int32),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel")
     ),
@@ -65,7 +62,7 @@ def _kernel(indices, packed):
   # First the lower halves of all words, then the upper halves.
   row = lax.broadcasted_iota(jnp.int32, (2 * rows, K), 0)
   half_of_row = jnp.where(row < rows, 2 * row, 2 * (row - rows) + 1)
-  column = lax.broadcasted_iota(jnp.int32, (LANES, K), 0)
+  column = lax.broadcasted_iota(jnp.int32, (lanes.LANES, K), 0)
 
   @pl.loop(0, _QUERIES, unroll=2)
   def _(t):
@@ -75,13 +72,10 @@ def _kernel(indices, packed):
     halves = jnp.where(
       half_of_row == index >> 11, power, 0.0
     ).astype(jnp.bfloat16)  # fmt: skip
-    columns = jnp.where(column == (index & (LANES - 1)), 1.0, 0.0).astype(
+    columns = jnp.where(column == (index & (lanes.LANES - 1)), 1.0, 0.0).astype(
       jnp.bfloat16
     )
-    sums = lax.dot_general(
-      halves, columns, (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    ).astype(jnp.int32)  # fmt: skip
+    sums = products.dot(halves, columns, products.NT).astype(jnp.int32)
     packed[t] = sums[:rows] | (sums[rows:] << _HALF)
 
 
@@ -96,7 +90,7 @@ def unpack(
     keys: Number of keys; a multiple of 128.
     axis: Axis of the keys in the result.
   """
-  bit = first_key // LANES % 32
+  bit = first_key // lanes.LANES % 32
   # The bit becomes the sign.
-  parts = [mask_bits << (31 - bit - x) < 0 for x in range(keys // LANES)]
+  parts = [mask_bits << (31 - bit - x) < 0 for x in range(keys // lanes.LANES)]
   return jnp.concatenate(parts, axis)

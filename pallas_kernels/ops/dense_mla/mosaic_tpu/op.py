@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Final
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -14,10 +13,11 @@ from pallas_kernels import softmax
 from pallas_kernels.ops.dense_mla.mosaic_tpu import backward as backward_lib
 from pallas_kernels.ops.dense_mla.mosaic_tpu import forward as forward_lib
 from pallas_kernels.ops.dense_mla.mosaic_tpu import mask_bits as mask_bits_lib
+from pallas_kernels.ops.dense_mla.mosaic_tpu import visible as visible_lib
 from pallas_kernels.tpu import chip as tpu
 from pallas_kernels.tpu import heads
-
-_LANES: Final = 128
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,8 @@ def dense_mla(
   tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
   """See `api.dense_mla`. The tiles bound the memory, not the result."""
-  _check(q, k, v, scale)
-  S = k.shape[1]
-  tiles = tiles or heuristic_tiles(q, k, v)
+  S, tiles = k.shape[1], tiles or pick_tiles(q, k, v)
+  check(q, k, v, scale, tiles)
   start, end = (jnp.clip(x, 0, S).astype(jnp.int32) for x in (start, end))
   mask_bits = None
   if indices is not None:
@@ -57,20 +56,29 @@ def dense_mla(
   return _dense_mla(q, k, v, start, end, mask_bits, scale, tiles)
 
 
-def _check(q, k, v, scale):
-  if q.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"{q.dtype=} is neither bfloat16 nor float32.")
-  for name, x in dict(k=k, v=v).items():
-    if x.dtype != q.dtype:
-      raise NotImplementedError(f"{name}.dtype={x.dtype} is not {q.dtype=}.")
+def check(
+  q: Float[Array, "B T N HR"],
+  k: Float[Array, "B S N HR"],
+  v: Float[Array, "B S N U"],
+  scale: float,
+  tiles: Tiles,
+) -> None:
+  """Raises NotImplementedError for inputs that the kernels do not support."""
+  products.check(q=q, k=k, v=v)
   HR, U = q.shape[-1], v.shape[-1]
-  if HR % 64 or U % _LANES:
+  if HR % 64 or U % lanes.LANES:
     raise NotImplementedError(
       f"Queries of width {HR=} and values of {U=}: only multiples of 64 and "
-      f"{_LANES} can be done."
+      f"{lanes.LANES} can be done."
     )
   if not scale > 0:
     raise NotImplementedError(f"{scale=} is not positive.")
+  needed = max(vmem_bytes(tiles, HR, U, q.dtype.itemsize))
+  if needed > tpu.chip().vmem:
+    raise NotImplementedError(
+      f"{tiles} of widths {HR=}, {U=} want {needed} bytes of VMEM, of which "
+      f"there are {tpu.chip().vmem}."
+    )
 
 
 def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
@@ -81,32 +89,29 @@ def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
   """
   bT, bS = tiles.bT, tiles.bS
   HR = heads.width(HR)
-  lanes = HR + heads.width(U)
-  mask = 4 * bT * _LANES
+  width = HR + heads.width(U)
+  mask = 4 * bT * lanes.LANES
   rows = 4 * 8 * bT * 4
-  forward = 2 * (itemsize * lanes * (bT + bS) + mask + rows)
-  forward += 4 * bT * (U + 2 * _LANES)
+  forward = 2 * (itemsize * width * (bT + bS) + mask + rows)
+  forward += 4 * bT * (U + 2 * lanes.LANES)
   forward += bT * 2 * tiles.chunk * (2 * 4 + itemsize)
   T, bS = tiles.group * bT, tiles.backward_bS
   # The keys' gradients may be in float32.
-  backward = 2 * (itemsize * lanes * (bT + bS) + 4 * lanes * bS + mask + rows)
-  backward += 2 * itemsize * HR * T + 4 * (HR * T + lanes * bS)
+  backward = 2 * (itemsize * width * (bT + bS) + 4 * width * bS + mask + rows)
+  backward += 2 * itemsize * HR * T + 4 * (HR * T + width * bS)
   backward += bT * tiles.chunk * (3 * 4 + 2 * itemsize)
   return forward, backward
 
 
-def heuristic_tiles(q, k, v) -> Tiles:
+def pick_tiles(q: jax.Array, k: jax.Array, v: jax.Array) -> Tiles:
   """Tiles for these inputs on this chip.
 
   With 1024 queries the traffic of keys is small compared to the products. A
   chunk of 512 keys is short enough to compile fast, and long enough to amortise
   its prologue and epilogue. As many queries' gradients as fit stay in VMEM.
-
-  Raises:
-    NotImplementedError: The tiles do not fit in VMEM.
   """
   T, S, HR, U = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
-  at_least = lambda x: max(1 << (x - 1).bit_length(), _LANES)
+  at_least = lambda x: max(1 << (x - 1).bit_length(), lanes.LANES)
   bT, bS = min(at_least(T), 1024), min(at_least(S), 4096)
   tiles = Tiles(
     bT=bT,
@@ -115,15 +120,9 @@ def heuristic_tiles(q, k, v) -> Tiles:
     chunk=min(bS, 512),
     group=-(-T // bT),
   )
-  vmem = tpu.chip().vmem
-  bytes_of = lambda x: max(vmem_bytes(x, HR, U, q.dtype.itemsize))
-  while bytes_of(tiles) > vmem and tiles.group > 1:
+  needed = lambda x: max(vmem_bytes(x, HR, U, q.dtype.itemsize))
+  while needed(tiles) > tpu.chip().vmem and tiles.group > 1:
     tiles = dataclasses.replace(tiles, group=-(-tiles.group // 2))
-  if bytes_of(tiles) > vmem:
-    raise NotImplementedError(
-      f"{tiles} of widths {HR=}, {U=} want {bytes_of(tiles)} bytes of VMEM, of "
-      f"which there are {vmem}."
-    )
   return tiles
 
 
@@ -132,61 +131,26 @@ def _dense_mla(q, k, v, start, end, mask_bits, scale, tiles):
   return _vjp_forward(q, k, v, start, end, mask_bits, scale, tiles)[0]
 
 
-def _whole_tiles(x: jax.Array, tile: int) -> jax.Array:
-  """[B, T, ...] -> [B, nT tile, ...], padded with zeros."""
-  widths = [(0, 0)] * x.ndim
-  widths[1] = 0, -x.shape[1] % tile
-  return jnp.pad(x, widths)
-
-
 def _by_head(x: jax.Array, tile: int) -> jax.Array:
   """[B, T, N, D] -> [B, N, nT tile, D]"""
-  return _whole_tiles(x, tile).swapaxes(1, 2)
-
-
-def _bounds(start, end, bT):
-  """Least and largest start, least and largest end of tiles of queries.
-
-  The range that some query sees ignores queries without keys; the range that
-  all queries see is empty in a tile with such a query.
-  """
-  start, end = (x.reshape(x.shape[0], -1, bT) for x in (start, end))
-  alive, largest = start < end, jnp.iinfo(jnp.int32).max
-  least_start = jnp.min(jnp.where(alive, start, largest), -1)
-  largest_start = jnp.max(jnp.where(alive, start, largest), -1)
-  least_end = jnp.min(jnp.where(alive, end, 0), -1)
-  largest_end = jnp.max(jnp.where(alive, end, 0), -1)
-  least_start = jnp.where(alive.any(-1), least_start, 0)
-  return jnp.stack([least_start, largest_start, least_end, largest_end], -1)
-
-
-def _walks(bounds, nS, bS):
-  """Range of query tiles that see each tile of keys: first, one past the last;
-  0 and 0 if none does."""
-  nT = bounds.shape[1]
-  key = bS * jnp.arange(nS, dtype=jnp.int32)[None, :, None]
-  least_start, largest_end = bounds[:, None, :, 0], bounds[:, None, :, 3]
-  seen = (least_start < key + bS) & (largest_end > key)
-  i = jnp.arange(nT, dtype=jnp.int32)[None, None]
-  last = jnp.max(jnp.where(seen, i + 1, 0), -1)
-  first = jnp.min(jnp.where(seen, i, nT), -1)
-  return jnp.stack([jnp.minimum(first, last), last], -1)
+  return lanes.pad(x, tile).swapaxes(1, 2)
 
 
 def _vjp_forward(q, k, v, start, end, mask_bits, scale, tiles):
   T, bT, bS = q.shape[1], tiles.bT, tiles.bS
-  padded_start, padded_end = (_whole_tiles(x, bT) for x in (start, end))
-  out_BNTU, lse_BN1T = forward_lib.forward(
+  padded_start, padded_end = (lanes.pad(x, bT) for x in (start, end))
+  inputs = (
     _by_head(q, bT),
-    heads.side_by_side(_whole_tiles(k, bS)),
+    heads.side_by_side(lanes.pad(k, bS)),
     _by_head(v, bS),
-    padded_start[:, None],
-    padded_end[:, None],
-    _bounds(padded_start, padded_end, bT),
-    None if mask_bits is None else _whole_tiles(mask_bits, bT).swapaxes(1, 2),
-    scale,
-    bS=bS,
-    chunk=tiles.chunk,
+  )
+  visible = visible_lib.Visible(padded_start[:, None], padded_end[:, None])
+  bounds = visible_lib.bounds(padded_start, padded_end, bT)
+  if mask_bits is not None:
+    words = lanes.pad(mask_bits, bT).swapaxes(1, 2)
+    visible = visible_lib.Visible(mask_bits=words)
+  out_BNTU, lse_BN1T = forward_lib.forward(
+    *inputs, visible, bounds, scale, bS=bS, chunk=tiles.chunk
   )
   out = out_BNTU[:, :, :T].swapaxes(1, 2)
   lse = lse_BN1T[:, :, 0, :T].swapaxes(1, 2)
@@ -207,27 +171,23 @@ def _vjp_backward(scale, tiles, residuals, cotangents):
 
   def group(queries):
     q, d_out, lse, delta, start, end, mask_bits = queries
-    bounds = _bounds(start, end, tiles.bT)
+    bounds = visible_lib.bounds(start, end, tiles.bT)
+    q, d_out = q.swapaxes(1, 2), d_out.swapaxes(1, 2)
+    lse, delta = (x.swapaxes(1, 2)[:, :, None] for x in (lse, delta))
+    visible = visible_lib.Visible(start[:, None], end[:, None])
+    walks = visible_lib.walks(bounds, k_BNSD.shape[2] // bS, bS)
+    if mask_bits is not None:
+      visible = visible_lib.Visible(mask_bits=jnp.moveaxis(mask_bits, 1, 3))
     return backward_lib.backward(
-      q.swapaxes(1, 2),
-      k_BNSD,
-      v_BNSU,
-      d_out.swapaxes(1, 2),
-      lse.swapaxes(1, 2)[:, :, None],
-      delta.swapaxes(1, 2)[:, :, None],
-      start[:, None],
-      end[:, None],
-      bounds,
-      _walks(bounds, k_BNSD.shape[2] // bS, bS),
-      None if mask_bits is None else jnp.moveaxis(mask_bits, 1, 3),
-      scale,
+      backward_lib.Inputs(q, k_BNSD, v_BNSU, d_out, lse, delta, visible),
+      *(bounds, walks, scale),
       chunk=tiles.chunk,
       dtype=dtype,
     )
 
   # Queries that pad the last tile see no key: their values do not matter.
   queries = jax.tree.map(
-    lambda x: _whole_tiles(x, length),
+    lambda x: lanes.pad(x, length),
     (q, d_out, lse, delta, start, end, mask_bits),
   )
   if groups == 1:

@@ -27,6 +27,7 @@ def indexer_topk(
   score_dtype: Literal["float8_e4m3fn"] | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`. Holds the scores of one chunk of queries."""
+  check(index, top_k, score_dtype)
   index = jax.lax.stop_gradient(index)
   T, S = index.q.shape[1], index.k.shape[1]
   bT = chunk_size(T, S)
@@ -51,6 +52,31 @@ def indexer_topk(
 
   w = index.w.astype(jnp.float32)
   return jax.lax.map(row, (index.q, w, start, end, index.k))
+
+
+def check(index: operands.Index, top_k: int, score_dtype: str | None) -> None:
+  """Raises NotImplementedError for what the kernels cannot do."""
+  M, I = index.q.shape[2:]
+  for name, x in (("q", index.q), ("k", index.k)):
+    if score_dtype is None and x.dtype != jnp.bfloat16:
+      raise NotImplementedError(
+        f"index.{name}.dtype={x.dtype} is not bfloat16."
+      )
+  if M not in scores_lib.HEADS:
+    raise NotImplementedError(
+      f"{M=} index heads is none of {scores_lib.HEADS}."
+    )
+  dtype = jnp.dtype(score_dtype or jnp.bfloat16)
+  if I * dtype.itemsize not in scores_lib.WIDTHS:
+    raise NotImplementedError(
+      f"Index heads of {I=} {dtype.name} are none of {scores_lib.WIDTHS} bytes "
+      "wide."
+    )
+  if top_k > select_lib.LARGEST_K:
+    raise NotImplementedError(
+      f"{top_k=} is above {select_lib.LARGEST_K}: the list of candidates would "
+      "not fit into shared memory."
+    )
 
 
 def chunk_size(T: int, S: int) -> int:

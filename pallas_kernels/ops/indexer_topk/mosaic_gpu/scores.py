@@ -13,39 +13,65 @@ All visible tiles of (queries, keys) are split evenly over the blocks: each has
 one contiguous range of them, ordered by queries, then keys.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
 import functools
-from typing import Final
+from typing import Any, Final
 
 import jax
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith
-from jax._src.lib.mlir.dialects import llvm
-from jax._src.lib.mlir.dialects import math as math_dialect
-from jax._src.lib.mlir.dialects import nvvm
-from jax._src.lib.mlir.dialects import vector
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from pallas_kernels.hopper import fragments
+from pallas_kernels.hopper import signals
+from pallas_kernels.hopper import threads
+from pallas_kernels.hopper import tiles
+from pallas_kernels.hopper import wgmma
+from pallas_kernels.hopper.memory import Place
+from pallas_kernels.hopper.threads import Bool
+from pallas_kernels.hopper.threads import F32
+from pallas_kernels.hopper.threads import U32
+
 bS: Final = 128  # keys per tile
-_ROWS: Final = 64  # of an accumulator: keys
+HEADS: Final = (8, 16, 32, 64)
+_SWIZZLE: Final = 128  # bytes of a row that are swizzled together
+WIDTHS: Final = (_SWIZZLE, 2 * _SWIZZLE)  # of a head, in bytes
+_ROWS: Final = tiles.ROWS  # of an accumulator: keys
 _COLUMNS: Final = 128  # of an accumulator: queries x heads
 _ACCUMULATORS: Final = 2  # of a warpgroup
 _WARPGROUPS: Final = 2  # that multiply
-_HEADS: Final = (8, 16, 32, 64)
 _BLOCKS: Final = 132  # multiprocessors of an H100 or H200
 _STAGES: Final = 3  # tiles of keys in shared memory
-_ATOM: Final = 128  # bytes of a row that are swizzled together
-_BY_ROW: Final = plgpu.Layout.WGMMA.reduce(1)
-_BY_COLUMN: Final = plgpu.Layout.WGMMA.reduce(0)
-_PRODUCT: Final = plgpu.ShapeDtypeStruct(
-  (_ROWS, _COLUMNS), jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA
-)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+  """Shared memory of a block."""
+
+  q: Any  # of each warpgroup
+  k: Any  # a ring of tiles
+  q_full: Any
+  q_free: Any
+  k_full: Any
+  k_free: Any
+
+  @classmethod
+  def types(cls, I: int, dtype: DTypeLike) -> Any:
+    return cls(
+      q=tiles.shared((_WARPGROUPS, _ACCUMULATORS * _COLUMNS, I), dtype),
+      k=tiles.shared((_STAGES, bS, I), dtype),
+      q_full=plgpu.Barrier(num_barriers=_WARPGROUPS),
+      q_free=plgpu.Barrier(num_barriers=_WARPGROUPS),
+      k_full=plgpu.Barrier(num_barriers=_STAGES),
+      k_free=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+    )
 
 
 def scores(
@@ -62,7 +88,7 @@ def scores(
   tiling of queries and keys, and never -0.0.
 
   Args:
-    q: Index queries, bfloat16 or float8_e4m3fn.
+    q: Index queries, bfloat16 or float8_e4m3fn: `HEADS` heads of `WIDTHS`.
     k: Index keys, of the same dtype.
     w: Head weights.
     start: First key that each query sees.
@@ -71,11 +97,7 @@ def scores(
 
   Returns:
     The scores, S padded to a multiple of `bS`.
-
-  Raises:
-    NotImplementedError: These heads, widths or dtypes are not supported.
   """
-  _check(q, k, k_scale)
   T, M, I = q.shape
   S = k.shape[0]
   paddedS = -(-S // bS) * bS
@@ -88,46 +110,15 @@ def scores(
   w = jnp.pad(w.astype(jnp.float32), [(0, -T % bT), (0, 0)])
   shares, groups = share_out(start, end, bT)
   scales = () if k_scale is None else (jnp.pad(k_scale, (0, paddedS - S)),)
-
-  swizzled = (
-    plgpu.TilingTransform((8, _ATOM // q.dtype.itemsize)),
-    plgpu.SwizzleTransform(_ATOM),
-  )
-  smem = lambda shape: plgpu.SMEM(shape, q.dtype, transforms=swizzled)
   return plgpu.kernel(
-    functools.partial(_block, heads=M, swizzled=swizzled),
+    functools.partial(_block, heads=M),
     out_type=jax.ShapeDtypeStruct((T, paddedS), jnp.float32),
     grid=(_BLOCKS,),
     grid_names=("block",),
     num_threads=_WARPGROUPS + 1,
     thread_name="warpgroup",
-    scratch_types=(
-      smem((_WARPGROUPS, _ACCUMULATORS * _COLUMNS, I)),
-      smem((_STAGES, bS, I)),
-      plgpu.Barrier(num_barriers=_WARPGROUPS),
-      plgpu.Barrier(num_barriers=_WARPGROUPS),
-      plgpu.Barrier(num_barriers=_STAGES),
-      plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
-    ),
+    scratch_types=[_Scratch.types(I, q.dtype)],
   )(q.reshape(-1, I), k, w.reshape(-1), shares.ravel(), groups.ravel(), *scales)
-
-
-def _check(q, k, k_scale) -> None:
-  M, I = q.shape[1:]
-  if q.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn) or q.dtype != k.dtype:
-    raise NotImplementedError(
-      f"scores: {q.dtype=} and {k.dtype=} must both be bfloat16 or "
-      "float8_e4m3fn."
-    )
-  if (k_scale is not None) != (q.dtype == jnp.float8_e4m3fn):
-    raise NotImplementedError("scores: 8-bit keys, and no others, have scales.")
-  if M not in _HEADS:
-    raise NotImplementedError(f"scores: {M=} index heads is none of {_HEADS}.")
-  if I * q.dtype.itemsize not in (_ATOM, 2 * _ATOM):
-    raise NotImplementedError(
-      f"scores: index heads of {I=} {q.dtype.name} are not {_ATOM} or "
-      f"{2 * _ATOM} bytes wide."
-    )
 
 
 def share_out(
@@ -161,89 +152,109 @@ def share_out(
   return jnp.stack([begin, stop, first_group, last_group], 1), groups
 
 
-def _block(q, k, w, shares, groups, *refs, heads, swizzled):
-  *k_scale, scores, q_s, k_s, q_full, q_free, full, free = refs
-  wg = lax.axis_index("warpgroup")
-  share = 4 * lax.axis_index("block")
-  begin, stop, *my_groups = (shares[share + i] for i in range(4))
-  slot = lambda i: lax.rem(i - begin, _STAGES)
+@dataclasses.dataclass(frozen=True)
+class _Share:
+  """What a block has of the sequence of tiles, see `share_out`."""
 
-  def stretch(group):
+  begin: Int[Array, ""]
+  stop: Int[Array, ""]
+  first_group: Int[Array, ""]
+  last_group: Int[Array, ""]
+  groups: Any
+
+  @classmethod
+  def of_block(cls, shares, groups) -> "_Share":
+    first = 4 * lax.axis_index("block")
+    return cls(*(shares[first + i] for i in range(4)), groups)
+
+  def visit(self, body: Callable[[Int[Array, ""]], None]) -> None:
+    """Calls `body(group)` for each group of queries."""
+    lax.fori_loop(
+      self.first_group, self.last_group, lambda group, _: body(group), None
+    )
+
+  def stretch(self, group):
     """Range of the group's tiles in this block, and their keys."""
-    before, after, shift = (groups[3 * group + i] for i in range(3))
-    first, last = jnp.maximum(begin, before), jnp.minimum(stop, after)
+    before, after, shift = (self.groups[3 * group + i] for i in range(3))
+    first, last = jnp.maximum(self.begin, before), jnp.minimum(self.stop, after)
     return first, last, lambda i: pl.ds((i + shift) * bS, bS)
 
+  def slot(self, i: Int[Array, ""]) -> Int[Array, ""]:
+    """Slot of a tile of keys in the ring."""
+    return lax.rem(i - self.begin, _STAGES)
+
+
+def _block(q, k, w, shares, groups, *refs, heads):
+  *k_scale, scores, scratch = refs
+  wg = lax.axis_index("warpgroup")
+  share = _Share.of_block(shares, groups)
+
   @pl.when(wg == _WARPGROUPS)
-  def _copy():
+  def _():
     plgpu.set_max_registers(40, action="decrease")
-
-    def copy_group(group, _):
-      for i in range(_WARPGROUPS):
-        # Bound now: `pl.when` calls it at once.
-        wait = functools.partial(plgpu.barrier_wait, q_free.at[i])
-        pl.when(group > my_groups[0])(wait)
-        plgpu.copy_gmem_to_smem(
-          q.at[_columns(group, i)], q_s.at[i], q_full.at[i]
-        )
-      first, last, keys = stretch(group)
-
-      def copy_keys(i, _):
-        at = slot(i)
-        pl.when(i - begin >= _STAGES)(lambda: plgpu.barrier_wait(free.at[at]))
-        plgpu.copy_gmem_to_smem(k.at[keys(i)], k_s.at[at], full.at[at])
-
-      lax.fori_loop(first, last, copy_keys, None)
-
-    lax.fori_loop(*my_groups, copy_group, None)
+    _copy(q, k, share, scratch)
 
   @pl.when(wg < _WARPGROUPS)
-  def _compute():
+  def _():
     plgpu.set_max_registers(232, action="increase")
+    _compute(w, k_scale, scores, share, scratch, wg, heads)
 
-    def compute_group(group, _):
-      columns = _columns(group, wg)
-      w_N = [
-        plgpu.load(w.at[x], layout=_BY_COLUMN, optimized=False)
-        for x in _parts(columns, _COLUMNS)
+
+def _copy(q, k, share, scratch):
+  """Copies the queries of each group, and the keys of each tile."""
+
+  def copy_group(group):
+    for i in range(_WARPGROUPS):
+      # Bound now: `pl.when` calls it at once.
+      wait = functools.partial(plgpu.barrier_wait, scratch.q_free.at[i])
+      pl.when(group > share.first_group)(wait)
+      plgpu.copy_gmem_to_smem(
+        q.at[_columns(group, i)], scratch.q.at[i], scratch.q_full.at[i]
+      )
+    first, last, keys = share.stretch(group)
+
+    def copy_keys(i, _):
+      at = share.slot(i)
+      free, full = scratch.k_free.at[at], scratch.k_full.at[at]
+      pl.when(i - share.begin >= _STAGES)(lambda: plgpu.barrier_wait(free))
+      plgpu.copy_gmem_to_smem(k.at[keys(i)], scratch.k.at[at], full)
+
+    lax.fori_loop(first, last, copy_keys, None)
+
+  share.visit(copy_group)
+
+
+def _compute(w, k_scale, scores, share, scratch, wg, heads):
+  """Computes the scores of a warpgroup's queries in each group."""
+
+  def compute_group(group):
+    columns = _columns(group, wg)
+    w_N = [
+      tiles.load(w.at[x], tiles.BY_COLUMN) for x in _parts(columns, _COLUMNS)
+    ]
+    first, last, keys = share.stretch(group)
+    plgpu.barrier_wait(scratch.q_full.at[wg])
+
+    def compute_tile(i, _):
+      at = share.slot(i)
+      rows = _parts(keys(i), _ROWS)
+      scales = [
+        [tiles.load(x.at[y], tiles.BY_ROW) for x in k_scale] for y in rows
       ]
-      first, last, keys = stretch(group)
-      plgpu.barrier_wait(q_full.at[wg])
+      plgpu.barrier_wait(scratch.k_full.at[at])
 
-      def compute_tile(i, _):
-        at = slot(i)
-        rows = _parts(keys(i), _ROWS)
-        scales = [
-          [
-            plgpu.load(x.at[y], layout=_BY_ROW, optimized=False)
-            for x in k_scale
-          ]
-          for y in rows
-        ]
-        plgpu.barrier_wait(full.at[at])
+      def reduce(x_SN, row, column):
+        query = lax.div(columns.start + column * _COLUMNS, heads)
+        args = scores, query, rows[row].start, heads
+        _reduce(x_SN, w_N[column], scales[row], *args)
 
-        def reduce(x_SN, row, column):
-          query = lax.div(columns.start + column * _COLUMNS, heads)
-          key = rows[row].start
-          args = w_N[column], scales[row], scores, query, key, heads
-          _reduce(x_SN, *args)
+      free = lambda: plgpu.barrier_arrive(scratch.k_free.at[at])
+      _multiply_tile(scratch.k.at[at], scratch.q.at[wg], reduce, free)
 
-        products = list(np.ndindex(bS // _ROWS, _ACCUMULATORS))
-        x_SN = None
-        for i, (row, column) in enumerate(products):
-          k_part = k_s.at[at, pl.ds(row * _ROWS, _ROWS)]
-          q_part = q_s.at[wg, pl.ds(column * _COLUMNS, _COLUMNS)]
-          ready, x_SN = _multiply(k_part, q_part, x_SN, swizzled)
-          if i:
-            reduce(ready, *products[i - 1])
-        x_SN = _wait(x_SN)
-        plgpu.barrier_arrive(free.at[at])
-        reduce(x_SN, *products[-1])
+    lax.fori_loop(first, last, compute_tile, None)
+    plgpu.barrier_arrive(scratch.q_free.at[wg])
 
-      lax.fori_loop(first, last, compute_tile, None)
-      plgpu.barrier_arrive(q_free.at[wg])
-
-    lax.fori_loop(*my_groups, compute_group, None)
+  share.visit(compute_group)
 
 
 def _columns(group, wg):
@@ -256,30 +267,59 @@ def _parts(whole: pl.Slice, size: int) -> list[pl.Slice]:
   return [pl.ds(whole.start + i, size) for i in range(0, whole.size, size)]
 
 
-def _multiply(k_s, q_s, before, swizzled):
+def _multiply_tile(k_s, q_s, reduce, free):
+  """Calls `reduce(k qᵀ, row, column)` for each accumulator of a tile.
+
+  While it reduces one, the next is computed; `free` is called when the last has
+  been.
+  """
+  places = list(np.ndindex(bS // _ROWS, _ACCUMULATORS))
+  x_SN = None
+  for i, (row, column) in enumerate(places):
+    k_part = k_s.at[pl.ds(row * _ROWS, _ROWS)]
+    q_part = q_s.at[pl.ds(column * _COLUMNS, _COLUMNS)]
+    ready, x_SN = _multiply(k_part, q_part, x_SN)
+    if i:
+      reduce(ready, *places[i - 1])
+  x_SN = _wait(x_SN)
+  free()
+  reduce(x_SN, *places[-1])
+
+
+def _multiply(k_s, q_s, before):
   """Starts k qᵀ; waits for the product `before` it, if there is one.
 
   Returns:
-    The finished product, and the new one, which must not be read before the
-    next one has been started or `_wait` has waited for it.
+    The finished product, and the new one, see `wgmma.multiply_next`.
   """
-  swizzled = plgpu.RefType(swizzled)
+  matrix = plgpu.RefType(tiles.transforms(k_s.dtype))
   before = [] if before is None else [before]
+  row_bytes = k_s.shape[1] * k_s.dtype.itemsize
+  is_8_bit = k_s.dtype.itemsize == 1
 
-  @plgpu.inline_mgpu(
-    arg_types=(swizzled, swizzled, [_PRODUCT.layout] * len(before)),
-    return_type=[_PRODUCT] * (len(before) + 1),
-  )
-  def emit(ctx, k_s, q_s, before):
-    del ctx
-    memref = ir.MemRefType(k_s.type)
-    is_8_bit = isinstance(memref.element_type, ir.Float8E4M3FNType)
-    atoms = memref.shape[1]  # [rows / 8, atoms, 8, _ATOM bytes]
-    return _assembly(
-      _multiplication(atoms, is_8_bit, bool(before)),
-      *([_descriptor(x, atoms) for x in (k_s, q_s)], before),
-      writes=True,
+  def operand(ref):
+    return wgmma.Operand(
+      wgmma.start_of(Place.of(ref)),
+      offset=0,
+      leading=0,
+      stride=8 * row_bytes,
+      swizzle=_SWIZZLE,
+      step=32,
     )
+
+  @threads.code(
+    *(matrix, matrix, [tiles.MATRIX] * len(before)),
+    returns=[fragments.matrix(_COLUMNS, jnp.float32)] * (len(before) + 1),
+  )
+  def emit(k_s, q_s, before):
+    products = wgmma.multiply_next(
+      *(operand(k_s), operand(q_s)),
+      [x for product in before for x in fragments.floats(product)],
+      columns=_COLUMNS,
+      tiles=row_bytes // _SWIZZLE,
+      is_8_bit=is_8_bit,
+    )
+    return [fragments.of_floats(x) for x in products if x]
 
   *ready, started = emit(k_s, q_s, before)
   return ready[0] if ready else None, started
@@ -288,196 +328,84 @@ def _multiply(k_s, q_s, before, swizzled):
 def _wait(product):
   """Waits for the last product."""
 
-  @plgpu.inline_mgpu(arg_types=(_PRODUCT.layout,), return_type=_PRODUCT)
-  def emit(ctx, product):
-    del ctx
-    text = "wgmma.wait_group.sync.aligned 0;"
-    [ready] = _assembly(text, [], [product], writes=False)
-    return ready
+  @threads.code(tiles.MATRIX, returns=fragments.matrix(_COLUMNS, jnp.float32))
+  def emit(product):
+    return fragments.of_floats(wgmma.wait(0, fragments.floats(product)))
 
   return emit(product)
 
 
-def _assembly(text, operands, products, *, writes):
-  """Emits PTX that waits for products, and may start a new one.
-
-  Its registers, $0 and so on: the new product, the products, those again as
-  operands, and 64-bit operands. Returns the products and the new one.
-  """
-  old = [x for product in products for x in _elements(product)]
-  new, f32 = _ROWS * _COLUMNS // 128 * writes, ir.F32Type.get()
-  n = new + len(old)
-  ties = [str(new + i) for i in range(len(old))]
-  results = llvm.inline_asm(
-    llvm.StructType.get_literal([f32] * n),
-    [*old, *operands],
-    text,
-    ",".join(["=f"] * n + ties + ["l"] * len(operands)),
-    has_side_effects=True,
-  )
-  assert isinstance(results, ir.Value)
-  results = [llvm.extractvalue(f32, results, [i]) for i in range(n)]
-  return [_accumulator(x) for x in (results[new:], results[:new]) if x]
-
-
-def _descriptor(ref, atoms):
-  """Descriptor of a matrix in shared memory, at its first atom."""
-  address = llvm.ptrtoint(_integer(32), mgpu_utils.memref_ptr(ref))
-  place = arith.shrui(arith.extui(_integer(64), address), _constant(4, 64))
-  swizzle = 1 << 62  # 128 bytes
-  eight_rows = (8 * _ATOM * atoms >> 4) << 32
-  return arith.ori(place, _constant(swizzle | eight_rows | 1 << 16, 64))
-
-
-def _multiplication(atoms, is_8_bit, waits) -> str:
-  """PTX of a product for `_assembly`.
-
-  One piece of assembly, so that nothing touches the registers before they are
-  ready, and the first product needs no zeros to accumulate into.
-  """
-  n = _ROWS * _COLUMNS // 128
-  out = "{" + ",".join(f"${i}" for i in range(n)) + "}"
-  left, right = (f"${n + 2 * n * waits + i}" for i in range(2))
-  kind = "k32.f32.e4m3.e4m3" if is_8_bit else "k16.f32.bf16.bf16"
-  options = "1, 1" if is_8_bit else "1, 1, 0, 0"
-  lines = [
-    ".reg .pred add; .reg .b64 left, right;",
-    "wgmma.fence.sync.aligned;",
-  ]
-  for i in range(4 * atoms):  # 32 bytes of each row at a time
-    # Descriptors count in 16 bytes.
-    offset = i // 4 * (8 * _ATOM >> 4) + i % 4 * 2
-    lines += [
-      f"setp.ne.b32 add, {min(i, 1)}, 0;",
-      f"add.s64 left, {left}, {offset};",
-      f"add.s64 right, {right}, {offset};",
-      f"wgmma.mma_async.sync.aligned.m64n{_COLUMNS}{kind} {out}, left, right, "
-      f"add, {options};",
-    ]
-  lines.append("wgmma.commit_group.sync.aligned;")
-  if waits:
-    lines.append("wgmma.wait_group.sync.aligned 1;")
-  return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _accumulator(registers) -> mgpu.FragmentedArray:
-  """Array of pairs of adjacent columns, row by row, the next row 8 below."""
-  pair = ir.VectorType.get((2,), ir.F32Type.get())
-  layout = mgpu.WGMMA_LAYOUT
-  pairs = np.empty(len(registers) // 2, object)
-  for i in range(len(pairs)):
-    pairs[i] = vector.from_elements(pair, registers[2 * i : 2 * i + 2])
-  return mgpu.FragmentedArray(
-    _registers=pairs.reshape(layout.registers_shape((_ROWS, _COLUMNS))),
-    _layout=layout,
-    _is_signed=None,
-  )
-
-
-def _reduce(x_SN, w_N, scale_S, scores, query, key, heads) -> None:
+def _reduce(x_SN, w_N, scale_S, scores, query, key, heads):
   """Writes the scores of an accumulator's queries, from `query` on."""
-  splat = plgpu.Layout.WG_SPLAT
 
-  @plgpu.inline_mgpu(
-    arg_types=(
-      plgpu.Layout.WGMMA,
-      _BY_COLUMN,
-      [_BY_ROW] * len(scale_S),
-      plgpu.RefType(),
-      splat,
-      splat,
-    )
+  @threads.code(
+    *(tiles.MATRIX, tiles.BY_COLUMN, [tiles.BY_ROW] * len(scale_S)),
+    *(threads.REF, threads.NUMBER, threads.NUMBER),
   )
-  def emit(ctx, x, w, scale, out, query, key):
-    del ctx
-    x, w = _elements(x), _elements(w)
-    query, key = (a.registers.item() for a in (query, key))
-    thread = mgpu_utils.thread_idx()
-    bits = lambda low, n: arith.andi(
-      arith.shrui(thread, _constant(low)), _constant((1 << n) - 1)
-    )
-    # Of two queries and two keys, each of the four lanes keeps one score.
-    query_bit, key_bit = bits(0, 1), bits(1, 1)
-    query = arith.addi(query, query_bit)
-    for term, times in ((bits(5, 2), 16), (key_bit, 8), (bits(2, 3), 1)):
-      key = arith.addi(key, arith.muli(term, _constant(times)))
-    is_odd, is_low = (
-      arith.cmpi(arith.CmpIPredicate.ne, bit, _constant(0))
-      for bit in (query_bit, key_bit)
-    )
-    for i in range(0, _COLUMNS // heads, 2):
-      upper, lower = (
-        _fold(*(_weighted(x, w, low, i + j, heads) for j in (0, 1)), is_odd, 1)
-        for low in (0, 1)
-      )
-      total = _fold(upper, lower, is_low, 2)
-      for s in scale:
-        total = arith.mulf(total, arith.select(is_low, *_elements(s)[::-1]))
-      address, exists = _place(out, arith.addi(query, _constant(i)), key)
-      mgpu_utils.inline_ptx(
-        "st.global.f32 [$0], $1;",
-        *(address, total),
-        predicate=exists,
-        has_side_effects=True,
-      )
-    # Free of cost; without it ptxas delays sums and runs out of registers.
-    mgpu_utils.inline_ptx(
-      "bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True
-    )
+  def emit(x, w, scale, out, query, key):
+    x, w, *scale = map(fragments.floats, (x, w, *scale))
+    write(x, w, scale, Place.of(out), query, key, heads, scores.shape)
 
   emit(x_SN, w_N, scale_S, scores, query, key)
 
 
-def _elements(array: mgpu.FragmentedArray) -> list[ir.Value]:
-  """Elements of this thread, in order."""
-  return [
-    vector.extract(register, [], [i])
-    for register in array.registers.flat
-    for i in range(ir.VectorType(register.type).shape[0])
-  ]
+def write(
+  x: Sequence[F32],
+  w: Sequence[F32],
+  scale: Sequence[Sequence[F32]],
+  scores: Place,
+  query: U32,
+  key: U32,
+  heads: int,
+  shape: tuple[int, int],
+) -> None:
+  """Writes the scores of one product, as one of a warpgroup's threads.
+
+  Args:
+    x: Its numbers of keys x (queries x heads), see `fragments`.
+    w: Weights of its columns.
+    scale: Scales of its two keys, if keys have scales.
+    scores: Result, float32.
+    query: First query of the product.
+    key: First key.
+    heads: Heads of a query.
+    shape: Queries and keys of the result; further queries are not written.
+  """
+  thread = threads.thread()
+  # Of two queries and two keys, each of the four lanes keeps one score.
+  query_bit, key_bit = thread.bits(0, 1), thread.bits(1, 1)
+  query = query + query_bit
+  key = key + thread.bits(5, 2) * 16 + key_bit * 8 + thread.bits(2, 3)
+  is_odd, is_low = query_bit.differs(0), key_bit.differs(0)
+  for i in range(0, _COLUMNS // heads, 2):
+    keys = [
+      _fold([_weighted(x, w, low, i + j, heads) for j in (0, 1)], is_odd, 1)
+      for low in (0, 1)
+    ]
+    total = _fold(keys, is_low, 2)
+    for of_upper, of_lower in scale:
+      total = total * is_low.where_float(of_lower, of_upper)
+    place = scores.step(query + i, 4 * shape[1]).step(key, 4)
+    place.store([total], where=query + i < shape[0])
+  # Free of cost; without it ptxas delays sums and runs out of registers.
+  signals.meet_warp()
 
 
-def _weighted(x, w, low, query, heads):
+def _weighted(
+  x: Sequence[F32], w: Sequence[F32], low: int, query: int, heads: int
+) -> F32:
   """Sum of relu(x) w over this thread's quarter of a query's heads."""
-  zero = arith.constant(ir.F32Type.get(), 0.0)
-  total, quarter = zero, heads // 4  # from 0.0, so that it is never -0.0
+  total, quarter = F32(0.0), heads // 4  # from 0.0, so that it is never -0.0
   for i in range(query * quarter, (query + 1) * quarter):
     # x: pair of columns, key, column of the pair.
-    active = arith.maximumf(x[i // 2 * 4 + low * 2 + i % 2], zero)
-    total = math_dialect.fma(w[i], active, total)
+    active = x[i // 2 * 4 + low * 2 + i % 2].max(0.0)
+    total = w[i].multiply_add(active, total)
   return total
 
 
-def _fold(a, b, takes_b, distance):
-  """Adds two lanes' values: `b` in the lane with `takes_b`, else `a`."""
-  kept, sent = arith.select(takes_b, b, a), arith.select(takes_b, a, b)
-  received = nvvm.shfl_sync(
-    _constant(-1),
-    arith.bitcast(_integer(32), sent),
-    _constant(distance),
-    _constant(31),
-    nvvm.ShflKind.bfly,
-  )
-  return arith.addf(kept, arith.bitcast(ir.F32Type.get(), received))
-
-
-def _place(scores, query, key):
-  """Address of scores[query, key], and whether the query exists."""
-  i64 = _integer(64)
-  T, paddedS = ir.MemRefType(scores.type).shape
-  exists = arith.cmpi(arith.CmpIPredicate.ult, query, _constant(T))
-  row = arith.muli(arith.extui(i64, query), _constant(paddedS, 64))
-  at = arith.addi(row, arith.extui(i64, key))
-  pointer = mgpu_utils.memref_ptr(scores)
-  base = llvm.ptrtoint(
-    i64, llvm.addrspacecast(llvm.PointerType.get(1), pointer)
-  )
-  return arith.addi(base, arith.muli(at, _constant(4, 64))), exists
-
-
-def _integer(width: int) -> ir.Type:
-  return ir.IntegerType.get_signless(width)
-
-
-def _constant(x: int, width: int = 32) -> ir.Value:
-  return arith.constant(_integer(width), ir.IntegerAttr.get(_integer(width), x))
+def _fold(pair: Sequence[F32], takes_second: Bool, distance: int) -> F32:
+  """Adds two lanes' values: of the first, or in one lane of the second."""
+  first, second = pair
+  kept = takes_second.where_float(second, first)
+  sent = takes_second.where_float(first, second)
+  return kept + threads.exchange(sent, distance)

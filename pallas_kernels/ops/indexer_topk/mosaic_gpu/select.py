@@ -17,12 +17,11 @@ itself, which is slower and needs no list. So the result is always exact.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
-from typing import Final
+from typing import Any, Final
 
 import jax
 from jax import lax
@@ -32,27 +31,40 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper import threads
 from pallas_kernels.hopper.memory import Memory
-from pallas_kernels.hopper.threads import Bool
 from pallas_kernels.hopper.threads import U32
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import sources
 
-_WARPGROUPS: Final = 4
-THREADS: Final = 128 * _WARPGROUPS
-_WARPS: Final = THREADS // 32
-# A thread takes two times four neighbouring scores at once; four times where
-# it does little more than wait for them.
-_VECTOR: Final = 4
-_LOADS: Final = 2
+_THREADS: Final = sources.THREADS
+_WARPS: Final = _THREADS // threads.WARP
+_VECTOR: Final = sources.VECTOR
+# Loads of a thread at once where it does little more than wait for them.
 _MOST_LOADS: Final = 4
 _SAMPLE: Final = 4096
-_SAMPLE_LOADS: Final = _SAMPLE // (THREADS * _VECTOR)
+_SAMPLE_LOADS: Final = _SAMPLE // (_THREADS * _VECTOR)
 _DIGIT_BITS: Final = 11
 _BINS: Final = 1 << _DIGIT_BITS
-_BINS_PER_THREAD: Final = _BINS // THREADS
+_BINS_PER_THREAD: Final = _BINS // _THREADS
 _LARGEST_LIST: Final = 16384
 LARGEST_K: Final = _LARGEST_LIST // 2
-# Words of shared memory through which the warps of a block communicate.
+# Places in `Scratch.words`.
 _SUMS, _FOUND, _WORDS = 0, 96, 99
 _TIES: Final = 2  # a slot of sums
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+  """Shared memory of a block, in words."""
+
+  listed: Any  # positions, and from the middle on their scores
+  bins: Any
+  words: Any  # through which the warps communicate
+
+  @classmethod
+  def sizes(cls, top_k: int) -> "Scratch":
+    # One load may begin on the last word of a part of the list.
+    listed = 2 * (_list_size(top_k) + _VECTOR)
+    return cls(listed, bins=_BINS, words=_WORDS)
 
 
 def select(
@@ -66,32 +78,19 @@ def select(
   Ties go to the lowest index. The result depends on nothing else.
 
   Args:
-    scores: fp32. Scores outside [start, end) are ignored.
+    scores: fp32, S a multiple of 4. Scores outside [start, end) are ignored.
     start: First visible score of each row.
     end: One past the last; clipped to the row. `start >= end` sees none.
-    top_k: K, at least 1.
+    top_k: K, from 1 to `LARGEST_K`.
 
   Returns:
     Indices, int32, ascending, padded with -1 at the end where fewer than K
     are visible; and their scores, -inf there.
-
-  Raises:
-    NotImplementedError: K is too large, or rows are not whole vectors.
   """
   T, S = scores.shape
-  if scores.dtype != jnp.float32:
-    raise NotImplementedError(f"select: {scores.dtype=} is not float32.")
-  if S % _VECTOR:
-    raise NotImplementedError(
-      f"select: rows of {S} scores are not a multiple of {_VECTOR}; pad them."
-    )
-  if top_k > LARGEST_K:
-    raise NotImplementedError(
-      f"select: {top_k=} is above {LARGEST_K}: the list of candidates "
-      "would not fit into shared memory."
-    )
   start = jnp.clip(start, 0, S).astype(jnp.int32)
   end = jnp.clip(end, start, S).astype(jnp.int32)
+  words = lambda size: plgpu.SMEM((size,), jnp.int32)
   kernel = plgpu.kernel(
     functools.partial(_kernel, top_k=top_k),
     out_type=(
@@ -100,19 +99,11 @@ def select(
     ),
     grid=(T,),
     grid_names=("row",),
-    num_threads=_WARPGROUPS,
+    num_threads=_THREADS // threads.WARPGROUP,
     thread_name="warpgroup",
-    scratch_types=[
-      plgpu.SMEM((words,), jnp.int32) for words in scratch_words(top_k)
-    ],
+    scratch_types=[jax.tree.map(words, Scratch.sizes(top_k))],
   )
   return kernel(scores, start, end)
-
-
-def scratch_words(top_k: int) -> tuple[int, ...]:
-  """Sizes of `Row`'s arrays in shared memory."""
-  # The list has two parts; one load may begin on the last word of a part.
-  return 2 * (_list_size(top_k) + _VECTOR), _BINS, _WORDS
 
 
 def _list_size(top_k: int) -> int:
@@ -120,111 +111,34 @@ def _list_size(top_k: int) -> int:
 
 
 def _kernel(*refs, top_k):
-  ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+  *arrays, scratch = refs
+  ref = threads.REF
 
-  @plgpu.inline_mgpu(arg_types=(number, [ref] * len(refs)))
-  def emit(_, row, refs):
-    row = U32(row.registers.item())
-    scores, start, end, indices, chosen, *scratch = refs
+  @threads.code(threads.NUMBER, [ref] * len(arrays), Scratch(ref, ref, ref))
+  def emit(row, arrays, scratch):
+    scores, start, end, indices, chosen = arrays
     again = lambda ref: lambda: Memory(ref, row.opaque())
     Row(
       *(again(ref) for ref in (scores, indices, chosen)),
       *(Memory(ref).load(row) for ref in (start, end)),
-      *(Memory(ref) for ref in scratch),
+      scratch=jax.tree.map(Memory, scratch),
       top_k=top_k,
     ).emit()
 
-  emit(lax.axis_index("row"), list(refs))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-  """Scores that a block holds at once, as one thread's registers.
-
-  [load][element]: a load is `_VECTOR` neighbours. In the order of the row come
-  the warps, in a warp the loads, in a load the lanes, in a lane the elements.
-  """
-
-  positions: Sequence[U32]  # of each load's first element
-  scores: Sequence[Sequence[U32]]  # bits of a float
-  valid: U32  # a bit for each element
-
-  def flags(self, test: Callable[[U32], Bool]) -> U32:
-    """Sets a bit for each valid element whose score passes the test."""
-    flags = U32(0)
-    for j, load in enumerate(self.scores):
-      for e, score in enumerate(load):
-        flags = flags.with_bit(j * _VECTOR + e, test(score))
-    return flags & self.valid
-
-  def elements(self) -> Iterator[tuple[U32, Bool]]:
-    """Yields each score, and whether it is valid."""
-    for j, load in enumerate(self.scores):
-      for e, score in enumerate(load):
-        yield score, _flag(self.valid, j, e)
-
-
-class _Source:
-  """Sequence of scores, [low, stop) of those that `load` reads, in tiles."""
-
-  def __init__(self, load, low, stop, loads=_LOADS):
-    self._load, self._stop, self._loads = load, U32(stop), loads
-    self._first = U32(low) & -_VECTOR
-    self._size = THREADS * loads * _VECTOR
-    # Opaque, so that registers do not hold what two sources have in common.
-    thread = threads.thread().opaque()
-    warp, lane = thread >> 5, thread & 31
-    self._mine = warp * (threads.WARP * loads * _VECTOR) + lane * _VECTOR
-    # The elements of the first load that come before `low`.
-    self._below = thread.equals(0).where(
-      (U32(1) << U32(low) - self._first) - 1, 0
-    )
-
-  def tile(self, i: U32) -> _Tile:
-    step = threads.WARP * _VECTOR
-    first = self._first + i * self._size + self._mine
-    last = (self._stop - 1) & -_VECTOR
-    positions = [(first + j * step).min(last) for j in range(self._loads)]
-    scores = self._load(positions)
-    # Of each load the elements before `stop`: as 2^n - 1, without a branch,
-    # at which the loads would wait for each other.
-    valid, left = U32(0), self._stop - first
-    for j in range(self._loads):
-      before = left.signed_clamp(j * step, j * step + _VECTOR) - j * step
-      valid = valid + (U32(1) << before + j * _VECTOR) - (1 << j * _VECTOR)
-    below = i.opaque().equals(0).where(self._below, 0)
-    return _Tile(positions, scores, valid & ~below)
-
-  def visit(self, body, carried):
-    """Calls `body(i, tile, *carried)` for tile after tile."""
-    tiles = _divide(self._stop - self._first + self._size - 1, self._size)
-    return threads.loop(
-      tiles, lambda i, *carried: body(i, self.tile(i), *carried), carried
-    )
-
-
-class _Held(_Source):
-  """Source of one tile, which stays in registers."""
-
-  def __init__(self, *args, **kwargs):
-    super().__init__(*args, **kwargs)
-    self._tile = self.tile(U32(0))
-
-  def visit(self, body, carried):
-    return body(U32(0), self._tile, *carried)
+  emit(lax.axis_index("row"), arrays, scratch)
 
 
 class Row:
   """Emits a block's selection of one row."""
 
-  def __init__(self, scores, indices, chosen, start, end, *scratch, top_k):
+  def __init__(self, scores, indices, chosen, start, end, *, scratch, top_k):
     # Each use recomputes the address of its row: registers are scarce.
     self._scores, self._indices, self._chosen = scores, indices, chosen
     self._start, self._end = start, end
     self._list_size = _list_size(top_k)
     self._list_stride = self._list_size + _VECTOR
-    # Positions, and `_list_stride` further on their scores.
-    self._listed, self._bins, self._words = scratch
+    self._listed, self._bins = scratch.listed, scratch.bins
+    self._words = scratch.words
     self._top_k = top_k
     self._thread = threads.thread()
     self._warp, self._lane = threads.warp(), threads.lane()
@@ -248,22 +162,24 @@ class Row:
       def _():
         stride = self._list_stride
         scores = lambda at: self._listed.load4s([i + stride for i in at])
-        self._choose(_Source(scores, 0, listed), self._listed.load4s, gate)
+        self._choose(
+          sources.Source(scores, 0, listed), self._listed.load4s, gate
+        )
 
       @threads.when(~fits)
       def _():
         self._choose(self._row(1), _neighbours, U32(0))
 
-  def _row(self, loads: int) -> _Source:
+  def _row(self, loads: int) -> sources.Source:
     start, end = self._start.opaque(), self._end.opaque()
-    return _Source(self._scores().load4s, start, end, loads)
+    return sources.Source(self._scores().load4s, start, end, loads)
 
   def _copy(self, seen: U32) -> None:
     """Selects all that the row sees."""
     scores, indices, chosen = self._scores(), self._indices(), self._chosen()
 
     def body(i):
-      k = i * THREADS + self._thread
+      k = i * _THREADS + self._thread
       sees = k < seen
       score = scores.load(sees.where(self._start + k, 0))
       score = sees.where(score, threads.MINUS_INFINITY)
@@ -272,25 +188,25 @@ class Row:
       chosen.store(k, score, where=k < self._top_k)
       return ()
 
-    threads.loop(U32(-(-self._top_k // THREADS)), body, ())
+    threads.loop(U32(-(-self._top_k // _THREADS)), body, ())
 
   def _gate(self, seen: U32) -> U32:
     """Guesses the key that somewhat more than K scores of the row reach."""
     scores, first = self._scores(), self._start & -_VECTOR
 
     def load(positions):  # neighbours, evenly spread over the row
-      vectors = _divide(seen, _VECTOR)
-      spread = [_divide(x * vectors, _SAMPLE) for x in positions]
+      vectors = sources.divide(seen, _VECTOR)
+      spread = [sources.divide(x * vectors, _SAMPLE) for x in positions]
       return scores.load4s([first + x * _VECTOR for x in spread])
 
     def guess(*_):
-      sample = _Held(load, 0, _SAMPLE, _SAMPLE_LOADS)
+      sample = sources.Held(load, 0, _SAMPLE, _SAMPLE_LOADS)
       # The K-th of the row is about the m-th of the sample. It is before the
       # (m + 6 sqrt(m) + 8)-th but for one row in a billion, even if there are
       # but half as many independent scores; and 6 sqrt(m) <= 3/16 m + 48.
       rank = U32(_SAMPLE * self._top_k * 19 // 16) // seen + 57
       floor, ties = self._kth_highest(
-        sample, rank, U32(0), slack=_divide(rank, 4)
+        sample, rank, U32(0), slack=sources.divide(rank, 4)
       )
       return [floor + ties.equals(0).number()]
 
@@ -325,7 +241,7 @@ class Row:
 
   def _choose(
     self,
-    source: _Source,
+    source: sources.Source,
     indices_at: Callable[[Sequence[U32]], Sequence[Sequence[U32]]],
     lowest: U32,
   ) -> None:
@@ -346,7 +262,7 @@ class Row:
         for j, rank in enumerate(ranks):
           rank = equal_before + rank
           for e in range(_VECTOR):
-            is_equal = _flag(equal, j, e)
+            is_equal = sources.flag(equal, j, e)
             choose = choose.with_bit(j * _VECTOR + e, is_equal & (rank < ties))
             rank = rank + is_equal.number()
         return [choose, equal_before + count]
@@ -361,7 +277,7 @@ class Row:
       for j, (rank, load) in enumerate(zip(ranks, entries)):
         place = before + rank
         for e, (index, score) in enumerate(zip(*load)):
-          is_chosen = _flag(choose, j, e)
+          is_chosen = sources.flag(choose, j, e)
           indices.store(place, index, where=is_chosen)
           chosen.store(place, score, where=is_chosen)
           place = is_chosen.where(place + 1, place)
@@ -370,7 +286,7 @@ class Row:
     source.visit(body, [U32(0), U32(0)])
 
   def _kth_highest(
-    self, source: _Source, k: U32, lowest: U32, slack: U32 | int = 0
+    self, source: sources.Source, k: U32, lowest: U32, slack: U32 | int = 0
   ) -> tuple[U32, U32]:
     """Returns (floor, ties): the k highest keys of the source are those above
     `floor`, and `ties` of those equal to it.
@@ -414,7 +330,7 @@ class Row:
 
   def _first_bin(self) -> U32:
     """First bin of this thread; threads own bins from the highest down."""
-    return (THREADS - 1 - self._thread) * _BINS_PER_THREAD
+    return (_THREADS - 1 - self._thread) * _BINS_PER_THREAD
 
   def _find_bin(self, rank: U32) -> tuple[U32, U32, U32]:
     """Finds the bin of the rank-th highest, its rank there, the bin's count.
@@ -444,7 +360,7 @@ class Row:
       self._bins.store(self._first_bin() + i, 0)
 
   def _ranks(
-    self, flags: U32, tile: _Tile, slot: U32
+    self, flags: U32, tile: sources.Tile, slot: U32
   ) -> tuple[Sequence[U32], U32]:
     """Counts the flags set before each load of this thread, and in all.
 
@@ -481,14 +397,6 @@ class Row:
       threads.warp_sum(before.where(sums, 0)),
       threads.warp_sum(every.where(sums, 0)),
     )
-
-
-def _divide(x: U32, power_of_two: int) -> U32:
-  return x >> (power_of_two.bit_length() - 1)
-
-
-def _flag(flags: U32, j: int, e: int) -> Bool:
-  return (flags & (1 << j * _VECTOR + e)) > 0
 
 
 def _neighbours(starts: Sequence[U32]) -> list[list[U32]]:

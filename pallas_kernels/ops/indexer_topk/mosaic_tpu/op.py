@@ -5,8 +5,9 @@ MiB for 32 queries and 131072 keys. Keys are streamed tile by tile; then the
 block's indices are selected (`select_lib`).
 """
 
+import dataclasses
 import functools
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import jax
 from jax.experimental import pallas as pl
@@ -19,9 +20,10 @@ from pallas_kernels import tiles
 from pallas_kernels.ops.indexer_topk import fp8
 from pallas_kernels.ops.indexer_topk.mosaic_tpu import select as select_lib
 from pallas_kernels.tpu import chip as tpu
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
 
 _SUBLANES: Final = 8  # queries per vector register
-_LANES: Final = select_lib.LANES
 _WORD: Final = select_lib.WORD
 bS: Final = select_lib.bS
 _COLUMNS: Final = 512  # keys per matrix product
@@ -50,12 +52,8 @@ def indexer_topk(
   index = jax.lax.stop_gradient(index)
   q, k, w = index.q, index.k, index.w.astype(jnp.float32)
   (_, T, M, I), S = q.shape, k.shape[1]
-  if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(
-      f"queries in {q.dtype} and keys in {k.dtype}: the kernel takes both in "
-      "bfloat16, or both in float32."
-    )
   bQ = query_tile or block_size(T, S, M, I, top_k, q.dtype.itemsize)
+  check(q, k, top_k, bQ)
   if score_dtype is not None:
     q, k = fp8.rounded(q), fp8.rounded(k)
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
@@ -63,54 +61,60 @@ def indexer_topk(
   return indices, _scores(q, k, w, indices)
 
 
+def check(
+  q: Float[Array, "B T M I"], k: Float[Array, "B S I"], top_k: int, bQ: int
+) -> None:
+  """Raises NotImplementedError for inputs that the kernel does not support."""
+  products.check(q=q, k=k)
+  S, (M, I) = k.shape[1], q.shape[2:]
+  needed = vmem_bytes(bQ, S, M, I, top_k, q.dtype.itemsize)
+  if needed > _vmem():
+    raise NotImplementedError(
+      f"{S=} keys, {top_k=} to choose: {bQ} queries take {needed:,} bytes of "
+      f"vector memory, and there are {_vmem():,}."
+    )
+
+
+def _vmem():
+  return int(_SHARE * tpu.chip().vmem)
+
+
 def block_size(T: int, S: int, M: int, I: int, K: int, itemsize: int) -> int:
   """Number of queries whose scores are in VMEM at a time."""
-  limit = int(_SHARE * tpu.chip().vmem)
   bQ = _LARGEST_BLOCK
   while bQ > _SUBLANES and (
-    bQ >= 2 * T or vmem_bytes(bQ, S, M, I, K, itemsize) > limit
+    bQ >= 2 * T or vmem_bytes(bQ, S, M, I, K, itemsize) > _vmem()
   ):
     bQ //= 2
-  needed = vmem_bytes(bQ, S, M, I, K, itemsize)
-  if needed > limit:
-    raise NotImplementedError(
-      f"{S=} keys, {K=} to choose: {bQ} queries take {needed:,} bytes of "
-      f"vector memory, and there are {limit:,}."
-    )
   return bQ
 
 
 def vmem_bytes(bQ: int, S: int, M: int, I: int, K: int, itemsize: int) -> int:
   """Bytes of VMEM for a block of bQ queries."""
-  lanes = lambda n: -(-n // _LANES) * _LANES
   blocks = (
-    itemsize * bQ * M * lanes(I)  # queries
-    + itemsize * bS * lanes(I)  # keys
-    + 4 * bQ * (lanes(M) + _LANES)  # weights, ranges
-    + 4 * bQ * lanes(K)  # indices
+    itemsize * bQ * M * lanes.whole(I)  # queries
+    + itemsize * bS * lanes.whole(I)  # keys
+    + 4 * bQ * (lanes.whole(M) + lanes.LANES)  # weights, ranges
+    + 4 * bQ * lanes.whole(K)  # indices
   )
   scores = 4 * bQ * (S + -S % bS)
-  weights = 4 * bQ * M * _LANES
-  products = 4 * bQ * M * _COLUMNS
-  return 2 * blocks + scores + weights + products
+  weights = 4 * bQ * M * lanes.LANES
+  logits = 4 * bQ * M * _COLUMNS
+  return 2 * blocks + scores + weights + logits
 
 
 def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
   (B, T, M, I), S = q.shape, k.shape[1]
   nQ, nS, groups = pl.cdiv(T, bQ), pl.cdiv(S, bS), bQ // _SUBLANES
-  K = top_k + -top_k % _LANES
-
-  def pad(x):
-    return jnp.pad(x, [(0, 0), (0, -T % bQ)] + [(0, 0)] * (x.ndim - 2))
-
-  q, w, start, end = map(pad, (q, w, start, end))
+  K = lanes.whole(top_k)
+  q, w, start, end = (lanes.pad(x, bQ) for x in (q, w, start, end))
   # Rows of the product: 8 queries of one head, then the same 8 of the next, so
   # that the sum over heads adds whole registers.
   q = q.reshape(B, nQ, groups, _SUBLANES, M, I).swapaxes(3, 4)
   q = q.reshape(B, nQ, bQ * M, I)
   # Columns: see `select_lib`.
-  k = jnp.pad(k, [(0, 0), (0, -S % bS), (0, 0)])
-  k = k.reshape(B, nS, _LANES, _WORD, I).transpose(0, 1, 4, 3, 2)
+  k = lanes.pad(k, bS)
+  k = k.reshape(B, nS, lanes.LANES, _WORD, I).transpose(0, 1, 4, 3, 2)
   k = k.reshape(B, nS, I, bS)
   first, last = _tiles_seen(start, end, bQ)
 
@@ -133,15 +137,17 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
       num_scalar_prefetch=2,
       grid=(B, nQ, nS),
       in_specs=[
-        of_queries(None, bQ * M, I),
-        pl.BlockSpec((None, None, I, bS), of_keys),
-        of_queries(bQ, M),
-        of_queries(bQ, 2),
+        _Inputs(
+          q=of_queries(None, bQ * M, I),
+          k=pl.BlockSpec((None, None, I, bS), of_keys),
+          w=of_queries(bQ, M),
+          ranges=of_queries(bQ, 2),
+        )
       ],
       out_specs=of_queries(bQ, K),
       scratch_shapes=[
-        pltpu.VMEM((groups, M, _SUBLANES, _LANES), jnp.float32),
-        pltpu.VMEM((nS, _WORD, bQ, _LANES), jnp.int32),
+        pltpu.VMEM((groups, M, _SUBLANES, lanes.LANES), jnp.float32),
+        pltpu.VMEM((nS, _WORD, bQ, lanes.LANES), jnp.int32),
       ],
     ),
     compiler_params=pltpu.CompilerParams(
@@ -150,8 +156,19 @@ def _indices(q, k, w, start, end, top_k, bQ) -> Int[Array, "B T K"]:
     ),
     interpret=tpu.interpret(),
     name=f"indexer_topk_q{bQ}_k{bS}",
-  )(first, last, q, k, w, jnp.stack([start, end], -1))
+  )(first, last, _Inputs(q, k, w, jnp.stack([start, end], -1)))
   return indices[:, :T, :top_k]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+  """A block of queries, and a tile of keys."""
+
+  q: Any
+  k: Any
+  w: Any
+  ranges: Any
 
 
 def _block(i, nQ):
@@ -173,37 +190,27 @@ def _tiles_seen(start, end, bQ):
 
 
 def _kernel(
-  first_ref,
-  last_ref,
-  q_ref,
-  k_ref,
-  w_ref,
-  range_ref,
-  index_ref,
-  w_lanes_ref,
-  order_ref,
-  *,
-  top_k,
+  first_ref, last_ref, given, index_ref, w_lanes_ref, order_ref, *, top_k
 ):
   """Scores one tile of keys; after the last one, selects."""
   b, i, tile = (pl.program_id(axis) for axis in range(3))
   i = _block(i, pl.num_programs(1))
   seen = first_ref[b, i], last_ref[b, i]
-  bQ, M = w_ref.shape
-  start = jnp.broadcast_to(range_ref[:, :1], (bQ, _LANES))
-  end = jnp.broadcast_to(range_ref[:, 1:], (bQ, _LANES))
+  bQ, M = given.w.shape
+  start = jnp.broadcast_to(given.ranges[:, :1], (bQ, lanes.LANES))
+  end = jnp.broadcast_to(given.ranges[:, 1:], (bQ, lanes.LANES))
 
   @pl.when(tile == 0)
   def _():
     for group, rows in enumerate(_groups(bQ)):
       for m in range(M):
         w_lanes_ref[group, m] = jnp.broadcast_to(
-          w_ref[rows, m : m + 1], (_SUBLANES, _LANES)
+          given.w[rows, m : m + 1], (_SUBLANES, lanes.LANES)
         )
 
   @pl.when((tile >= seen[0]) & (tile < seen[1]))
   def _():
-    _score(q_ref, k_ref, w_lanes_ref, order_ref, tile, start, end)
+    _score(given.q, given.k, w_lanes_ref, order_ref, tile, start, end)
 
   @pl.when(tile == pl.num_programs(2) - 1)
   def _():
@@ -225,19 +232,14 @@ def _score(q_ref, k_ref, w_lanes_ref, order_ref, tile, start, end):
 
   def columns(i, _):
     at = pl.ds(pl.multiple_of(i * _COLUMNS, _COLUMNS), _COLUMNS)
-    logits = jnp.dot(
-      q_ref[...],
-      k_ref[:, at],
-      precision=_precision(q_ref.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    logits = products.dot(q_ref[...], k_ref[:, at], products.NN)
     logits = logits.reshape(groups, M, _SUBLANES, _COLUMNS)
     for group, rows in enumerate(_groups(groups * _SUBLANES)):
-      for n in range(_COLUMNS // _LANES):
-        lanes = slice(n * _LANES, (n + 1) * _LANES)
-        similarities = jnp.maximum(logits[group, :, :, lanes], 0.0)
+      for n in range(_COLUMNS // lanes.LANES):
+        part = slice(n * lanes.LANES, (n + 1) * lanes.LANES)
+        similarities = jnp.maximum(logits[group, :, :, part], 0.0)
         scores = jnp.sum(similarities * w_lanes_ref[group], axis=0)
-        row = i * (_COLUMNS // _LANES) + n
+        row = i * (_COLUMNS // lanes.LANES) + n
         key = select_lib.key_of(tile, jnp.full_like(start[rows], row))
         order_ref[tile, row, rows] = jnp.where(
           (key >= start[rows]) & (key < end[rows]),
@@ -246,11 +248,6 @@ def _score(q_ref, k_ref, w_lanes_ref, order_ref, tile, start, end):
         )
 
   jax.lax.fori_loop(0, bS // _COLUMNS, columns, None)
-
-
-def _precision(dtype) -> jax.lax.Precision | None:
-  """Precision at which float32 operands are not rounded to bfloat16."""
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _scores(q, k, w, indices) -> Float[Array, "B T K"]:
@@ -264,7 +261,7 @@ def _scores(q, k, w, indices) -> Float[Array, "B T K"]:
     logits_TMK = jnp.einsum(
       "TMI,TKI->TMK",
       *(q, chosen_TKI),
-      precision=_precision(q.dtype),
+      precision=products.precision(q.dtype),
       preferred_element_type=jnp.float32,
     )
     scores_TK = jnp.sum(jax.nn.relu(logits_TMK) * w[..., None], axis=1)

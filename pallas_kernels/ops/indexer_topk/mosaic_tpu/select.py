@@ -15,9 +15,11 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-LANES: Final = 128
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
+
 WORD: Final = 32  # keys per lane, bits per word
-bS: Final = LANES * WORD  # keys per tile
+bS: Final = lanes.LANES * WORD  # keys per tile
 HIDDEN: Final = -(2**31)  # in place of a score: the query does not see the key
 _LARGEST: Final = 2**31 - 1
 _DEVIATIONS: Final = 3  # margin of a guess, in deviations of a sample's count
@@ -62,7 +64,7 @@ def _threshold(order_ref, tiles, visible, top_k):
   Of keys that tie at it, those that are not selected are hidden.
   """
   bQ = visible.shape[0]
-  zeros = jnp.zeros((bQ, LANES), jnp.int32)
+  zeros = jnp.zeros((bQ, lanes.LANES), jnp.int32)
 
   def count(reached, rows=WORD):
     """Counts keys of each query for which `reached(order, tile, row)`."""
@@ -181,9 +183,10 @@ def _interpolation(step, low, end, found, missed, target, *, guesses):
 def _place(order_ref, index_ref, tiles, threshold):
   """Writes the keys that reach the threshold, in order."""
   bQ, K = index_ref.shape
-  shape = bQ, LANES
+  shape = bQ, lanes.LANES
   lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-  through = _iota((LANES, LANES), 0) <= _iota((LANES, LANES), 1)
+  square = lanes.LANES, lanes.LANES
+  through = _iota(square, 0) <= _iota(square, 1)
   through = through.astype(jnp.bfloat16)
   index_ref[...] = jnp.full((bQ, K), -1, jnp.int32)
 
@@ -193,20 +196,21 @@ def _place(order_ref, index_ref, tiles, threshold):
       word |= jnp.where(x >= threshold, jnp.int32(1) << r, 0)
     # Keys of the tile through this lane: up to 32 in each, exact in bfloat16.
     counts = jax.lax.population_count(word).astype(jnp.bfloat16)
-    through_lane = jnp.dot(counts, through, preferred_element_type=jnp.float32)
+    through_lane = products.dot(counts, through, products.NN)
     through_lane = through_lane.astype(jnp.int32)
     end = begin + _all_lanes(through_lane, jnp.max)
 
     def place(j, _):
-      at = pl.multiple_of(j * LANES, LANES)
+      at = pl.multiple_of(j * lanes.LANES, lanes.LANES)
       rank = at + lane - begin
       n, before = _lane_of(through_lane, rank)
       key = i * bS + n * WORD + _bit_of(_take(word, n), rank - before)
       here = (rank >= 0) & (rank < end - begin)
-      places = index_ref.at[:, pl.ds(at, LANES)]
+      places = index_ref.at[:, pl.ds(at, lanes.LANES)]
       places[...] = jnp.where(here, key, places[...])
 
-    first, last = jnp.min(begin) // LANES, pl.cdiv(jnp.max(end), LANES)
+    first = jnp.min(begin) // lanes.LANES
+    last = pl.cdiv(jnp.max(end), lanes.LANES)
     jax.lax.fori_loop(first, last, place, None)
     return end
 

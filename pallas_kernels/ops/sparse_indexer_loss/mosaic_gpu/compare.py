@@ -5,7 +5,9 @@ of the product with the query's heads, so that a score is a sum over a row; the
 scores of all keys stay in shared memory for the softmax.
 """
 
-from typing import Final
+import dataclasses
+import functools
+from typing import Any, Final
 
 import jax
 from jax import lax
@@ -16,9 +18,32 @@ from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.hopper import rows as rows_lib
 from pallas_kernels.hopper import tiles
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import spans as spans_lib
 
 _bK: Final = tiles.ROWS
 _STAGES: Final = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+  """Shared memory of a query."""
+
+  q: Any
+  k: Any
+  scores: Any
+  rows: Any
+  loaded: Any
+
+  @classmethod
+  def types(cls, M: int, I: int, K: int) -> Any:
+    return cls(
+      q=tiles.shared((M, I)),
+      k=tiles.shared((_STAGES, _bK, I)),
+      scores=plgpu.SMEM((K,), jnp.float32),
+      rows=plgpu.SMEM((K,), jnp.int32),
+      loaded=plgpu.Barrier(),
+    )
 
 
 def compare(
@@ -42,124 +67,17 @@ def compare(
     length of a prefix of the keys that has all that are not ignored.
   """
   (B, T, M, I), S, K = q_index.shape, k_index.shape[1], indices.shape[2]
-  f32 = jnp.float32
-  span = next(x for x in (1024, 512, 256) if not K % x)
-  strided = plgpu.Layout.WG_STRIDED((span,), 1)
-
-  def body(q, k, w, indices, p, loss, gap, count, *scratch):
-    q_s, k_s, scores_s, rows_s, loaded = scratch
-    t = lax.axis_index("query")
-    plgpu.copy_gmem_to_smem(q.at[t], q_s, loaded)
-
-    def fold(n, f, init):
-      """Folds f(slice of `span` keys, carry) over n steps."""
-      return lax.fori_loop(
-        0, n, lambda i, carry: f(pl.ds(i * span, span), carry), init
-      )
-
-    def read(ref, keys):
-      return plgpu.load(ref.at[keys], layout=strided)
-
-    def find_rows(keys, last):
-      first_row = lax.div(t, T) * S
-      rows = rows_lib.numbers(read(indices.at[t], keys), S, first_row)
-      rows_s[keys] = rows
-      place = lax.broadcasted_iota(jnp.int32, (span,), 0) + keys.start
-      place = plgpu.layout_cast(place, strided)
-      return jnp.maximum(last, jnp.max(jnp.where(rows >= 0, place + 1, 0)))
-
-    last = fold(K // span, find_rows, jnp.int32(0))
-    count[t] = last
-    num_tiles = lax.div(last + (_bK - 1), _bK)
-    plgpu.commit_smem()
-
-    def start(i):
-      @pl.when(i < num_tiles)
-      def _():
-        slot = k_s.at[lax.rem(i, _STAGES)]
-        rows_lib.start_copy(k, rows_s, slot, i * _bK)
-
-      rows_lib.commit_copies()
-
-    for i in range(_STAGES - 1):
-      start(jnp.int32(i))
-    plgpu.barrier_wait(loaded)
-    w_M = plgpu.load(
-      w.at[t], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-    )
-
-    def score(i, _):
-      rows_lib.wait_copies(_STAGES - 2)
-      start(i + _STAGES - 1)
-
-      def multiply(acc):
-        slot = k_s.at[lax.rem(i, _STAGES)]
-        plgpu.wgmma(acc, slot, q_s.transpose((1, 0)))
-        return acc[...]
-
-      similarity_KM = pl.run_scoped(multiply, plgpu.ACC((_bK, M), f32))
-      w_KM = lax.broadcast_in_dim(w_M, (_bK, M), (1,))
-      scores_K = jnp.sum(jnp.maximum(similarity_KM, 0.0) * w_KM, 1)
-      scores_s[pl.ds(i * _bK, _bK)] = scores_K
-
-    lax.fori_loop(0, num_tiles, score, None)
-    plgpu.commit_smem()
-
-    def scores(keys):
-      real = read(rows_s, keys) >= 0
-      return jnp.where(real, read(scores_s, keys), -jnp.inf), real
-
-    def find_top(keys, top):
-      return jnp.maximum(top, jnp.max(scores(keys)[0]))
-
-    def add_up(keys, sums):
-      scores_K, real_K = scores(keys)
-      total, mass = sums
-      total += jnp.sum(jnp.exp(scores_K - top))
-      mass += jnp.sum(jnp.where(real_K, read(p.at[t], keys), 0.0))
-      return total, mass
-
-    def subtract(keys, divergence):
-      scores_K, real_K = scores(keys)
-      target_K = jnp.where(real_K, read(p.at[t], keys) * inverse, 0.0)
-      log_index_K = jnp.where(real_K, scores_K - log_total, 0.0)
-      index_K = jnp.where(real_K, jnp.exp(log_index_K), 0.0)
-      gap[t, keys] = index_K - target_K
-      # A key of zero target adds nothing, whatever its score.
-      log_target_K = jnp.log(jnp.where(target_K > 0, target_K, 1.0))
-      lost_K = target_K * (log_target_K - log_index_K)
-      return divergence + jnp.sum(jnp.where(target_K > 0, lost_K, 0.0))
-
-    def clear(i, _):
-      gap[t, pl.ds(i * span, span)] = plgpu.layout_cast(
-        jnp.zeros((span,), f32), strided
-      )
-
-    zero = jnp.float32(0.0)
-    num_spans = lax.div(last + (span - 1), span)
-    top = fold(num_spans, find_top, -jnp.float32(jnp.inf))
-    total, mass = fold(num_spans, add_up, (zero, zero))
-    log_total = top + jnp.log(total)
-    inverse = 1.0 / jnp.where(mass > 0, mass, 1.0)
-    loss[t] = fold(num_spans, subtract, zero)
-    lax.fori_loop(num_spans, K // span, clear, None)
-
   kernel = plgpu.kernel(
-    body,
+    functools.partial(_query, T=T, S=S),
     out_type=(
-      jax.ShapeDtypeStruct((B * T,), f32),
-      jax.ShapeDtypeStruct((B * T, K), f32),
+      jax.ShapeDtypeStruct((B * T,), jnp.float32),
+      jax.ShapeDtypeStruct((B * T, K), jnp.float32),
       jax.ShapeDtypeStruct((B * T,), jnp.int32),
     ),
     grid=(B * T,),
     grid_names=("query",),
-    scratch_types=(
-      tiles.shared((M, I)),
-      tiles.shared((_STAGES, _bK, I)),
-      plgpu.SMEM((K,), f32),
-      plgpu.SMEM((K,), jnp.int32),
-      plgpu.Barrier(),
-    ),
+    kernel_name="sparse_indexer_loss_compare",
+    scratch_types=[_Scratch.types(M, I, K)],
     compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
   )
   flat = lambda x: x.reshape(B * T, *x.shape[2:])
@@ -167,3 +85,115 @@ def compare(
     flat(q_index), k_index.reshape(B * S, I), flat(w), flat(indices), flat(p)
   )
   return loss.reshape(B, T), gap.reshape(B, T, K), count.reshape(B, T)
+
+
+def _query(q, k, w, indices, p, loss, gap, count, scratch, *, T, S):
+  """Computes all results of one query."""
+  K, t = indices.shape[1], lax.axis_index("query")
+  spans = spans_lib.Spans.of(K)
+  plgpu.copy_gmem_to_smem(q.at[t], scratch.q, scratch.loaded)
+  first_row = lax.div(t, T) * S
+  last = _find_rows(indices.at[t], scratch.rows, spans, S, first_row)
+  count[t] = last
+  num_tiles = lax.div(last + (_bK - 1), _bK)
+  plgpu.commit_smem()
+  ahead = _STAGES - 1
+  ring = rows_lib.Ring(k, scratch.rows, scratch.k, num_tiles, ahead)
+  ring.start()
+  plgpu.barrier_wait(scratch.loaded)
+  _score(w.at[t], ring, scratch)
+  plgpu.commit_smem()
+  number = spans.number(last)
+  keys = _Keys(scratch, p.at[t], spans, number)
+  log_total, mass = keys.totals()
+  loss[t] = keys.divergence(gap.at[t], log_total, mass)
+
+  def clear(i, _):
+    zeros = jnp.zeros((spans.size,), jnp.float32)
+    ignored = pl.ds(i * spans.size, spans.size)
+    gap[t, ignored] = plgpu.layout_cast(zeros, spans.layout)
+
+  lax.fori_loop(number, K // spans.size, clear, None)
+
+
+def _find_rows(indices, rows, spans, S, first_row):
+  """Stores row numbers; returns the end of the last key not to be ignored."""
+
+  def find(keys, last):
+    found = spans.find_rows(indices, rows, keys, S, first_row)
+    place = lax.broadcasted_iota(jnp.int32, (spans.size,), 0) + keys.start
+    place = plgpu.layout_cast(place, spans.layout)
+    return jnp.maximum(last, jnp.max(jnp.where(found >= 0, place + 1, 0)))
+
+  return spans.fold(indices.shape[0] // spans.size, find, jnp.int32(0))
+
+
+def _score(w, ring, scratch):
+  """Stores the scores of all keys, tile by tile."""
+  M = w.shape[0]
+  w_M = tiles.load(w, tiles.BY_COLUMN)
+
+  def score(i, _):
+    k_s = ring.get(i)
+
+    def multiply(acc):
+      plgpu.wgmma(acc, k_s, scratch.q.transpose((1, 0)))
+      return acc[...]
+
+    similarity_KM = pl.run_scoped(multiply, plgpu.ACC((_bK, M), jnp.float32))
+    scores_KM = jnp.maximum(similarity_KM, 0.0) * tiles.over_rows(w_M)
+    scratch.scores[pl.ds(i * _bK, _bK)] = jnp.sum(scores_KM, 1)
+
+  lax.fori_loop(0, ring.number, score, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+  """Scores of a query's keys and attention weights `p`, span by span."""
+
+  scratch: _Scratch
+  p: Any
+  spans: spans_lib.Spans
+  number: Int[Array, ""]  # of spans to read
+
+  def scores(self, keys):
+    """Scores, -inf if ignored; and which are not ignored."""
+    real = self.spans.load(self.scratch.rows, keys) >= 0
+    scores_K = self.spans.load(self.scratch.scores, keys)
+    return jnp.where(real, scores_K, -jnp.inf), real
+
+  def totals(self):
+    """Logsumexp of the scores, and sum of the weights."""
+
+    def find_top(keys, top):
+      return jnp.maximum(top, jnp.max(self.scores(keys)[0]))
+
+    def add_up(keys, sums):
+      scores_K, real_K = self.scores(keys)
+      total, mass = sums
+      total += jnp.sum(jnp.exp(scores_K - top))
+      mass += jnp.sum(jnp.where(real_K, self.spans.load(self.p, keys), 0.0))
+      return total, mass
+
+    zero = jnp.float32(0.0)
+    top = self.spans.fold(self.number, find_top, -jnp.float32(jnp.inf))
+    total, mass = self.spans.fold(self.number, add_up, (zero, zero))
+    return top + jnp.log(total), mass
+
+  def divergence(self, gap, log_total, mass):
+    """KL of the softmaxes; stores the gaps between them."""
+    inverse = 1.0 / jnp.where(mass > 0, mass, 1.0)
+
+    def subtract(keys, divergence):
+      scores_K, real_K = self.scores(keys)
+      p_K = self.spans.load(self.p, keys)
+      target_K = jnp.where(real_K, p_K * inverse, 0.0)
+      log_index_K = jnp.where(real_K, scores_K - log_total, 0.0)
+      index_K = jnp.where(real_K, jnp.exp(log_index_K), 0.0)
+      gap[keys] = index_K - target_K
+      # A key of zero target adds nothing, whatever its score.
+      log_target_K = jnp.log(jnp.where(target_K > 0, target_K, 1.0))
+      lost_K = target_K * (log_target_K - log_index_K)
+      return divergence + jnp.sum(jnp.where(target_K > 0, lost_K, 0.0))
+
+    return self.spans.fold(self.number, subtract, jnp.float32(0.0))

@@ -12,30 +12,54 @@ is bound by the accumulation of d key in device memory, 512 bytes for each pair
 of a query and a key.
 """
 
-from typing import Final
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any, Final
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, BFloat16, Float, Int
-import numpy as np
 
+from pallas_kernels.hopper import fragments
 from pallas_kernels.hopper import rows as rows_lib
+from pallas_kernels.hopper import threads
 from pallas_kernels.hopper import tiles
+from pallas_kernels.hopper.threads import F32
+from pallas_kernels.hopper.threads import U32
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import spans as spans_lib
 
 _bK: Final = tiles.ROWS
 _STAGES: Final = 2
 # Part of d key that is computed at once: with larger ones, an SM's registers do
 # not hold three queries.
 _COLUMNS: Final = 64
-_BY_KEY: Final = plgpu.Layout.WGMMA.reduce(1)
-_BY_HEAD: Final = plgpu.Layout.WGMMA.reduce(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+  """Shared memory of a query."""
+
+  q: Any  # by parts of the columns; in the end its gradient
+  k: Any
+  g: Any
+  rows: Any
+  loaded: Any
+
+  @classmethod
+  def types(cls, M: int, I: int, K: int) -> Any:
+    parts = I // _COLUMNS
+    return cls(
+      q=tiles.shared((parts, M, _COLUMNS)),
+      k=tiles.shared((_STAGES, _bK, I)),
+      g=tiles.shared((_bK, M)),
+      rows=plgpu.SMEM((K,), jnp.int32),
+      loaded=plgpu.Barrier(num_arrivals=parts),
+    )
 
 
 def gradient(
@@ -63,116 +87,19 @@ def gradient(
     d_loss: Cotangent of each query's loss.
   """
   (B, T, M, I), S, K = q_index.shape, k_index.shape[1], indices.shape[2]
-  f32, bf16 = jnp.float32, jnp.bfloat16
-  span = next(x for x in (1024, 512, 256) if not K % x)
-  strided = plgpu.Layout.WG_STRIDED((span,), 1)
-
-  def body(q, k, w, indices, gap, count, d_loss, d_k, d_q, d_w, *scratch):
-    t = lax.axis_index("query")
-    q_s, k_s, g_s, rows_s, loaded = scratch
-    columns = range(0, I, _COLUMNS)
-    for i, column in enumerate(columns):
-      part = q.at[t, :, pl.ds(column, _COLUMNS)]
-      plgpu.copy_gmem_to_smem(part, q_s.at[i], loaded)
-    first_row, d = lax.div(t, T) * S, d_loss[t]
-    # A query without a gradient reads nothing.
-    last = jnp.where(d == 0.0, 0, count[t])
-    num_tiles = lax.div(last + (_bK - 1), _bK)
-
-    def find_rows(i, _):
-      keys = pl.ds(i * span, span)
-      index = plgpu.load(indices.at[t, keys], layout=strided)
-      rows_s[keys] = rows_lib.numbers(index, S, first_row)
-
-    lax.fori_loop(0, lax.div(last + (span - 1), span), find_rows, None)
-    plgpu.commit_smem()
-
-    def start(i):
-      @pl.when(i < num_tiles)
-      def _():
-        slot = k_s.at[lax.rem(i, _STAGES)]
-        rows_lib.start_copy(k, rows_s, slot, i * _bK)
-
-      rows_lib.commit_copies()
-
-    for i in range(_STAGES - 1):
-      start(jnp.int32(i))
-    plgpu.barrier_wait(loaded)
-    w_M = plgpu.load(w.at[t], layout=_BY_HEAD, optimized=False).astype(bf16)
-
-    def step(i, sum_MI):
-      rows_lib.wait_copies(_STAGES - 2)
-      start(i + _STAGES - 1)
-      slot = k_s.at[lax.rem(i, _STAGES)]
-
-      def multiply(acc):
-        for part in range(I // _COLUMNS):
-          key_KI = slot.at[:, pl.ds(part * _COLUMNS, _COLUMNS)]
-          q_IM = q_s.at[part].transpose((1, 0))
-          plgpu.wgmma(acc, key_KI, q_IM)
-        return acc[...]
-
-      keys = pl.ds(i * _bK, _bK)
-      d_K = d * plgpu.load(gap.at[t, keys], layout=_BY_KEY, optimized=False)
-      similarity_KM = pl.run_scoped(multiply, plgpu.ACC((_bK, M), f32))
-      g_KM, w_KM = _where_active(similarity_KM, d_K, w_M)
-      g_s[...] = g_KM
-      plgpu.commit_smem()
-      plgpu.wgmma(sum_MI, g_s.transpose((1, 0)), slot)
-
-      def add_part(part, _):
-        def multiply_back(acc):
-          plgpu.wgmma(acc, w_KM, q_s.at[part])
-          return acc[...]
-
-        shape = _bK, _COLUMNS
-        d_key_KI = pl.run_scoped(multiply_back, plgpu.ACC(shape, f32))
-        d_key_KI *= lax.broadcast_in_dim(d_K, shape, (0,))
-        rows_lib.add(d_k, rows_s, d_key_KI, i * _bK, part * _COLUMNS)
-
-      # A loop, so that the parts reuse the same registers.
-      lax.fori_loop(0, I // _COLUMNS, add_part, None)
-
-    def walk(sum_MI):
-      lax.fori_loop(0, num_tiles, lambda i, _: step(i, sum_MI), None)
-      return sum_MI[...]
-
-    sum_MI = pl.run_scoped(walk, plgpu.ACC((M, I), f32))
-    rows_lib.wait_copies(0)
-    # Here heads are rows; there they were columns.
-    w_M = plgpu.load(w.at[t], layout=_BY_KEY, optimized=False)
-    d_w_M = plgpu.layout_cast(jnp.zeros((M,), f32), _BY_KEY)
-    for i, column in enumerate(columns):
-      q_MI = plgpu.load(q_s.at[i], layout=plgpu.Layout.WGMMA)
-      part_MI = lax.slice(sum_MI, (0, column), (M, column + _COLUMNS))
-      d_w_M += jnp.sum(q_MI.astype(f32) * part_MI, 1)
-      part_MI *= lax.broadcast_in_dim(w_M, (M, _COLUMNS), (0,))
-      q_s[i] = part_MI.astype(bf16)
-    d_w[t] = d_w_M
-    plgpu.commit_smem()
-    for i, column in enumerate(columns):
-      part = d_q.at[t, :, pl.ds(column, _COLUMNS)]
-      plgpu.copy_smem_to_gmem(q_s.at[i], part)
-    plgpu.wait_smem_to_gmem(0)
-
   kernel = plgpu.kernel(
-    body,
+    functools.partial(_query, T=T, S=S),
     out_type=(
-      jax.ShapeDtypeStruct((B * T, M, I), bf16),
-      jax.ShapeDtypeStruct((B * T, M), f32),
+      jax.ShapeDtypeStruct((B * T, M, I), jnp.bfloat16),
+      jax.ShapeDtypeStruct((B * T, M), jnp.float32),
     ),
     grid=(B * T,),
     grid_names=("query",),
-    scratch_types=(
-      tiles.shared((I // _COLUMNS, M, _COLUMNS)),
-      tiles.shared((_STAGES, _bK, I)),
-      tiles.shared((_bK, M)),
-      plgpu.SMEM((K,), jnp.int32),
-      plgpu.Barrier(num_arrivals=I // _COLUMNS),
-    ),
+    kernel_name="sparse_indexer_loss_gradient",
+    scratch_types=[_Scratch.types(M, I, K)],
     compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
   )
-  d_k = jax.new_ref(jnp.zeros((B * S, I), f32))
+  d_k = jax.new_ref(jnp.zeros((B * S, I), jnp.float32))
   flat = lambda x: x.reshape(B * T, *x.shape[2:])
   d_q, d_w = kernel(
     flat(q_index),
@@ -187,71 +114,143 @@ def gradient(
   )
 
 
+def _query(
+  q, k, w, indices, gap, count, d_loss, d_k, d_q, d_w, scratch, *, T, S
+):
+  """Computes the gradients of one query."""
+  M, I = q.shape[1:]
+  t = lax.axis_index("query")
+  spans = spans_lib.Spans.of(indices.shape[1])
+  for i in range(I // _COLUMNS):
+    plgpu.copy_gmem_to_smem(_part(q.at[t], i), scratch.q.at[i], scratch.loaded)
+  first_row, d = lax.div(t, T) * S, d_loss[t]
+  # A query without a gradient reads nothing.
+  last = jnp.where(d == 0.0, 0, count[t])
+  num_tiles = lax.div(last + (_bK - 1), _bK)
+
+  def find_rows(keys, _):
+    spans.find_rows(indices.at[t], scratch.rows, keys, S, first_row)
+
+  spans.fold(spans.number(last), find_rows, None)
+  plgpu.commit_smem()
+  ahead = _STAGES - 1
+  ring = rows_lib.Ring(k, scratch.rows, scratch.k, num_tiles, ahead)
+  ring.start()
+  plgpu.barrier_wait(scratch.loaded)
+  w_M = tiles.load(w.at[t], tiles.BY_COLUMN).astype(jnp.bfloat16)
+
+  def walk(sum_MI):
+    def step(i, _):
+      k_s, gap_K = ring.get(i), gap.at[t, pl.ds(i * _bK, _bK)]
+      d_K = d * tiles.load(gap_K, tiles.BY_ROW)
+      g_KM, w_KM = _where_active(_similarity(k_s, scratch.q, M), d_K, w_M)
+      scratch.g[...] = g_KM
+      plgpu.commit_smem()
+      plgpu.wgmma(sum_MI, scratch.g.transpose((1, 0)), k_s)
+      _add_to_keys(d_k, scratch, i, w_KM, d_K)
+
+    lax.fori_loop(0, num_tiles, step, None)
+    return sum_MI[...]
+
+  sum_MI = pl.run_scoped(walk, plgpu.ACC((M, I), jnp.float32))
+  rows_lib.wait_copies(0)
+  _write_query(sum_MI, w.at[t], scratch.q, d_q.at[t], d_w, t)
+
+
+def _part(x, i):
+  """The i-th part of the columns."""
+  return x.at[:, pl.ds(i * _COLUMNS, _COLUMNS)]
+
+
+def _similarity(k_s, q_s, M):
+  """Multiplies a tile of keys by the query's heads."""
+
+  def multiply(acc):
+    for i in range(q_s.shape[0]):
+      plgpu.wgmma(acc, _part(k_s, i), q_s.at[i].transpose((1, 0)))
+    return acc[...]
+
+  return pl.run_scoped(multiply, plgpu.ACC((_bK, M), jnp.float32))
+
+
+def _add_to_keys(d_k, scratch, tile, w_KM, d_K):
+  """Adds to the gradients of a tile's keys."""
+
+  def add_part(part, _):
+    def multiply_back(acc):
+      plgpu.wgmma(acc, w_KM, scratch.q.at[part])
+      return acc[...]
+
+    acc = plgpu.ACC((_bK, _COLUMNS), jnp.float32)
+    d_key_KI = pl.run_scoped(multiply_back, acc)
+    d_key_KI *= tiles.over_columns(d_K, _COLUMNS)
+    first, column = tile * _bK, part * _COLUMNS
+    rows_lib.add(d_k, scratch.rows, d_key_KI, first, column)
+
+  # A loop, so that the parts reuse the same registers.
+  lax.fori_loop(0, scratch.q.shape[0], add_part, None)
+
+
+def _write_query(sum_MI, w, q_s, d_q, d_w, t):
+  """Writes the gradients of the query and of its weights."""
+  # Here heads are rows; there they were columns.
+  w_M = tiles.load(w, tiles.BY_ROW)
+  d_w_M = tiles.by_row(0.0)
+  parts, M, _ = q_s.shape
+  for i in range(parts):
+    q_MI = plgpu.load(q_s.at[i], layout=tiles.MATRIX)
+    column = i * _COLUMNS
+    part_MI = lax.slice(sum_MI, (0, column), (M, column + _COLUMNS))
+    d_w_M += jnp.sum(q_MI.astype(jnp.float32) * part_MI, 1)
+    part_MI *= tiles.over_columns(w_M, _COLUMNS)
+    q_s[i] = part_MI.astype(jnp.bfloat16)
+  d_w[t] = d_w_M
+  plgpu.commit_smem()
+  for i in range(parts):
+    plgpu.copy_smem_to_gmem(q_s.at[i], _part(d_q, i))
+  plgpu.wait_smem_to_gmem(0)
+
+
 def _where_active(
   similarity_KM: Float[Array, "64 heads"],
   d_K: Float[Array, "64"],
   w_M: BFloat16[Array, " heads"],
 ) -> tuple[BFloat16[Array, "64 heads"], BFloat16[Array, "64 heads"]]:
-  """Masks d_K and w_M with 0 where the similarity is not positive.
+  """Masks d_K and w_M with 0 where the similarity is not positive."""
+  masked = fragments.matrix(similarity_KM.shape[1], jnp.bfloat16)
+
+  @threads.code(
+    *(tiles.MATRIX, tiles.BY_ROW, tiles.BY_COLUMN), returns=(masked, masked)
+  )
+  def emit(similarity, d, w):
+    floats, words = fragments.floats, fragments.words
+    both = where_active(floats(similarity), floats(d), words(w))
+    return tuple(map(fragments.of_words, both))
+
+  return emit(similarity_KM, d_K, w_M)
+
+
+def where_active(
+  similarity: Sequence[F32], d: Sequence[F32], w: Sequence[U32]
+) -> tuple[list[U32], list[U32]]:
+  """Masks d and w, as one of a warpgroup's threads; see `fragments`.
 
   Two at a time: comparing a pair gives a bit mask.
+
+  Args:
+    similarity: Its numbers of keys x heads.
+    d: Of its two keys.
+    w: Of its heads, in pairs.
+
+  Returns:
+    d and w where the similarity is positive, else 0; in pairs, bfloat16.
   """
-  result = plgpu.ShapeDtypeStruct(
-    similarity_KM.shape, jnp.dtype("bfloat16"), layout=plgpu.Layout.WGMMA
-  )
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, _BY_KEY, _BY_HEAD),
-    return_type=(result, result),
-  )
-  def select(ctx, similarity, d, w):
-    del ctx
-    i32 = ir.IntegerType.get_signless(32)
-    bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    bits = lambda pair: vector.extract(
-      vector.bitcast(ir.VectorType.get((1,), i32), pair),
-      dynamic_position=[],
-      static_position=ir.DenseI64ArrayAttr.get([0]),
-    )
-    pair = lambda bits: vector.bitcast(
-      bf16_pair, vector.broadcast(ir.VectorType.get((1,), i32), bits)
-    )
-    # By eighths of the heads and halves of a warp's rows.
-    shape = similarity.registers.shape
-    halves = [
-      bits(arith.truncf(bf16_pair, vector.broadcast(x, y)))
-      for x, y in (
-        (
-          ir.VectorType.get((2,), ir.F32Type.get()),
-          vector.extract(
-            register,
-            dynamic_position=[],
-            static_position=ir.DenseI64ArrayAttr.get([0]),
-          ),
-        )
-        for register in d.registers.flat
-      )
-    ]
-    columns = [bits(x) for x in w.registers.flat]
-    by_place = similarity.registers.reshape(len(columns), len(halves))
-    ds, ws = [], []
-    for row in zip(by_place, columns, strict=True):
-      for x, half in zip(row[0], halves, strict=True):
-        mask = mgpu.utils.inline_ptx(
-          "{ .reg .b32 zero; mov.b32 zero, 0;"
-          " set.gt.u32.bf16x2 $0, $1, zero; }",
-          bits(arith.truncf(bf16_pair, x)),
-          result_types=i32,
-        )
-        ds.append(pair(arith.andi(mask, half)))
-        ws.append(pair(arith.andi(mask, row[1])))
-    return tuple(
-      mgpu.FragmentedArray(
-        _registers=np.array(x, dtype=object).reshape(shape),
-        _layout=similarity.layout,
-        _is_signed=None,
-      )
-      for x in (ds, ws)
-    )
-
-  return select(similarity_KM, d_K, w_M)
+  of_keys = [x.pack(x) for x in d]
+  ds, ws = [], []
+  pairs = zip(similarity[::2], similarity[1::2], strict=True)
+  for i, (low, high) in enumerate(pairs):
+    mask = low.pack(high).positive_halves()
+    # Of the same heads, one key's pair comes after the other's.
+    ds.append(mask & of_keys[i % 2])
+    ws.append(mask & w[i // 2])
+  return ds, ws

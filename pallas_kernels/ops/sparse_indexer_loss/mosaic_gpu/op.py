@@ -16,22 +16,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import operands
+from pallas_kernels.hopper import widths
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import (
   compare as compare_lib,
 )
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import (
   gradient as gradient_lib,
 )
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import spans
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import (
   target as target_lib,
 )
 
-# Heads, their width, and divisor of the number of keys, in the kernels.
-_M: Final = 64
-_I: Final = 128
-_bK: Final = 256
-_MOST_KEYS: Final = 8192
-_MOST_HEADS: Final = 128
+_N: Final = 128  # most heads of the attention
 
 
 def sparse_indexer_loss(
@@ -66,13 +63,14 @@ def check(index: operands.Index, indices: Int[Array, "B T K"]) -> None:
       raise NotImplementedError(
         f"index.{name}.dtype={x.dtype} is not bfloat16."
       )
-  if M > _M or I != _I:
+  if M > widths.M or I != widths.I:
     raise NotImplementedError(
-      f"{M=} index heads of width {I=}: at most {_M} of {_I} can be done."
+      f"{M=} index heads of width {I=}: at most {widths.M} of {widths.I} can be"
+      " done."
     )
-  if not 0 < K <= _MOST_KEYS:
+  if not 0 < K <= widths.MOST_KEYS:
     raise NotImplementedError(
-      f"{K=} chosen keys: 1 to {_MOST_KEYS} can be done."
+      f"{K=} chosen keys: 1 to {widths.MOST_KEYS} can be done."
     )
 
 
@@ -84,10 +82,10 @@ def check_attention(
   for name, x in (("q", q), ("kv", kv)):
     if x.dtype != jnp.bfloat16:
       raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
-  if N % 8 or not 0 < N <= _MOST_HEADS or CR != 576:
+  if N % 8 or not 0 < N <= _N or CR != widths.CR:
     raise NotImplementedError(
-      f"{N=} heads of width {CR=}: multiples of 8 up to {_MOST_HEADS} of 576"
-      " can be done."
+      f"{N=} heads of width {CR=}: multiples of 8 up to {_N} of "
+      f"{widths.CR} can be done."
     )
 
 
@@ -148,16 +146,15 @@ def gradient(
 
 
 def _pad_keys(x, fill):
-  return jnp.pad(
-    x, [(0, 0), (0, 0), (0, -x.shape[2] % _bK)], constant_values=fill
-  )
+  missing = -x.shape[2] % spans.MULTIPLE
+  return jnp.pad(x, [(0, 0), (0, 0), (0, missing)], constant_values=fill)
 
 
 def _pad_heads(x, axis):
   """Pads with heads of zero weight."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, _M - x.shape[axis])
-  return jnp.pad(x, widths)
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, widths.M - x.shape[axis])
+  return jnp.pad(x, padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))

@@ -17,15 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import operands
 from pallas_kernels import softmax
-from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import kernels
-from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import walk as walk_lib
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import (
+  distributions as distributions_lib,
+)
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_tpu import (
+  gradients as gradients_lib,
+)
 from pallas_kernels.tpu import chip as tpu
-from pallas_kernels.tpu import row_copies as rows_lib
-from pallas_kernels.tpu import row_plan as plan_lib
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
+from pallas_kernels.tpu import row_plan
+from pallas_kernels.tpu import row_walk
 
 # Largest size of a union, in multiples of one query's keys.
 LONGEST_UNION: Final = 3
-_SMEM: Final = 3 << 18  # bytes, of 1 MiB
 
 
 def sparse_indexer_loss(
@@ -35,57 +40,54 @@ def sparse_indexer_loss(
   scale: float,
   heads_axis: str | tuple[str, ...] | None = None,
   measure: Bool[Array, ""] | bool = True,
-  tiles: plan_lib.Tiles | None = None,
+  tiles: row_plan.Tiles | None = None,
 ) -> Float[Array, "B T"]:
   """See `api.sparse_indexer_loss`."""
   T, K = indices.shape[1:]
-  tiles = tiles or pick_tiles(T, K, attended.q.shape[2])
-  _check(index, attended, indices, tiles)
+  tiles = tiles or pick_tiles(K, attended.q.shape[2])
+  check(index, attended, indices, tiles)
   attended = jax.lax.stop_gradient(attended)
-  index_heads, heads = _more_heads(index.q), _more_heads(attended.q)
-  pad = functools.partial(_pad, -T % (tiles.bQ * tpu.chip().cores))
+  whole = tiles.bQ * tpu.chip().cores, _sublanes(attended.kv)
   loss_BT = _loss(
-    pad(index.q, index_heads),
+    lanes.pad(index.q, *whole),
     index.k,
-    pad(index.w.astype(jnp.float32), index_heads),
-    pad(indices, 0, -1),
-    pad(attended.q, heads),
+    lanes.pad(index.w.astype(jnp.float32), *whole),
+    lanes.pad(indices, whole[0], fill=-1),
+    lanes.pad(attended.q, *whole),
     attended.kv,
-    pad(attended.lse, heads, -jnp.inf),
+    lanes.pad(attended.lse, *whole, fill=-jnp.inf),
     jnp.asarray(measure),
     *(scale, heads_axis, tiles),
   )
   return loss_BT[:, :T]
 
 
-def pick_tiles(T: int, K: int, N: int) -> plan_lib.Tiles:
+def pick_tiles(K: int, N: int) -> row_plan.Tiles:
   """Tiles of `sparse_mla`, so that the plan can be shared, but with a union
   limited to what bounds the arrays between the kernels."""
-  tiles = plan_lib.tiles(T, K, N)
+  tiles = row_plan.pick_tiles(K, N)
   longest_union = min(tiles.longest_union, LONGEST_UNION)
   return dataclasses.replace(tiles, longest_union=longest_union)
 
 
-def _check(index, attended, indices, tiles):
+def check(
+  index: operands.Index,
+  attended: operands.Attended,
+  indices: Int[Array, "B T K"],
+  tiles: row_plan.Tiles,
+) -> None:
+  """Raises NotImplementedError for inputs that the kernels do not support."""
   q_index, k_index, q, kv = index.q, index.k, attended.q, attended.kv
-  for name, x in dict(q_index=q_index, k_index=k_index, q=q, kv=kv).items():
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-      raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
-  if k_index.dtype != kv.dtype:
-    raise NotImplementedError(f"{k_index.dtype=} is not {kv.dtype=}.")
+  products.check(q_index=q_index, k_index=k_index, q=q, kv=kv)
   (M, I), (N, D), K = q_index.shape[2:], q.shape[2:], indices.shape[2]
-  if not K:
-    raise NotImplementedError(f"{K=} keys of a query: at least 1 can be done.")
-  S = kv.shape[1]
-  if (S + tiles.bK) << tiles.bQ > jnp.iinfo(jnp.int32).max:
-    raise NotImplementedError(f"{S=} keys: a plan has no bits for so many.")
-  listed = tiles.bQ * -(-K // tiles.bK) + rows_lib.PREFETCHED
-  if (scalars := 2 * 4 * listed * tiles.bK) > _SMEM:
-    raise NotImplementedError(
-      f"{K=} keys of a query take {scalars} bytes of SMEM; {_SMEM} at most."
-    )
-  M, N = M + _more_heads(q_index), N + _more_heads(q)
-  needed = kernels.vmem_bytes(N, D, M, I, K, tiles)
+  row_walk.check(kv.shape[1], K, tiles)
+  # As padded with heads of zero weight.
+  itemsize, sublanes = kv.dtype.itemsize, _sublanes(kv)
+  M, N = M + -M % sublanes, N + -N % sublanes
+  needed = max(
+    distributions_lib.vmem_bytes(N, D, M, I, K, itemsize, tiles),
+    gradients_lib.vmem_bytes(M, I, K, itemsize, tiles),
+  )
   if needed > tpu.chip().vmem:
     raise NotImplementedError(
       f"{N=} heads of width {D} and {M=} index heads of width {I} take "
@@ -93,14 +95,9 @@ def _check(index, attended, indices, tiles):
     )
 
 
-def _more_heads(x):
-  """Pads [B, T, heads, width] to whole registers with heads of zero weight."""
-  return -x.shape[2] % (32 // x.dtype.itemsize)
-
-
-def _pad(queries, x, heads, fill=0):
-  padding = (0, 0), (0, queries), (0, heads), *[(0, 0)] * (x.ndim - 3)
-  return jnp.pad(x, padding, constant_values=fill)
+def _sublanes(x):
+  """Heads that fill a register."""
+  return 32 // x.dtype.itemsize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
@@ -110,10 +107,11 @@ def _loss(*args):
 
 def _compared(walk, inputs, scale, heads_axis):
   """Computes the loss [B, nQ, bQ] and its gradient by place, the gap."""
-  q_index, k_index, w, _, q, kv, lse = inputs
+  q_index, k_index, w, indices, q, kv, lse = inputs
   bias_BTN = softmax.bias(lse)
-  target, scores = kernels.distributions(
-    walk, q_index, k_index, w, q, kv, bias_BTN, scale
+  n_places = distributions_lib.places(indices.shape[2], walk.tiles)
+  target, scores = distributions_lib.distributions(
+    walk, n_places, q_index, k_index, w, q, kv, bias_BTN, scale
   )
   if heads_axis is not None:
     target = jax.lax.psum(target, heads_axis)
@@ -147,7 +145,7 @@ def _vjp_forward(
   inputs = q_index, k_index, w, indices, q, kv, lse
 
   def measured():
-    walk = walk_lib.walk(indices, kv.shape[1], tiles)
+    walk = row_walk.walk(indices, kv.shape[1], tiles)
     loss = _compared(walk, inputs, scale, heads_axis)[0]
     return loss.reshape(w.shape[:2])
 
@@ -159,12 +157,12 @@ def _vjp_forward(
 
 def _vjp_backward(scale, heads_axis, tiles, inputs, d_loss):
   q_index, k_index, w, indices, _, kv, _ = inputs
-  walk = walk_lib.walk(indices, kv.shape[1], tiles)
+  walk = row_walk.walk(indices, kv.shape[1], tiles)
   _, gap = _compared(walk, inputs, scale, heads_axis)
   d_scores = gap * walk.split(d_loss)[:, :, None, :, None]
   f32, w_BTM1 = jnp.float32, w[..., None]
   weighted_q = (q_index.astype(f32) * w_BTM1).astype(q_index.dtype)
-  sums_BTMI, d_k = kernels.gradients(
+  sums_BTMI, d_k = gradients_lib.gradients(
     walk, q_index, weighted_q, k_index, d_scores
   )
   d_w = (sums_BTMI * q_index.astype(f32)).sum(-1)

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
-from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward as backward_lib
-from pallas_kernels.ops.sparse_mla.mosaic_gpu import forward as forward_lib
-
-RANK, ROPE = 512, 64  # C and R, DeepSeek's
-MOST_KEYS = 8192
+from pallas_kernels.hopper import widths
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import launch
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
 
 
 def check(
@@ -21,21 +19,24 @@ def check(
   indices: Int[Array, "B T K"],
   latent_rank: int,
 ) -> None:
-  """Raises NotImplementedError for inputs that the kernels do not support."""
+  """Raises NotImplementedError for inputs that the kernels do not support.
+
+  Those of the forward pass and those of the gradient support the same.
+  """
   N, width, K = *q.shape[2:], indices.shape[2]
   if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
     raise NotImplementedError(
       f"q is {q.dtype} and kv {kv.dtype}; both must be bfloat16"
     )
-  if (latent_rank, width) != (RANK, RANK + ROPE):
+  if (latent_rank, width) != (widths.C, widths.CR):
     raise NotImplementedError(
-      f"C={latent_rank} and C+R={width} must be {RANK} and {RANK + ROPE}"
+      f"C={latent_rank} and C+R={width} must be {widths.C} and {widths.CR}"
     )
-  if N not in (16, 32, 64) and N % 64:
+  if N not in (16, 32) and (N % 64 or not N):
     raise NotImplementedError(f"{N=} heads; must be 16, 32 or a multiple of 64")
-  if K % 64 or K > MOST_KEYS:
+  if K not in range(64, widths.MOST_KEYS + 1, 64):
     raise NotImplementedError(
-      f"{K=} must be a multiple of 64, {MOST_KEYS} at most"
+      f"{K=} must be a multiple of 64, {widths.MOST_KEYS} at most"
     )
 
 
@@ -61,7 +62,7 @@ def sparse_mla(
 
 def _forward(q, kv, indices, latent_rank, scale):
   check(q, kv, indices, latent_rank)
-  out, lse = forward_lib.forward(q, kv, indices, scale)
+  out, lse = kernel.forward(q, kv, indices, scale)
   # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out, lse), checkpoint_names.SPARSE_MLA)
   return (out, lse), (q, kv, indices, out, lse)
@@ -73,8 +74,9 @@ def _vjp_forward(q, kv, indices, latent_rank, scale, deterministic):
 
 
 def _vjp_backward(latent_rank, scale, deterministic, residuals, cotangents):
-  d_q, d_kv, _ = backward_lib.backward(
-    *residuals, *cotangents, latent_rank, scale, deterministic=deterministic
+  del latent_rank  # the kernel has one
+  d_q, d_kv, _ = launch.backward(
+    *residuals, *cotangents, scale, deterministic=deterministic
   )
   return d_q, d_kv, None
 

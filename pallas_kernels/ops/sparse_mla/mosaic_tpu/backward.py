@@ -1,15 +1,12 @@
 """Sparse attention's gradients on a TPU, over the same tiles as forward.
 
 Weights are recomputed from lse, keys along sublanes, so that only dq takes a
-transposed operand. The gradients that all queries of a block send to a row are
-summed before they are added to the row's sum in HBM: those rows are read while
-the products are computed, added to, and written back before the next tile reads
-its own. One core does so for all of its blocks in turn: without atomics, in a
-fixed order. Each core has its own sums.
+transposed operand. Gradients of rows are summed in HBM, see `row_sums`.
 """
 
+import dataclasses
 import functools
-import math
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -17,257 +14,179 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.ops.sparse_mla.mosaic_tpu import forward as forward_lib
-from pallas_kernels.tpu import chip as tpu
-from pallas_kernels.tpu import row_copies as rows_lib
-from pallas_kernels.tpu import row_plan as plan_lib
+from pallas_kernels import softmax
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
+from pallas_kernels.tpu import row_copies
+from pallas_kernels.tpu import row_plan
+from pallas_kernels.tpu import row_sums
+from pallas_kernels.tpu import row_walk
 
 
 def vmem_bytes(
-  N: int, D: int, C: int, n_tiles: int, itemsize: int, tiles: plan_lib.Tiles
+  N: int, D: int, C: int, n_tiles: int, itemsize: int, tiles: row_plan.Tiles
 ) -> int:
   """Bytes of VMEM of the kernel, with double-buffered inputs and outputs."""
-  bQ, bK, lanes = tiles.bQ, tiles.bK, rows_lib.LANES
-  wide = pl.cdiv(D, lanes) * lanes
+  bQ, bK, wide = tiles.bQ, tiles.bK, lanes.whole(D)
   rows = bQ * N
   given = itemsize * rows * (wide + C)
-  given += 2 * 4 * 8 * bQ * pl.cdiv(N, lanes) * lanes
+  given += 2 * 4 * 8 * bQ * lanes.whole(N)
   blocks = given + itemsize * rows * wide + 4 * bK * n_tiles
-  row = rows_lib.parts(D, itemsize) * lanes * 4
-  scratch = bK * (2 * row + wide * itemsize + 2 * 4 * wide + 4 * lanes)
+  row = row_copies.parts(D, itemsize) * lanes.LANES * 4
+  scratch = bK * (2 * row + wide * itemsize + 2 * 4 * wide + 4 * lanes.LANES)
   scratch += given + 4 * rows * wide
-  at_once = forward_lib.queries_at_once(bQ, N) * N
-  products = 4 * (6 * bK * at_once + bK * wide + at_once * wide)
-  return 2 * blocks + scratch + products
+  at_once = row_walk.queries_at_once(bQ, N) * N
+  dots = 4 * (6 * bK * at_once + bK * wide + at_once * wide)
+  return 2 * blocks + scratch + dots
 
 
 def backward(
   q: Float[Array, "B T N D"],
   kv: Float[Array, "B S D"],
-  plan: plan_lib.Plan,
+  walk: row_walk.Walk,
   lse: Float[Array, "B T N"],
   delta: Float[Array, "B T N"],
   d_out: Float[Array, "B T N C"],
   scale: float,
-  tiles: plan_lib.Tiles,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B S D"]]:
   """Computes the gradients of q and kv; kv's is float32.
 
-  `tiles` are those of the plan; T is a multiple of cores x bQ. lse is inf for
-  queries without a gradient.
+  lse and delta are those of `softmax.lse_and_delta`.
   """
-  (B, T, N, D), C, (bQ, bK) = q.shape, d_out.shape[3], (tiles.bQ, tiles.bK)
-  S, nK, cores = kv.shape[1], plan.codes.shape[2], tpu.chip().cores
-  n_chunks, lanes = pl.cdiv(D, rows_lib.LANES), rows_lib.LANES
-  # A key's row and its sum have the same place, so one list serves both.
-  rows = rows_lib.pack(kv, bK, n_chunks)
-  steps = T // bQ // cores
-  listed = lambda rows, columns, space: pl.BlockSpec(
-    (None, None, rows, columns),
-    lambda c, b, i: (b, c * steps + i, 0, 0),
-    memory_space=space,
-  )
-  block = lambda *shape: pl.BlockSpec(
-    (None, bQ, *shape), lambda c, b, i: (b, c * steps + i, 0, 0)
-  )
+  (B, _, N, D), S = q.shape, kv.shape[1]
+  C, bQ, bK = d_out.shape[3], walk.tiles.bQ, walk.tiles.bK
+  pitch = lanes.whole(D) // lanes.LANES
+  rows = row_copies.pack(kv, bK, pitch)
+  sums = row_sums.zeros(rows, walk.cores)
   hbm = pl.BlockSpec(memory_space=pl.ANY)
-  interpret = tpu.interpret()
-  zeros = jnp.zeros((cores, *rows.shape), jnp.float32)
-  d_q, d_rows = pl.pallas_call(
-    functools.partial(
-      _kernel,
-      scale=scale,
-      group=forward_lib.queries_at_once(bQ, N),
-      interpret=interpret,
-    ),
-    grid=(cores, B, steps),
+  operands = (
+    walk.lists(S, pitch),
+    _Queries(q, d_out, lse[:, :, None], delta[:, :, None]),
+    *(rows, sums),
+  )
+  d_q, sums = walk.call(
+    "sparse_mla_backward",
+    functools.partial(_kernel, scale=scale),
     in_specs=[
-      listed(1, 3, pltpu.SMEM),
-      listed(nK + rows_lib.PREFETCHED, bK, pltpu.SMEM),
-      listed(nK, bK, pltpu.VMEM),
-      block(N, D),
-      block(N, C),
-      block(1, N),
-      block(1, N),
-      hbm,
-      hbm,
+      walk.list_specs(),
+      _Queries(
+        q=walk.block(bQ, N, D),
+        d_out=walk.block(bQ, N, C),
+        lse=walk.block(bQ, 1, N),
+        delta=walk.block(bQ, 1, N),
+      ),
+      *(hbm, hbm),
     ],
-    out_specs=[block(N, D), hbm],
+    out_specs=[walk.block(bQ, N, D), hbm],
     out_shape=[
       jax.ShapeDtypeStruct(q.shape, q.dtype),
-      jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
+      jax.ShapeDtypeStruct(sums.shape, sums.dtype),
     ],
-    input_output_aliases={8: 1},
+    input_output_aliases={len(jax.tree.leaves(operands)) - 1: 1},
     scratch_shapes=[
-      *rows_lib.scratch(D, kv.dtype, bK),
-      pltpu.VMEM((bQ, N, D), q.dtype),
-      pltpu.VMEM((bQ, N, C), q.dtype),
-      pltpu.VMEM((bQ, 1, N), jnp.float32),
-      pltpu.VMEM((bQ, 1, N), jnp.float32),
-      pltpu.VMEM((bK, lanes), jnp.int32),
+      row_copies.scratch(D, kv.dtype, bK),
+      _Queries(
+        q=pltpu.VMEM((bQ, N, D), q.dtype),
+        d_out=pltpu.VMEM((bQ, N, C), q.dtype),
+        lse=pltpu.VMEM((bQ, 1, N), jnp.float32),
+        delta=pltpu.VMEM((bQ, 1, N), jnp.float32),
+      ),
+      pltpu.VMEM((bK, lanes.LANES), jnp.int32),
       pltpu.VMEM((bQ, N, D), jnp.float32),
-      pltpu.VMEM((bK, n_chunks * lanes), jnp.float32),
-      pltpu.VMEM((n_chunks, bK, 1, lanes), jnp.float32),
-      pltpu.SemaphoreType.DMA((2,)),
+      row_sums.scratch(D, bK),
     ],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=tpu.chip().vmem,
-      # A check for each of the copies would cost more than the copies.
-      disable_bounds_checks=True,
-    ),
-    interpret=interpret,
-    name=f"sparse_mla_backward_q{bQ}_k{bK}",
-  )(
-    plan.blocks,
-    rows_lib.listed(plan, S, tiles, cores, n_chunks),
-    *(plan.codes, q, d_out),
-    *(lse[:, :, None], delta[:, :, None], rows, zeros),
-  )
-  d_kv = d_rows.sum(0).reshape(B, S + bK, n_chunks * lanes)
-  return d_q, d_kv[:, :S, :D]
+  )(*operands)
+  return d_q, row_sums.total(sums, B, S, D)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Queries:
+  """A block of queries, and what their gradients are computed from."""
+
+  q: Any
+  d_out: Any
+  lse: Any
+  delta: Any
 
 
 def _kernel(
-  block_ref,
-  pieces_ref,
-  codes_ref,
-  q_window,
-  d_out_window,
-  lse_window,
-  delta_window,
-  rows_ref,
-  _,
-  d_q_ref,
-  d_kv_ref,
-  buffers,
-  semaphores,
-  turn,
-  keys,
-  q_ref,
-  d_out_ref,
-  lse_ref,
-  delta_ref,
-  queries,
-  d_q,
-  d_rows,
-  sums,
-  sums_semaphores,
-  *,
-  scale,
-  group,
-  interpret,
-):
-  bQ, N, D = q_ref.shape
-  C, bK, lanes = d_out_ref.shape[2], keys.shape[0], rows_lib.LANES
-  is_union, twice = block_ref[0, 1], block_ref[0, 2]
-  tiles_apart = codes_ref.shape[0] // bQ
-  core = pl.program_id(0)
-  stream = rows_lib.Stream(
-    *(block_ref, pieces_ref, rows_ref, buffers, semaphores, turn, keys),
-    interpret,
-  )
-  precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+  lists, window, rows, _, d_q_ref, d_kv_ref, scratch, queries, codes, d_q, sums,
+  *, scale, interpret,
+):  # fmt: skip
+  """Computes the gradients of a block.
 
-  def dot(x, y, contract):
-    return jax.lax.dot_general(
-      x,
-      y,
-      (contract, ((), ())),
-      precision=precision,
-      preferred_element_type=jnp.float32,
-    )
-
-  def copy_sums(write):
-    def copy(piece, place):
-      row = d_kv_ref.at[core, pl.ds(piece, sums.shape[0])]
-      part = sums.at[:, place]
-      source, target = (part, row) if write else (row, part)
-      return pltpu.make_async_copy(
-        source, target, sums_semaphores.at[int(write)]
-      )
-
-    return copy
-
-  def start(tile, part=0, n_parts=1):
-    pieces = pieces_ref.at[tile]
-    rows_lib.start(copy_sums(write=False), pieces, 4, part, n_parts)
-    stream.start(tile, part, n_parts)
-
-  def wait_sums(write):
-    rows_lib.wait(sums, sums_semaphores.at[int(write)])
-
-  def attend(first, n):
-    """Adds the gradients of `n` queries from `first` on, and of their keys."""
-    some = pl.ds(first, n)
-    q = q_ref[some].reshape(n * N, D)
-    d_out = d_out_ref[some].reshape(n * N, C)
-    across = lambda of: jnp.concatenate([of(i) for i in range(n)], 1)
-    lse = across(lambda i: lse_ref[first + i]) * math.log2(math.e)
-    delta = across(lambda i: delta_ref[first + i])
-    shift = across(lambda i: jnp.full((1, N), first + i, jnp.int32))
-    chosen = jnp.concatenate([queries[...]] * pl.cdiv(n * N, lanes), 1)
-    chosen = chosen[:, : n * N] >> shift & 1
-    logits = dot(keys[:, :D], q, ((1,), (1,)))
-    # The hardware computes powers of two.
-    weights = jnp.exp2(logits * (scale * math.log2(math.e)) - lse)
-    weights = jnp.where(chosen == 1, weights, 0.0)
-    d_weights = dot(keys[:, :C], d_out, ((1,), (1,)))
-    d_logits = (scale * weights * (d_weights - delta)).astype(q.dtype)
-    d_q[some] += dot(d_logits, keys[:, :D], ((0,), (0,))).reshape(n, N, D)
-    d_rows[:, :D] += dot(d_logits, q, ((1,), (0,)))
-    d_rows[:, :C] += dot(weights.astype(q.dtype), d_out, ((1,), (0,)))
-
-  # The scalar unit computes a window's address, and products would wait for it
-  # while it starts copies. Scratch has a fixed address.
-  q_ref[...] = q_window[...]
-  d_out_ref[...] = d_out_window[...]
-  lse_ref[...] = lse_window[...]
-  delta_ref[...] = delta_window[...]
+  Args:
+    lists: What the block reads.
+    window: Its queries.
+    rows: All rows of keys.
+    d_q_ref: Gradient of q.
+    d_kv_ref: Sums of the gradients of rows.
+    scratch: Of the stream of rows.
+    queries: Copy of `window`. The scalar unit computes a window's address, and
+      products would wait for it while it starts copies. Scratch has a fixed
+      address.
+    codes: Codes of the current tile, [bK, 128], the same in all lanes.
+    d_q: Sum of the gradient of q.
+    sums: Scratch of the sums of rows.
+    scale: Scale of the logits.
+    interpret: Whether the kernel is interpreted.
+  """
+  bQ, N, _ = d_q.shape
+  is_union, twice = lists.block[0, 1], lists.block[0, 2]
+  stream = row_copies.Stream(lists, rows, scratch, interpret)
+  d_rows = row_sums.Sums(stream, d_kv_ref, pl.program_id(0), sums)
+  for source, target in zip(*map(jax.tree.leaves, (window, queries))):
+    target[...] = source[...]
   d_q[...] = jnp.zeros_like(d_q)
-
   stream.open()
 
   @pl.loop(0, stream.n_tiles)
   def _(tile):
     stream.read(tile)
-    codes = codes_ref[pl.ds(tile, 1)]
-    queries[...] = jnp.broadcast_to(codes, (lanes, bK)).T
-    d_rows[...] = jnp.zeros_like(d_rows)
+    codes_1K = lists.codes[pl.ds(tile, 1)]
+    codes[...] = jnp.broadcast_to(codes_1K, codes.shape[::-1]).T
+    sums.added[...] = jnp.zeros_like(sums.added)
+    d_rows.settle(tile)
+    row_walk.visit(
+      *(tile, stream, is_union, bQ, N),
+      lambda _, first, n: _attend(
+        queries, stream.keys, codes, d_q, sums.added, first, n, scale
+      ),
+      d_rows.start,
+    )
+    pl.when(twice == 1)(lambda: _share(codes_1K >> bQ, sums.added))
+    d_rows.add(tile)
 
-    # A row may have been changed by the previous tile.
-    pl.when(tile > 0)(lambda: wait_sums(write=True))
-
-    @pl.when(is_union == 1)
-    def _():
-      for i in range(bQ // group):
-        start(tile, i, bQ // group)
-        attend(i * group, group)
-
-    @pl.when(is_union == 0)
-    def _():
-      start(tile)
-      attend(tile // tiles_apart, 1)
-
-    @pl.when(twice == 1)
-    def _():
-      # All entries of a key receive, and then write, the sum over all of them.
-      key = codes >> bQ
-      same = jnp.broadcast_to(key, (bK, bK))
-      same = (same == same.T).astype(jnp.float32)
-      d_rows[...] = jax.lax.dot(
-        same,
-        d_rows[...],
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-      )
-
-    wait_sums(write=False)
-    parts = rows_lib.planes(sums, interpret)
-    for i in range(parts.shape[0]):
-      parts[i] += d_rows[:, i * lanes : (i + 1) * lanes]
-    rows_lib.start_all(copy_sums(write=True), pieces_ref.at[tile], 4)
-
-  wait_sums(write=True)
+  d_rows.close()
   stream.close()
   d_q_ref[...] = d_q[...].astype(d_q_ref.dtype)
+
+
+def _attend(queries, keys, codes, d_q, d_rows, first, n, scale):
+  """Adds the gradients of `n` queries from `first` on, and of their keys."""
+  (_, N, D), C, some = d_q.shape, queries.d_out.shape[2], pl.ds(first, n)
+  q = queries.q[some].reshape(n * N, D)
+  d_out = queries.d_out[some].reshape(n * N, C)
+  across = lambda of: jnp.concatenate([of(i) for i in range(n)], 1)
+  lse = across(lambda i: queries.lse[first + i]) * softmax.LOG2E
+  delta = across(lambda i: queries.delta[first + i])
+  shift = across(lambda i: jnp.full((1, N), first + i, jnp.int32))
+  chosen = jnp.concatenate([codes[...]] * pl.cdiv(n * N, lanes.LANES), 1)
+  chosen = chosen[:, : n * N] >> shift & 1
+  logits = products.dot(keys[:, :D], q, products.NT)
+  weights = jnp.exp2(logits * (scale * softmax.LOG2E) - lse)
+  weights = jnp.where(chosen == 1, weights, 0.0)
+  d_weights = products.dot(keys[:, :C], d_out, products.NT)
+  d_logits = (scale * weights * (d_weights - delta)).astype(q.dtype)
+  d_q[some] += products.dot(d_logits, keys[:, :D], products.TN).reshape(n, N, D)
+  d_rows[:, :D] += products.dot(d_logits, q, products.NN)
+  d_rows[:, :C] += products.dot(weights.astype(q.dtype), d_out, products.NN)
+
+
+def _share(key_1K, d_rows):
+  """Gives all entries of a key the sum over all of them, to be written."""
+  bK = key_1K.shape[1]
+  same = jnp.broadcast_to(key_1K, (bK, bK))
+  same = (same == same.T).astype(jnp.float32)
+  d_rows[...] = products.dot(same, d_rows[...], products.NN)

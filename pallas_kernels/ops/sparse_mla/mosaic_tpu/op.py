@@ -1,7 +1,6 @@
 """Sparse attention on TPUs: input checks, and the kernels' derivative."""
 
 import functools
-from typing import Final
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -13,12 +12,24 @@ from pallas_kernels import softmax
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import backward as backward_lib
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import forward as forward_lib
 from pallas_kernels.tpu import chip as tpu
-from pallas_kernels.tpu import row_copies as rows_lib
-from pallas_kernels.tpu import row_plan as plan_lib
+from pallas_kernels.tpu import lanes
+from pallas_kernels.tpu import products
+from pallas_kernels.tpu import row_plan
+from pallas_kernels.tpu import row_walk
 
-MOST_KEYS: Final = (
-  8192  # a block's list of them is double-buffered in 1 MiB of SMEM
-)
+
+def sparse_mla(
+  q: Float[Array, "B T N CR"],
+  kv: Float[Array, "B S CR"],
+  indices: Int[Array, "B T K"],
+  latent_rank: int,
+  scale: float,
+  tiles: row_plan.Tiles | None = None,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+  """See `api.sparse_mla`."""
+  tiles = tiles or row_plan.pick_tiles(indices.shape[2], q.shape[2])
+  check(q, kv, indices, latent_rank, tiles)
+  return _sparse_mla(q, kv, indices, latent_rank, scale, tiles)
 
 
 def check(
@@ -26,26 +37,19 @@ def check(
   kv: Float[Array, "B S CR"],
   indices: Int[Array, "B T K"],
   latent_rank: int,
-  tiles: plan_lib.Tiles,
+  tiles: row_plan.Tiles,
 ) -> None:
   """Raises NotImplementedError for inputs that the kernels do not support."""
   N, D, S, K = *q.shape[2:], kv.shape[1], indices.shape[2]
-  if q.dtype != kv.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(
-      f"q is {q.dtype} and kv {kv.dtype}; both must be bfloat16, or float32"
-    )
+  products.check(q=q, kv=kv)
   sublanes = 32 // q.dtype.itemsize
   if N % sublanes:
     raise NotImplementedError(f"{N=} heads are no multiple of {sublanes}")
-  if latent_rank % rows_lib.LANES:
+  if latent_rank % lanes.LANES:
     raise NotImplementedError(
-      f"C={latent_rank} is no multiple of {rows_lib.LANES}"
+      f"C={latent_rank} is no multiple of {lanes.LANES}"
     )
-  largest = jnp.iinfo(jnp.int32).max >> tiles.bQ
-  if S + tiles.bK > largest:
-    raise NotImplementedError(f"{S=} keys; {largest - tiles.bK} at most")
-  if K > MOST_KEYS:
-    raise NotImplementedError(f"{K=} keys for a query; {MOST_KEYS} at most")
+  row_walk.check(S, K, tiles)
   n_tiles = tiles.bQ * -(-K // tiles.bK)
   sizes = N, D, latent_rank, n_tiles, q.dtype.itemsize, tiles
   for kernel in (forward_lib, backward_lib):
@@ -59,32 +63,23 @@ def check(
 @functools.partial(
   jax.custom_vjp, nondiff_argnames=("latent_rank", "scale", "tiles")
 )
-def sparse_mla(
-  q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
-  indices: Int[Array, "B T K"],
-  latent_rank: int,
-  scale: float,
-  tiles: plan_lib.Tiles | None = None,
-) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
-  """See `api.sparse_mla`."""
-  return _forward(q, kv, indices, latent_rank, scale, tiles)[0]
+def _sparse_mla(q, kv, indices, latent_rank, scale, tiles):
+  return _vjp_forward(q, kv, indices, latent_rank, scale, tiles)[0]
 
 
-def _pad(x, tiles, fill=0):
+def _whole_blocks(x, tiles, fill=0):
   """Pads queries to whole blocks, the same number for each core."""
-  T, multiple = x.shape[1], tiles.bQ * tpu.chip().cores
-  padding = [(0, 0), (0, -T % multiple)] + [(0, 0)] * (x.ndim - 2)
-  return jnp.pad(x, padding, constant_values=fill)
+  return lanes.pad(x, tiles.bQ * tpu.chip().cores, fill=fill)
 
 
-def _forward(q, kv, indices, latent_rank, scale, tiles):
-  T, K = indices.shape[1:]
-  tiles = tiles or plan_lib.tiles(T, K, q.shape[2])
-  check(q, kv, indices, latent_rank, tiles)
-  plan = plan_lib.plan(_pad(indices, tiles, -1), kv.shape[1], tiles)
+def _walk(indices, kv, tiles):
+  return row_walk.walk(_whole_blocks(indices, tiles, -1), kv.shape[1], tiles)
+
+
+def _vjp_forward(q, kv, indices, latent_rank, scale, tiles):
+  T, walk = q.shape[1], _walk(indices, kv, tiles)
   out, lse = forward_lib.forward(
-    _pad(q, tiles), kv, plan, latent_rank, scale, tiles
+    _whole_blocks(q, tiles), kv, walk, latent_rank, scale
   )
   # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name(
@@ -97,20 +92,17 @@ def _vjp_backward(latent_rank, scale, tiles, residuals, cotangents):
   del latent_rank  # d_out has it
   q, kv, indices, out, lse = residuals
   d_out, d_lse = cotangents
-  T, K = indices.shape[1:]
-  tiles = tiles or plan_lib.tiles(T, K, q.shape[2])
   lse, delta = softmax.lse_and_delta(out, lse, d_out, d_lse)
   d_q, d_kv = backward_lib.backward(
-    _pad(q, tiles),
+    _whole_blocks(q, tiles),
     kv,
-    plan_lib.plan(_pad(indices, tiles, -1), kv.shape[1], tiles),
-    _pad(lse, tiles, jnp.inf),
-    _pad(delta, tiles),
-    _pad(d_out, tiles),
+    _walk(indices, kv, tiles),
+    _whole_blocks(lse, tiles, jnp.inf),
+    _whole_blocks(delta, tiles),
+    _whole_blocks(d_out, tiles),
     scale,
-    tiles,
   )
-  return d_q[:, :T], d_kv.astype(kv.dtype), None
+  return d_q[:, : q.shape[1]], d_kv.astype(kv.dtype), None
 
 
-sparse_mla.defvjp(_forward, _vjp_backward)
+_sparse_mla.defvjp(_vjp_forward, _vjp_backward)

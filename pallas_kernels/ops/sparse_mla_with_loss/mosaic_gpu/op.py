@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import checkpoint_names
 from pallas_kernels import operands
-from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import op as loss_lib
-from pallas_kernels.ops.sparse_mla.mosaic_gpu import backward as backward_lib
-from pallas_kernels.ops.sparse_mla.mosaic_gpu import forward as forward_lib
+from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import op as indexer_loss
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as attention
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import launch
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
 
 
 def sparse_mla_with_loss(
@@ -31,8 +31,8 @@ def sparse_mla_with_loss(
   last bits differ from run to run.
   """
   attention.check(q, kv, indices, latent_rank)
-  loss_lib.check_attention(q, kv)
-  loss_lib.check(index, indices)
+  indexer_loss.check_attention(q, kv)
+  indexer_loss.check(index, indices)
   return _op(
     *(q, kv, indices, index.q, index.k, index.w),
     None if measure is True else jnp.asarray(measure),
@@ -62,15 +62,15 @@ def _vjp_forward(
   heads_axis,
 ):
   del latent_rank  # the forward kernel has one
-  out, lse = forward_lib.forward(q, kv, indices, scale)
+  out, lse = kernel.forward(q, kv, indices, scale)
   # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name((out, lse), checkpoint_names.SPARSE_MLA)
 
   def loss():
-    p = _summed(loss_lib.target(q, kv, indices, lse, scale), heads_axis)
-    return loss_lib.compare(q_index, k_index, w, indices, p)[0]
+    p = _summed(indexer_loss.target(q, kv, indices, lse, scale), heads_axis)
+    return indexer_loss.compare(q_index, k_index, w, indices, p)[0]
 
-  loss_BT = loss_lib.measured(measure, loss, indices)
+  loss_BT = indexer_loss.measured(measure, loss, indices)
   residuals = (q, kv, indices, out, lse), (q_index, k_index, w, indices)
   return (out, lse, loss_BT), residuals
 
@@ -78,11 +78,10 @@ def _vjp_forward(
 def _vjp_backward(latent_rank, scale, heads_axis, residuals, cotangents):
   attended, index = residuals
   d_out, d_lse, d_loss = cotangents
-  d_q, d_kv, p = backward_lib.backward(
-    *attended, d_out, d_lse, latent_rank, scale
-  )
-  _, gap = loss_lib.compare(*index, _summed(p, heads_axis))
-  return d_q, d_kv, None, *loss_lib.gradient(*index, gap, d_loss), None
+  del latent_rank  # the kernel has one
+  d_q, d_kv, p = launch.backward(*attended, d_out, d_lse, scale)
+  _, gap = indexer_loss.compare(*index, _summed(p, heads_axis))
+  return d_q, d_kv, None, *indexer_loss.gradient(*index, gap, d_loss), None
 
 
 _op.defvjp(_vjp_forward, _vjp_backward)

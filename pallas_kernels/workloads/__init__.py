@@ -1,0 +1,1 @@
+"""Workloads of several ops, a layer's each, that the benchmark can run."""
