@@ -10,13 +10,12 @@ from jax.typing import DTypeLike
 NN: Final = ((1,), (0,)), ((), ())
 NT: Final = ((1,), (1,)), ((), ())
 TN: Final = ((0,), (0,)), ((), ())
-_DTYPES: Final = jnp.bfloat16, jnp.float32
 
 
 def check(**factors: jax.Array) -> None:
   """Raises NotImplementedError unless all are bfloat16, or all float32."""
-  dtypes = {jnp.dtype(x.dtype) for x in factors.values()}
-  if len(dtypes) > 1 or not dtypes <= {jnp.dtype(x) for x in _DTYPES}:
+  dtypes = {x.dtype for x in factors.values()}
+  if dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float32")}):
     given = ", ".join(f"{name} in {x.dtype}" for name, x in factors.items())
     raise NotImplementedError(
       f"{given}: kernels take all in bfloat16, or all in float32."
@@ -26,6 +25,14 @@ def check(**factors: jax.Array) -> None:
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
   """Precision at which fp32 factors are not rounded to bfloat16."""
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def exact_bytes(numbers: int, itemsize: int) -> int:
+  """Bytes of VMEM beside the factors of a product of so many numbers.
+
+  An exact product splits each in three of bfloat16.
+  """
+  return 3 * 2 * numbers if itemsize == 4 else 0
 
 
 def dot(x: jax.Array, y: jax.Array, dimensions: Any) -> jax.Array:

@@ -69,11 +69,12 @@ class Walk:
     return x.reshape(x.shape[0], -1, self.tiles.bQ, *x.shape[2:])
 
   def block(self, *shape: int | None, space: Any = None) -> pl.BlockSpec:
-    """Block of queries of an array whose axes after the first are like this.
+    """Block of queries of an array [B, T, ...] or [B, nQ, ...].
 
     Args:
-      *shape: What a block has of each; None for its place in [B, nQ, ...].
-      space: The block's memory space.
+      *shape: Size of the block along the axes after the first: bQ along T, None
+        along nQ.
+      space: Memory space of the block.
     """
     steps, zeros = self.grid[2], (0,) * (len(shape) - 1)
     return pl.BlockSpec(

@@ -164,7 +164,7 @@ def test_no_key_no_output():
     (dict(S=1 << 23), "S=8388608 keys"),
     (dict(K=0), "K=0 keys"),
     (dict(K=1 << 14), "K=16384 .* bytes of SMEM"),
-    (dict(N=4096), "N=4096 heads .* bytes of VMEM"),
+    (dict(N=640), "N=640 heads .* bytes of VMEM"),  # backward's
   ],
 )
 def test_refuses(change, message):

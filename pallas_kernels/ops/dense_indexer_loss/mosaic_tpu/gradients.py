@@ -21,9 +21,8 @@ def vmem_bytes(tiles: chunks_lib.Tiles, M: int, I: int, itemsize: int) -> int:
   bT, bS, wide = tiles.bT, tiles.bS, lanes.whole(I)
   of_queries = M * bT * (2 * itemsize * wide + 4 * I)
   of_keys = 2 * bS * (itemsize * (wide + I) + 2 * 4 * wide)
-  # Scores and target, double-buffered; d scores; what products leave.
-  pairs = 2 * 2 + 1 + 2 * (itemsize - 1)
-  return of_queries + of_keys + pairs * 4 * bS * bT
+  exact = products.exact_bytes(bS * bT + (bS + bT) * wide, itemsize)
+  return of_queries + of_keys + (4 + 3) * 4 * bS * bT + exact
 
 
 def gradients(

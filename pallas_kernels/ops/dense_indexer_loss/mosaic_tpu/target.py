@@ -27,6 +27,7 @@ def vmem_bytes(tiles: chunks_lib.Tiles, N: int, HR: int, itemsize: int) -> int:
   of_queries = tiles.bN * bT * heads.width(HR)
   of_keys = bS * heads.width(HR, tiles.bN)
   given = 2 * itemsize * (of_queries + of_keys) + 2 * 4 * N * bT
+  given += products.exact_bytes((bT + _PART) * heads.width(HR), itemsize)
   return given + 2 * 4 * bS * bT + 2 * 4 * tiles.bS * bT
 
 

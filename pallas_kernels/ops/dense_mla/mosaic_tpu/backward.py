@@ -141,11 +141,11 @@ def _blocks(inputs, keys, bT, bS, nS):
   bound = pl.BlockSpec(
     (None, 1, bT), lambda b, n, j, x, _, walks: (b, 0, i(b, j, x, walks))
   )
-  tiles_of_words = 32 * lanes.LANES // bS
+  tiles_per_word = 32 * lanes.LANES // bS
   words = pl.BlockSpec(
     (None, None, lanes.LANES, bT),
     lambda b, n, j, x, _, walks: (
-      *(b, j // tiles_of_words, 0),
+      *(b, j // tiles_per_word, 0),
       i(b, j, x, walks),
     ),
   )

@@ -123,8 +123,8 @@ def _blocks(inputs, queries, HR, bS, nT):
     return b, row, pl.multiple_of(heads.place(n, HR), lanes.LANES)
 
   def words(b, n, i, j, bounds):
-    tiles_of_words = 32 * lanes.LANES // bS
-    return b, keys(b, i, j, bounds) // tiles_of_words, i, 0
+    tiles_per_word = 32 * lanes.LANES // bS
+    return b, keys(b, i, j, bounds) // tiles_per_word, i, 0
 
   return _Inputs(
     q=queries(window),

@@ -95,11 +95,13 @@ def vmem_bytes(tiles: Tiles, HR: int, U: int, itemsize: int) -> tuple[int, int]:
   forward = 2 * (itemsize * width * (bT + bS) + mask + rows)
   forward += 4 * bT * (U + 2 * lanes.LANES)
   forward += bT * 2 * tiles.chunk * (2 * 4 + itemsize)
+  exact = products.exact_bytes((bT + tiles.chunk) * width, itemsize)
+  forward += exact
   T, bS = tiles.group * bT, tiles.backward_bS
   # The keys' gradients may be in float32.
   backward = 2 * (itemsize * width * (bT + bS) + 4 * width * bS + mask + rows)
   backward += 2 * itemsize * HR * T + 4 * (HR * T + width * bS)
-  backward += bT * tiles.chunk * (3 * 4 + 2 * itemsize)
+  backward += bT * tiles.chunk * (3 * 4 + 2 * itemsize) + exact
   return forward, backward
 
 

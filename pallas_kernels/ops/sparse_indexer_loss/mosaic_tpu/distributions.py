@@ -47,7 +47,8 @@ def vmem_bytes(
   results = 2 * 4 * places(K, tiles) * bQ * bK
   columns = 4 * bQ * (N + M) * lanes.LANES
   rows = 3 * 4 * bK * lanes.whole(D + lanes.LANES + I)
-  dots = 3 * 4 * bK * max(min(bQ * max(N, M), 512), N, M)
+  heads = max(N, M)
+  dots = 3 * 4 * bK * heads * row_walk.queries_at_once(bQ, heads)
   return 2 * (codes + given + results) + columns + rows + dots
 
 
@@ -86,14 +87,26 @@ def distributions(
     out_specs=[walk.block(None, n_places, bQ, bK)] * 2,
     out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32)] * 2,
     scratch_shapes=[
-      _Columns(
+      _Scratch(
         bias=pltpu.VMEM((bQ, N, 1), jnp.float32),
         w=pltpu.VMEM((bQ, M, 1), jnp.float32),
-      ),
-      row_copies.scratch(width, dtype, bK),
+        stream=row_copies.scratch(width, dtype, bK),
+      )
     ],
   )(walk.lists(S, pitch), row_copies.pack(keys, bK, pitch), queries)
   return target, scores
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+  """Scratch memory of the kernel."""
+
+  bias: Any
+  """The queries', with heads along sublanes."""
+  w: Any
+  """Likewise."""
+  stream: row_copies.Scratch
 
 
 @jax.tree_util.register_dataclass
@@ -107,25 +120,14 @@ class _Queries:
   w: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Columns:
-  """Numbers of each head, along sublanes."""
-
-  bias: Any
-  w: Any
-
-
-def _kernel(
-  lists, rows, queries, target, scores, columns, scratch, *, scale, interpret
-):
+def _kernel(lists, rows, queries, target, scores, scratch, *, scale, interpret):
   bQ, N, _ = queries.q.shape
   M = queries.q_index.shape[1]
-  stream = row_copies.Stream(lists, rows, scratch, interpret)
+  stream = row_copies.Stream(lists, rows, scratch.stream, interpret)
   target[...] = jnp.zeros_like(target)
   scores[...] = jnp.full_like(scores, -jnp.inf)
-  columns.bias[...] = queries.bias[...].reshape(columns.bias.shape)
-  columns.w[...] = queries.w[...].reshape(columns.w.shape)
+  scratch.bias[...] = queries.bias[...].reshape(scratch.bias.shape)
+  scratch.w[...] = queries.w[...].reshape(scratch.w.shape)
   is_union = lists.block[0, 1]
   stream.open()
 
@@ -136,9 +138,9 @@ def _kernel(
     def compare(place, first, n):
       some = pl.ds(first, n)
       chosen = _chosen(lists.codes, tile, first, n)
-      weights = _weights(queries, stream.keys, columns, some, scale)
+      weights = _weights(queries, scratch, some, scale)
       target[place, some] = jnp.where(chosen, weights, 0.0)
-      sums = _scores(queries, stream.keys, columns, some)
+      sums = _scores(queries, scratch, some)
       scores[place, some] = jnp.where(chosen, sums, -jnp.inf)
 
     row_walk.visit(tile, stream, is_union, bQ, max(N, M), compare, stream.start)
@@ -153,21 +155,21 @@ def _chosen(codes, tile, first, n):
   return (codes[pl.ds(tile, 1)] >> query & 1) == 1
 
 
-def _weights(queries, keys, columns, some, scale):
+def _weights(queries, scratch, some, scale):
   """Weights [n, bK], summed over heads."""
-  _, N, D = queries.q.shape
+  (_, N, D), keys = queries.q.shape, scratch.stream.keys
   q = queries.q[some].reshape(-1, D)
   logits = products.dot(q, keys[:, :D], products.NT)
   logits = scale * softmax.LOG2E * logits.reshape(-1, N, keys.shape[0])
-  return jnp.exp2(logits + columns.bias[some]).sum(1)
+  return jnp.exp2(logits + scratch.bias[some]).sum(1)
 
 
-def _scores(queries, keys, columns, some):
+def _scores(queries, scratch, some):
   """Index scores [n, bK]."""
   _, M, I = queries.q_index.shape
   first = lanes.whole(queries.q.shape[2])  # in a row
-  keys = keys[:, first : first + I]
+  keys = scratch.stream.keys[:, first : first + I]
   q = queries.q_index[some].reshape(-1, I)
   similarity = products.dot(q, keys, products.NT)
   active = jnp.maximum(similarity, 0.0).reshape(-1, M, keys.shape[0])
-  return (active * columns.w[some]).sum(1)
+  return (active * scratch.w[some]).sum(1)

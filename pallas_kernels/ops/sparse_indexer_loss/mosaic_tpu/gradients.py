@@ -32,7 +32,7 @@ def vmem_bytes(
   d_scores = 4 * distributions_lib.places(K, tiles) * bQ * bK
   given = (2 * itemsize + 4) * index + d_scores
   rows = 3 * 4 * bK * lanes.whole(2 * I)
-  dots = 3 * 4 * bK * max(min(bQ * M, 512), M)
+  dots = 3 * 4 * bK * M * row_walk.queries_at_once(bQ, M)
   return 2 * (codes + given) + 4 * index + rows + dots
 
 
@@ -104,7 +104,7 @@ def _kernel(
     added[...] = jnp.zeros_like(added)
     row_walk.visit(
       *(tile, stream, is_union, bQ, M),
-      lambda *some: _add(queries, stream.keys, sums, added, *some),
+      lambda *at: _add(queries, stream.keys, sums, added, *at),
       d_k.start,
     )
     d_k.add(tile)

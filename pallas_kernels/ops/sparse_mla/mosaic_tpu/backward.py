@@ -84,16 +84,18 @@ def backward(
     ],
     input_output_aliases={len(jax.tree.leaves(operands)) - 1: 1},
     scratch_shapes=[
-      row_copies.scratch(D, kv.dtype, bK),
-      _Queries(
-        q=pltpu.VMEM((bQ, N, D), q.dtype),
-        d_out=pltpu.VMEM((bQ, N, C), q.dtype),
-        lse=pltpu.VMEM((bQ, 1, N), jnp.float32),
-        delta=pltpu.VMEM((bQ, 1, N), jnp.float32),
-      ),
-      pltpu.VMEM((bK, lanes.LANES), jnp.int32),
-      pltpu.VMEM((bQ, N, D), jnp.float32),
-      row_sums.scratch(D, bK),
+      _Scratch(
+        stream=row_copies.scratch(D, kv.dtype, bK),
+        queries=_Queries(
+          q=pltpu.VMEM((bQ, N, D), q.dtype),
+          d_out=pltpu.VMEM((bQ, N, C), q.dtype),
+          lse=pltpu.VMEM((bQ, 1, N), jnp.float32),
+          delta=pltpu.VMEM((bQ, 1, N), jnp.float32),
+        ),
+        codes=pltpu.VMEM((bK, lanes.LANES), jnp.int32),
+        d_q=pltpu.VMEM((bQ, N, D), jnp.float32),
+        sums=row_sums.scratch(D, bK),
+      )
     ],
   )(*operands)
   return d_q, row_sums.total(sums, B, S, D)
@@ -110,70 +112,69 @@ class _Queries:
   delta: Any
 
 
-def _kernel(
-  lists, window, rows, _, d_q_ref, d_kv_ref, scratch, queries, codes, d_q, sums,
-  *, scale, interpret,
-):  # fmt: skip
-  """Computes the gradients of a block.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+  """Scratch memory of the kernel."""
 
-  Args:
-    lists: What the block reads.
-    window: Its queries.
-    rows: All rows of keys.
-    d_q_ref: Gradient of q.
-    d_kv_ref: Sums of the gradients of rows.
-    scratch: Of the stream of rows.
-    queries: Copy of `window`. The scalar unit computes a window's address, and
-      products would wait for it while it starts copies. Scratch has a fixed
-      address.
-    codes: Codes of the current tile, [bK, 128], the same in all lanes.
-    d_q: Sum of the gradient of q.
-    sums: Scratch of the sums of rows.
-    scale: Scale of the logits.
-    interpret: Whether the kernel is interpreted.
-  """
-  bQ, N, _ = d_q.shape
+  stream: row_copies.Scratch
+  queries: _Queries
+  """Copy of the block's. The scalar unit computes a window's address, and
+  products would wait for it while it starts copies. Scratch has a fixed
+  address."""
+  codes: Any
+  """Codes of the current tile, [bK, 128], the same in all lanes."""
+  d_q: Any
+  sums: row_sums.Scratch
+
+
+def _kernel(
+  lists, queries, rows, _, d_q_ref, d_kv_ref, scratch, *, scale, interpret
+):
+  bQ, N, _ = d_q_ref.shape
   is_union, twice = lists.block[0, 1], lists.block[0, 2]
-  stream = row_copies.Stream(lists, rows, scratch, interpret)
-  d_rows = row_sums.Sums(stream, d_kv_ref, pl.program_id(0), sums)
-  for source, target in zip(*map(jax.tree.leaves, (window, queries))):
+  stream = row_copies.Stream(lists, rows, scratch.stream, interpret)
+  d_kv = row_sums.Sums(stream, d_kv_ref, pl.program_id(0), scratch.sums)
+  d_rows = scratch.sums.added
+  copies = jax.tree.leaves(scratch.queries)
+  for source, target in zip(jax.tree.leaves(queries), copies, strict=True):
     target[...] = source[...]
-  d_q[...] = jnp.zeros_like(d_q)
+  scratch.d_q[...] = jnp.zeros_like(scratch.d_q)
   stream.open()
 
   @pl.loop(0, stream.n_tiles)
   def _(tile):
     stream.read(tile)
     codes_1K = lists.codes[pl.ds(tile, 1)]
-    codes[...] = jnp.broadcast_to(codes_1K, codes.shape[::-1]).T
-    sums.added[...] = jnp.zeros_like(sums.added)
-    d_rows.settle(tile)
+    scratch.codes[...] = jnp.broadcast_to(codes_1K, scratch.codes.shape[::-1]).T
+    d_rows[...] = jnp.zeros_like(d_rows)
+    d_kv.settle(tile)
     row_walk.visit(
       *(tile, stream, is_union, bQ, N),
-      lambda _, first, n: _attend(
-        queries, stream.keys, codes, d_q, sums.added, first, n, scale
-      ),
-      d_rows.start,
+      lambda _, first, n: _attend(scratch, first, n, scale),
+      d_kv.start,
     )
-    pl.when(twice == 1)(lambda: _share(codes_1K >> bQ, sums.added))
-    d_rows.add(tile)
+    pl.when(twice == 1)(lambda: _share(codes_1K >> bQ, d_rows))
+    d_kv.add(tile)
 
-  d_rows.close()
+  d_kv.close()
   stream.close()
-  d_q_ref[...] = d_q[...].astype(d_q_ref.dtype)
+  d_q_ref[...] = scratch.d_q[...].astype(d_q_ref.dtype)
 
 
-def _attend(queries, keys, codes, d_q, d_rows, first, n, scale):
+def _attend(scratch, first, n, scale):
   """Adds the gradients of `n` queries from `first` on, and of their keys."""
-  (_, N, D), C, some = d_q.shape, queries.d_out.shape[2], pl.ds(first, n)
+  queries, keys, d_q = scratch.queries, scratch.stream.keys, scratch.d_q
+  d_rows, some = scratch.sums.added, pl.ds(first, n)
+  (_, N, D), C = d_q.shape, queries.d_out.shape[2]
   q = queries.q[some].reshape(n * N, D)
   d_out = queries.d_out[some].reshape(n * N, C)
   across = lambda of: jnp.concatenate([of(i) for i in range(n)], 1)
   lse = across(lambda i: queries.lse[first + i]) * softmax.LOG2E
   delta = across(lambda i: queries.delta[first + i])
   shift = across(lambda i: jnp.full((1, N), first + i, jnp.int32))
-  chosen = jnp.concatenate([codes[...]] * pl.cdiv(n * N, lanes.LANES), 1)
-  chosen = chosen[:, : n * N] >> shift & 1
+  codes = jnp.concatenate([scratch.codes[...]] * pl.cdiv(n * N, lanes.LANES), 1)
+  chosen = codes[:, : n * N] >> shift & 1
   logits = products.dot(keys[:, :D], q, products.NT)
   weights = jnp.exp2(logits * (scale * softmax.LOG2E) - lse)
   weights = jnp.where(chosen == 1, weights, 0.0)

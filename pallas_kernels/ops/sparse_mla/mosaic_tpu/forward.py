@@ -104,7 +104,7 @@ def _kernel(
     stream.read(tile)
     row_walk.visit(
       *(tile, stream, is_union, bQ, N),
-      lambda _, *queries: _attend(stream, tile, q_ref, sums, *queries, scale),
+      lambda _, first, n: _attend(stream, tile, q_ref, sums, first, n, scale),
       stream.start,
       loop=True,
     )
