@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.kernels import simulated_threads as threads
+from tests.kernels.simulated import threads
 
 
 def registers(matrix):

@@ -9,7 +9,8 @@ import pytest
 from pallas_kernels.hopper import fragments
 from pallas_kernels.ops.dense_indexer_loss.mosaic_gpu import active_bits
 from tests.kernels import by_thread
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
+from tests.kernels.simulated import memory
 
 HEADS = active_bits.HEADS
 BF16 = jnp.bfloat16
@@ -17,7 +18,7 @@ BF16 = jnp.bfloat16
 
 @contextlib.contextmanager
 def warpgroup():
-  with threads.simulate(fragments, 128), threads.simulate(active_bits, 128):
+  with simulated.run_as(128, fragments), simulated.run_as(128, active_bits):
     yield
 
 
@@ -87,7 +88,7 @@ def test_heads_by_keys(keys):
   d_scores = d_scores.astype(BF16)
   with warpgroup():
     g = active_bits.heads_by_keys_registers(
-      threads.Array(d_scores), threads.Array(words), keys
+      memory.Array(d_scores), memory.Array(words), keys
     )
   expected = np.where(is_active(words), d_scores[None], BF16(0))
   np.testing.assert_array_equal(by_thread.matrix(g, BF16), expected)
@@ -97,7 +98,7 @@ def test_keys_by_heads():
   words, d_scores = some_words(0, 64), random(1).normal(size=64).astype(BF16)
   with warpgroup():
     g = active_bits.keys_by_heads_registers(
-      threads.Array(d_scores), threads.Array(words)
+      memory.Array(d_scores), memory.Array(words)
     )
   expected = np.where(is_active(words), d_scores[None], BF16(0)).T
   np.testing.assert_array_equal(by_thread.matrix(g, BF16), expected)
@@ -106,7 +107,7 @@ def test_keys_by_heads():
 def test_nothing_is_left_of_a_key_that_is_not_seen():
   d_scores, words = np.full(64, np.nan, BF16), np.zeros((2, 64), np.int32)
   with warpgroup():
-    arrays = threads.Array(d_scores), threads.Array(words)
+    arrays = memory.Array(d_scores), memory.Array(words)
     by_head = active_bits.heads_by_keys_registers(*arrays, 64)
     by_key = active_bits.keys_by_heads_registers(*arrays)
   for g in by_head, by_key:

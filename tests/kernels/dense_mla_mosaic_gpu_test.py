@@ -27,7 +27,9 @@ from pallas_kernels.ops.dense_mla.mosaic_gpu import walks
 from tests.kernels import by_thread
 from tests.kernels import inputs
 from tests.kernels import rows
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
+from tests.kernels.simulated import memory
+from tests.kernels.simulated import threads
 
 B, HR, U = inputs.B, 192, 128
 SCALE = 0.1
@@ -243,10 +245,10 @@ def test_masks_by_bits(columns):
   logits = x.normal(size=(64, columns)).astype(np.float32)
   kept = chosen_columns(words[None, None])[0, first : first + 64]
   with (
-    threads.simulate(fragments, 128),
-    threads.simulate(mask_bits, 128),
+    simulated.run_as(128, fragments),
+    simulated.run_as(128, mask_bits),
   ):
-    bits = mask_bits.load_words(threads.Place(words), threads.U32(first), n)
+    bits = mask_bits.load_words(memory.Place(words), threads.U32(first), n)
     actual = mask_bits.masked(by_thread.registers(logits), bits)
     expected = by_thread.registers(np.where(kept, logits, -np.inf))
   for a, b in zip(actual, expected, strict=True):
@@ -256,7 +258,7 @@ def test_masks_by_bits(columns):
 def test_packs_pairs_in_order():
   numbers = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
   rounded = numbers.astype(jnp.bfloat16).astype(np.float32)
-  with threads.simulate(backward_lib, 128):
+  with simulated.run_as(128, backward_lib):
     words = backward_lib.packed(by_thread.registers(numbers))
     actual = backward_lib.unpacked(words)
     expected = by_thread.registers(rounded)

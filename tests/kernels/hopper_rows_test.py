@@ -9,8 +9,10 @@ import pytest
 from pallas_kernels.hopper import rows
 from pallas_kernels.hopper import tiles
 from tests.kernels import by_thread
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
 from tests.kernels import swizzle
+from tests.kernels.simulated import memory
+from tests.kernels.simulated import threads
 
 ROWS = tiles.ROWS
 
@@ -30,11 +32,11 @@ def test_gathers_rows(columns, column):
   source = x.normal(size=(available, width)).astype(jnp.bfloat16)
   rows_s = numbers(1, ROWS + 8, available)
   tile = np.full(ROWS * columns, np.nan, jnp.bfloat16)
-  with threads.simulate(rows, 128):
+  with simulated.run_as(128, rows):
     rows.copy(
-      threads.Place(source),
-      threads.Place(rows_s, is_shared=True),
-      threads.Place(tile, is_shared=True),
+      memory.Place(source),
+      memory.Place(rows_s, is_shared=True),
+      memory.Place(tile, is_shared=True),
       threads.U32(first),
       **dict(width=width, columns=columns, column=column),
     )
@@ -55,10 +57,10 @@ def test_adds_to_rows(columns):
   for number, row in zip(rows_s[first : first + ROWS], tile, strict=True):
     if number >= 0:
       expected[number, column : column + columns] += row
-  with threads.simulate(rows, 128):
+  with simulated.run_as(128, rows):
     rows.add_registers(
-      threads.Place(target) + 4 * column,
-      threads.Place(rows_s, is_shared=True),
+      memory.Place(target) + 4 * column,
+      memory.Place(rows_s, is_shared=True),
       by_thread.registers(tile),
       threads.U32(first),
       width=width,

@@ -10,7 +10,9 @@ import pytest
 from pallas_kernels import shapes
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import scores as scores_lib
 from tests.kernels import by_thread
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
+from tests.kernels.simulated import memory
+from tests.kernels.simulated import threads
 
 bS = scores_lib.bS
 
@@ -93,12 +95,12 @@ def test_threads_sum_over_heads(heads, scaled):
   w[:heads] = -np.abs(w[:heads])
   scale = np.exp2(x.integers(-3, 3, keys)).astype(np.float32)
   written = np.full((T, S), np.nan, np.float32)
-  with threads.simulate(scores_lib, 128):
+  with simulated.run_as(128, scores_lib):
     scores_lib.write(
       by_thread.registers(product),
       by_thread.by_column(w),
       [by_thread.by_row(scale)] if scaled else [],
-      threads.Place(written),
+      memory.Place(written),
       *(threads.U32(query), threads.U32(key), heads, (T, S)),
     )
   weighted = np.maximum(product.astype(np.float64), 0) * w

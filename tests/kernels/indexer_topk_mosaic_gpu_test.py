@@ -12,7 +12,9 @@ from pallas_kernels import operands
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import select as select_lib
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import sources
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
+from tests.kernels.simulated import memory
+from tests.kernels.simulated import threads
 
 S, K = 20000, 1000
 INF = np.inf
@@ -37,15 +39,15 @@ def simulate(scores, start, end, top_k):
   garbage = np.random.default_rng(0)
   n = sources.THREADS
 
-  def memory(size):
+  def shared(size):
     words = garbage.integers(0, 2**32, size, np.uint32)
-    return threads.Memory(words, shared=True)
+    return memory.Memory(words, shared=True)
 
-  with threads.simulate(sources, n), threads.simulate(select_lib, n):
+  with simulated.run_as(n, sources), simulated.run_as(n, select_lib):
     select_lib.Row(
-      *(lambda x=x: threads.Memory(x) for x in (scores, indices, chosen)),
+      *(lambda x=x: memory.Memory(x) for x in (scores, indices, chosen)),
       *map(threads.U32, (start, end)),
-      scratch=jax.tree.map(memory, select_lib.Scratch.sizes(top_k)),
+      scratch=jax.tree.map(shared, select_lib.Scratch.sizes(top_k)),
       top_k=top_k,
     ).emit()
   return indices, chosen

@@ -16,7 +16,7 @@ from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import (
 )
 from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import op as mosaic_gpu
 from tests.kernels import by_thread
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
 
 T, S, N, CR, M, I = 16, 32_768, 128, 576, 64, 128
 SCALE = 0.07
@@ -110,7 +110,7 @@ def test_threads_mask_what_is_not_active(heads):
   some = np.array([0.0, -0.0, 1e-30, 1e-45, np.inf, -np.inf, np.nan])
   similarity[:, 3] = x.choice(some, keys)
   d, w = (x.normal(size=n).astype(np.float32) for n in (keys, heads))
-  with threads.simulate(gradient_lib, 128):
+  with simulated.run_as(128, gradient_lib):
     masked = gradient_lib.where_active(
       by_thread.registers(similarity),
       by_thread.by_row(d),

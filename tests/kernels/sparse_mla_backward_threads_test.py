@@ -20,8 +20,10 @@ from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import shared_memory
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import weight_tile
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import weights
 from tests.kernels import by_thread
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
 from tests.kernels import swizzle
+from tests.kernels.simulated import memory
+from tests.kernels.simulated import threads
 
 C, D = widths.C, widths.CR
 BF16 = jnp.bfloat16
@@ -31,14 +33,14 @@ PACKAGE = gather.__name__.rpartition(".")[0]
 
 
 @pytest.fixture(autouse=True)
-def simulated():
+def one_warpgroup():
   """Runs the code of these modules as one warpgroup."""
   names = "gather key_gradients key_sums lanes logit_gradients permutation"
   names += " query_gradients weight_tile weights"
   with contextlib.ExitStack() as stack:
     for name in names.split():
       module = importlib.import_module(f"{PACKAGE}.{name}")
-      stack.enter_context(threads.simulate(module, 128))
+      stack.enter_context(simulated.run_as(128, module))
     yield
 
 
@@ -47,7 +49,7 @@ def plan_of(blocks, tiles=3, deterministic=False):
 
 
 def shared(array):
-  return threads.Place(array, is_shared=True)
+  return memory.Place(array, is_shared=True)
 
 
 def normal(seed, *shape, dtype=np.float32):
@@ -88,8 +90,8 @@ def test_gathers_a_blocks_columns_of_the_last_tile(blocks, rank, tiles):
     kv_wide=shared(wide), kv_narrow=shared(narrow), indices=shared(words)
   )
   gather.gather(
-    threads.Place(kv),
-    threads.Place(indices),
+    memory.Place(kv),
+    memory.Place(indices),
     shared_memory.SharedMemory(**places),
     threads.U32(tiles),
     threads.U32(rank),
@@ -141,7 +143,7 @@ def test_weights_and_their_sums():
   )
   weight_tile.store(shared(tile), packed)
   weights.store_sums(
-    threads.Place(p), threads.U32(which), weights.over_quad(sums)
+    memory.Place(p), threads.U32(which), weights.over_quad(sums)
   )
   expected = np.exp(logits * SCALE + biases * np.log(2)) * valid[:, None]
   np.testing.assert_allclose(
@@ -182,7 +184,7 @@ def test_stores_query_gradients(rank):
       *by_thread.registers(acc[:, 256:]),
     ]
     query_gradients.store(
-      threads.Place(d_q), registers, which, threads.U32(rank), plan
+      memory.Place(d_q), registers, which, threads.U32(rank), plan
     )
     heads = slice(64 * (rank ^ which), None) if blocks == 2 else slice(None)
     part = rank if blocks == 2 else which
@@ -215,7 +217,7 @@ def test_adds_columns_to_keys(deterministic, blocks, rank, index, is_narrow):
       row = slot + 64 * tile + i if deterministic else key
       mine = expected[row, first : first + columns.number]
       mine[:] = acc[i] + (0 if deterministic else mine)
-  place = key_gradients.place_of(threads.Place(d_kv)) + 4 * block
+  place = key_gradients.place_of(memory.Place(d_kv)) + 4 * block
   registers = by_thread.registers(acc)
   key_gradients.add(place, columns, registers, targets, plan)
   np.testing.assert_array_equal(permuted(d_kv), expected)
@@ -236,7 +238,7 @@ def test_sums_the_rows_of_a_blocks_keys(block):
     expected[key] += total
   key_sums.sum_rows(
     threads.U32(block),
-    *map(threads.Place, (order, ends, rows, d_kv)),
+    *map(memory.Place, (order, ends, rows, d_kv)),
     width=D,
     keys=6,
   )

@@ -19,8 +19,10 @@ from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import gather
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
-from tests.kernels import simulated_threads as threads
+from tests.kernels import simulated
 from tests.kernels import swizzle
+from tests.kernels.simulated import memory
+from tests.kernels.simulated import threads
 
 C, CR = 512, 576
 WIPED = 1000.0  # what no row holds
@@ -200,14 +202,14 @@ def test_the_producer_fills_each_part_when_it_is_free(steps):
   masks = np.where(valid, np.float32(0), np.float32(-np.inf))
   consumers = Consumers(rows, masks)
   with (
-    threads.simulate(gather, 128),
+    simulated.run_as(128, gather),
     mock.patch.object(gather, "signals", consumers),
   ):
     gather.fill(
-      threads.Place(kv) + 2 * CR * first_row,
-      threads.Place(indices.astype(np.int32)),
-      threads.Place(consumers.tiles_s, is_shared=True),
-      threads.Place(consumers.rows_s, is_shared=True),
+      memory.Place(kv) + 2 * CR * first_row,
+      memory.Place(indices.astype(np.int32)),
+      memory.Place(consumers.tiles_s, is_shared=True),
+      memory.Place(consumers.rows_s, is_shared=True),
       threads.U32(steps),
       S,
     )
