@@ -277,18 +277,20 @@ class Checkpoints:
   def close(self) -> None:
     self.settle()
     self._checkpointer.close()
+    self._clean()
 
   def _clean(self) -> None:
     """Removes what failed saves left behind: it would fill the disk."""
     if not processes.is_first():
       return
-    for left in (self._dir / "checkpoints").glob(f"*{_TEMPORARY}"):
-      for _ in range(20):
-        shutil.rmtree(left, ignore_errors=True)
-        if not left.exists():
-          break
-        # A thread of the save that failed has put one more file there.
-        time.sleep(0.1)
+    for _ in range(20):
+      left = [*(self._dir / "checkpoints").glob(f"*{_TEMPORARY}")]
+      if not left:
+        break
+      for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+      # A thread of the save that failed may put one more file there.
+      time.sleep(0.1)
 
   def _failed(self, why: Exception) -> None:
     self._unsaved, self._saving = self._saving, None
