@@ -24,6 +24,7 @@ from train.run import goodput
 from train.run import metrics as metrics_lib
 from train.run import origin as origin_lib
 from train.run import provenance
+from train.run import run_folder
 from train.run import tracing as tracing_lib
 
 
@@ -40,13 +41,11 @@ class Run:
 
     Raises:
       ValueError: The data, the devices or the folder do not fit the config;
-        see `Corpus`, `make_mesh`, `checkpoint.check`.
+        see `Corpus`, `make_mesh`, `run_folder.check`.
     """
     self.cfg = cfg
     self._began = time.time()
-    checkpoint_lib.check(
-      cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume
-    )
+    run_folder.check(cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume)
     quarantine = pathlib.Path(cfg.run_dir) / "quarantine"
     self.corpus = corpus_lib.Corpus(cfg.data, None if cfg.check else quarantine)
     for stage in cfg.stages:

@@ -21,6 +21,7 @@ from train.aot import compile as compile_lib  # noqa: E402
 from train.data import corpus as corpus_lib  # noqa: E402
 from train.host import processes  # noqa: E402
 from train.run import checkpoint as checkpoint_lib  # noqa: E402
+from train.run import run_folder  # noqa: E402
 
 
 def parse(
@@ -77,7 +78,7 @@ def main() -> None:
   except (
     stage.Diverged,
     checkpoint_lib.Broken,
-    checkpoint_lib.NotSaved,
+    run_folder.NotSaved,
     corpus_lib.DataError,
   ) as e:
     sys.exit(f"error: {e}")

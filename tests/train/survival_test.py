@@ -25,6 +25,7 @@ from train.host import processes
 from train.learn import batches as batches_lib
 from train.learn import step as step_lib
 from train.run import checkpoint
+from train.run import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +204,7 @@ def test_a_full_disk_costs_no_training(
 
   monkeypatch.setattr(checkpoint.Checkpoints, "save", no_room)
   if 6 in failing:
-    with pytest.raises(checkpoint.NotSaved, match="step 6 .*newest is 2"):
+    with pytest.raises(run_folder.NotSaved, match="step 6 .*newest is 2"):
       train(cfg)
   else:
     train(cfg)
@@ -223,7 +224,7 @@ def test_a_full_disk_costs_no_training(
 @pytest.mark.parametrize("run_dir", ["/proc/run", "/dev/null/run"])
 def test_a_folder_that_cannot_be_written_is_refused(folder, run_dir):
   cfg = dataclasses.replace(config(folder, "run"), run_dir=run_dir)
-  with pytest.raises(checkpoint.NotSaved, match="cannot be written to"):
+  with pytest.raises(run_folder.NotSaved, match="cannot be written to"):
     loop.Run(cfg).train()
 
 
@@ -241,10 +242,10 @@ def test_killed_before_its_config_was_whole(folder):
   half = pathlib.Path(cfg.run_dir) / "config.json.partial"
   half.parent.mkdir()
   half.write_text('{"run_d')
-  checkpoint.check(cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume)
+  run_folder.check(cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume)
   (half.parent / "notes.txt").write_text("not a run")
   with pytest.raises(ValueError, match="holds no run"):
-    checkpoint.check(cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume)
+    run_folder.check(cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume)
 
 
 def test_who_is_stopped_evaluates_later(folder, unbroken):

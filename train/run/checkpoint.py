@@ -1,4 +1,4 @@
-"""A run's folder: its config, and checkpoints of all that a step changes."""
+"""The checkpoints of a run: of all that a step changes."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,48 +11,23 @@ from typing import Annotated, Any, Final
 import zlib
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, UInt32
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 import dsa_jax
 from dsa_jax import ranges
 from dsa_jax.hf import tensors as tensors_lib
-from train.host import atomic_files
 from train.host import processes
 from train.learn import step as step_lib
 from train.run import arrays as arrays_lib
+from train.run import fingerprint
 from train.run import metrics as metrics_lib
+from train.run import run_folder
 
-# What may differ between a run and its continuation: where things lie, what is
-# logged, saved and guarded, and which devices compute, by what.
-_FREE = (
-  "run_dir",
-  "mesh",
-  "distributed",
-  "kernels",
-  "checkpoint",
-  "data.max_bad_share",
-  "guard",
-  "log",
-  "resume",
-  "compile_only",
-  "check",
-  "profile",
-  "stop_at",
-)
-_ODD: Final = np.uint32(0x9E3779B1)  # with as many ones as zeros, about
-_PROBE: Final = ".written-by-"  # a process that tried whether it can
 _TEMPORARY: Final = ".orbax-checkpoint-tmp"  # what Orbax has not finished
 
 
 class Broken(Exception):
   """A checkpoint is not what was saved."""
-
-
-class NotSaved(OSError):
-  """A run's folder cannot be written to; what is there stays."""
 
 
 @dataclasses.dataclass
@@ -115,17 +90,11 @@ class Checkpoints:
       resume: Whether the folder may hold this run already.
 
     Raises:
-      ValueError: The folder is not this run's, see `check`.
-      NotSaved: Nothing can be written there.
+      ValueError: The folder is not this run's, see `run_folder.check`.
+      run_folder.NotSaved: Nothing can be written there.
     """
     self._dir = pathlib.Path(run_dir).resolve()
-    check(run_dir, run_config, resume=resume)
-    processes.meet("checked")  # before anyone writes what another would find
-    _make_writable(self._dir)
-    if processes.is_first():
-      text = json.dumps(run_config, indent=2)
-      atomic_files.write(self._dir / "config.json", text + "\n")
-    processes.meet("run_dir")  # before anyone writes anything else there
+    run_folder.open_(run_dir, run_config, resume=resume)
     policies: Any = ocp.training.preservation_policies
     keep = [
       policies.LatestN(cfg.keep),
@@ -153,7 +122,7 @@ class Checkpoints:
 
   def prepare(self, state: step_lib.TrainState) -> None:
     """Compiles what a save runs on the devices, ahead of the first."""
-    _fingerprint(state)
+    fingerprint.of(state)
 
   @property
   def steps(self) -> list[int]:
@@ -184,7 +153,7 @@ class Checkpoints:
     if step in self.steps:
       return
     self._clean()
-    marks = _fingerprint(state)
+    marks = fingerprint.of(state)
     said = json.dumps(dataclasses.asdict(progress))
     metrics: Any = None
     if bits_per_byte is not None:
@@ -223,7 +192,7 @@ class Checkpoints:
         step, {"state": step_lib.on_mesh(like, mesh)}
       )
       state = loaded["state"]
-      marks = _fingerprint(state)
+      marks = fingerprint.of(state)
       if marks != saved.custom_metadata["fingerprint"]:
         raise ValueError("its arrays are not what was saved")
       progress = Progress(**json.loads(said))
@@ -264,11 +233,11 @@ class Checkpoints:
     """Waits until everything is written.
 
     Raises:
-      NotSaved: The last checkpoint is not.
+      run_folder.NotSaved: The last checkpoint is not.
     """
     self.settle()
     if self._unsaved is not None:
-      raise NotSaved(
+      raise run_folder.NotSaved(
         f"The checkpoint of step {self._unsaved} could not be written (see "
         f"above); the newest is {max(self.steps, default='none')}. Make room, "
         "and go on from it with the same command and --resume."
@@ -305,85 +274,6 @@ class Checkpoints:
     self._clean()
 
 
-def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
-  """Compares a run's config with that of the run in its folder, if any.
-
-  Raises:
-    ValueError: The folder holds a run and `resume` is off, or what is no run,
-      or a run with another config.
-  """
-  folder = pathlib.Path(run_dir)
-  file = folder / "config.json"
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f"run_dir={run_dir} is a file; give another --run-dir.")
-  # A run that was killed as it began may have left half of its config.
-  unfinished = (atomic_files.partial(file).name, _PROBE)
-  if not folder.exists() or all(
-    path.name.startswith(unfinished) for path in folder.iterdir()
-  ):
-    return
-  if not resume:
-    raise ValueError(
-      f"run_dir={run_dir} is not empty: go on with the run in it by "
-      "--resume, or give another --run-dir."
-    )
-  if not file.exists():
-    raise ValueError(
-      f"--resume: run_dir={run_dir} is not empty, but holds no run (no "
-      "config.json); give the --run-dir of one, or of none yet."
-    )
-  saved = _flat(json.loads(file.read_text(encoding="utf-8")))
-  now = _flat(json.loads(json.dumps(run_config)))
-  changed = [
-    f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
-    for name in sorted(saved | now)
-    if saved.get(name) != now.get(name)
-    and not f"{name}.".startswith(tuple(f"{free}." for free in _FREE))
-  ]
-  if changed:
-    raise ValueError(
-      f"--resume: the run in {run_dir} has another config: "
-      f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
-      "begin a new run."
-    )
-
-
-def _make_writable(folder: pathlib.Path) -> None:
-  probe = folder / f"{_PROBE}{processes.number()}"
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe.write_bytes(b"")
-    probe.unlink()
-  except OSError as e:
-    raise NotSaved(
-      f"run_dir={folder} cannot be written to ({e.strerror}): a run keeps its "
-      "checkpoints and metrics there. Give another --run-dir."
-    ) from e
-
-
-def _fingerprint(tree: Any) -> list[int]:
-  """A number for each array, of all its bits and where they stand."""
-  marks = [_mark(x) for x in jax.tree.leaves(tree)]
-  return [int(mark) for mark in jax.device_get(marks)]
-
-
-@jax.jit  # of one array: moments have their parameter's shape, in every stage
-def _mark(x: Array) -> UInt32[Array, ""]:
-  """Sums whole numbers: the same on every mesh, whatever the order."""
-  bits = x
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    width = 8 * x.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
-  mixed = bits.astype(jnp.uint32)
-  # Any odd number has an inverse: no place and no value is forgotten.
-  for axis in range(x.ndim):
-    place = jnp.arange(x.shape[axis], dtype=jnp.uint32)
-    place = place.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
-    mixed = (mixed ^ place * _ODD) * _ODD
-    mixed ^= mixed >> 15
-  return mixed.sum(dtype=jnp.uint32)
-
-
 def _context() -> ocp.Context:
   """Chunks of one layer and expert, so that parts of an array are read apart.
 
@@ -401,15 +291,3 @@ def _context() -> ocp.Context:
   context = ocp.Context()
   context.array_options.saving.scoped_storage_options_creator = storage
   return context
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": [1]}} -> {"a.b.0": 1}."""
-  if isinstance(tree, list):
-    tree = {str(i): x for i, x in enumerate(tree)}
-  if not isinstance(tree, dict):
-    return {prefix: tree}
-  flat = {}
-  for name, child in tree.items():
-    flat |= _flat(child, f"{prefix}.{name}" if prefix else name)
-  return flat
