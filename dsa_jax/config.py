@@ -11,83 +11,94 @@ from dsa_jax import sharding
 type Remat = Literal["none", "attention", "selection"]
 type DType = Literal["float32", "bfloat16"]
 
+# Far above any model there is, and below what would fill a memory by itself.
+type Width = Annotated[int, ranges.Interval(1, 2**20)]
+type Length = Annotated[int, ranges.Interval(1, 2**24)]  # tokens, or ids
+type Number = Annotated[int, ranges.Interval(1, 2**14)]  # of heads, of experts
+type Turns = Annotated[float, ranges.Interval(0, 1e6, open="low")]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnConfig:
   """YaRN: stretches RoPE to longer contexts. A factor of 1 changes nothing."""
 
-  factor: Annotated[float, ranges.AtLeast(1)] = 1.0
+  factor: Annotated[float, ranges.Interval(1, 1e6)] = 1.0
   """How many times longer the context is than in pretraining; 1: no YaRN."""
-  original_context: int = 4096
+  original_context: Length = 4096
   """The context of pretraining, tokens."""
-  beta_fast: float = 32.0
+  beta_fast: Turns = 32.0
   """Dimensions that turn more often than this over it keep their frequency."""
-  beta_slow: float = 1.0
+  beta_slow: Turns = 1.0
   """Dimensions that turn less often than this are slowed by the factor."""
-  mscale: float = 1.0
+  mscale: ranges.Weight = 1.0
   """Numerator of the scale of cos and sin."""
-  mscale_all_dim: float = 1.0
+  mscale_all_dim: ranges.Weight = 1.0
   """Denominator of it; its square scales the softmax."""
 
   def __post_init__(self):
-    ranges.check(self, "yarn.")
+    ranges.check(self)
+    if self.beta_fast <= self.beta_slow:
+      raise ValueError(
+        f"{self.beta_fast=} must be above {self.beta_slow=}: "
+        "what turns faster keeps its frequency."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """The shape of the model. Defaults are what the family shares."""
 
-  vocab_size: ranges.Count
+  vocab_size: Length
   """V."""
-  embed_dim: ranges.Count
+  embed_dim: Width
   """D, the width of the residual stream."""
-  num_layers: ranges.Count
+  num_layers: Number
   """L, without the MTP layer."""
-  num_dense_layers: Annotated[int, ranges.AtLeast(0)]
+  num_dense_layers: ranges.Index
   """How many of them, from the first, have a dense MLP in place of experts."""
 
-  num_heads: ranges.Count
+  num_heads: Number
   """N."""
-  nope_head_dim: ranges.Count
+  nope_head_dim: Width
   """H, width of a query's or key's part without position."""
-  rope_head_dim: ranges.Count
+  rope_head_dim: Width
   """R, width of the part with rotary position."""
-  value_head_dim: ranges.Count
+  value_head_dim: Width
   """U."""
-  q_rank: ranges.Count
+  q_rank: Width
   """Q, rank of the query latent."""
-  kv_rank: ranges.Count
+  kv_rank: Width
   """C, rank of the key/value latent."""
 
-  index_heads: ranges.Count
+  index_heads: Number
   """M, heads of the lightning indexer."""
-  index_head_dim: ranges.Count
+  index_head_dim: Width
   """I, their width, of which the first R are rotated."""
-  top_k: ranges.Count
+  top_k: Length
   """K, keys that sparse attention reads for a query."""
   index_rope_interleaved: bool = False
   """Rotate neighbours (GLM) in place of halves (DeepSeek) in the indexer."""
-  indexer_types: tuple[str, ...] = ()
+  indexer_types: tuple[Literal["full", "shared"], ...] = ()
   """Kind of each layer, without MTP's ("full"); empty: all full. "full" has an
   indexer of its own. "shared" reads the keys that the last full layer before it
   chose (GLM; IndexCache, arXiv 2603.12201): its place in the stacked parameters
   of the indexers and in their cache is there, but unused."""
 
-  dense_ffn_dim: ranges.Count
+  dense_ffn_dim: Width
   """F of the dense MLP."""
-  expert_ffn_dim: ranges.Count
+  expert_ffn_dim: Width
   """F of one expert."""
-  num_experts: ranges.Count
+  num_experts: Number
   """E, routed experts."""
-  experts_per_token: ranges.Count
+  experts_per_token: Number
   """Routed experts that a token goes through."""
-  num_shared_experts: Annotated[int, ranges.AtLeast(0)] = 1
+  num_shared_experts: Annotated[int, ranges.Interval(0, 2**14)] = 1
   """Experts that every token goes through."""
-  expert_groups: ranges.Count = 1
+  expert_groups: Number = 1
   """Groups of experts; a token's come from `groups_per_token` of them."""
-  groups_per_token: ranges.Count = 1
+  groups_per_token: Number = 1
   """See `expert_groups`."""
-  routed_scale: float = 2.5
+  routed_scale: Annotated[float, ranges.Interval(0, 1e3, open="low")] = 2.5
   """Multiplies the routed experts' weights."""
   normalize_expert_weights: bool = True
   """Let a token's expert weights sum to 1 before scaling."""
@@ -95,12 +106,12 @@ class ModelConfig:
   num_mtp_layers: Literal[0, 1] = 0
   """Extra blocks that predict the token after the next."""
 
-  rope_theta: float = 10000.0
+  rope_theta: Annotated[float, ranges.Interval(1, 1e12, open="low")] = 10000.0
   """Base of the rotary frequencies."""
   yarn: YarnConfig = YarnConfig()
-  norm_eps: float = 1e-6
+  norm_eps: Annotated[float, ranges.Interval(1e-12, 1)] = 1e-6
   """Added to variances in RMSNorm; MLA's latents have their own, see there."""
-  init_std: float = 0.02
+  init_std: Annotated[float, ranges.Interval(0, 1e3, open="low")] = 0.02
   """Standard deviation of initial weights."""
 
   dtype: DType = "bfloat16"
@@ -133,10 +144,6 @@ class ModelConfig:
 
   def _check_indexers(self):
     types = self.indexer_types
-    if unknown := [kind for kind in types if kind not in ("full", "shared")]:
-      raise ValueError(
-        f'indexer_types: {unknown[0]!r} must be "full" or "shared".'
-      )
     if types and len(types) != self.num_layers:
       raise ValueError(
         f"indexer_types has {len(types)} entries for {self.num_layers=}: give "
@@ -181,10 +188,17 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-    """Undoes `to_dict`."""
-    yarn = YarnConfig(**values["yarn"])
-    types = tuple(values["indexer_types"])
-    return cls(**values | {"yarn": yarn, "indexer_types": types})
+    """Undoes `to_dict`.
+
+    Raises:
+      ValueError: A field is missing, unknown, or not what it can be.
+    """
+    try:
+      yarn = YarnConfig(**values["yarn"])
+      types = tuple(values["indexer_types"])
+      return cls(**values | {"yarn": yarn, "indexer_types": types})
+    except (KeyError, TypeError) as e:  # of Python's calls, for their keywords
+      raise ValueError(f"These are not a model's fields: {e}.") from e
 
   @property
   def shares_index(self) -> bool:

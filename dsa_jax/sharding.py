@@ -9,14 +9,17 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import jax
 from jax import P
 from jax.experimental import mesh_utils
 import jax.numpy as jnp
 
-type MeshAxes = str | tuple[str, ...] | None
+from dsa_jax import ranges
+
+type MeshAxis = Annotated[str, ranges.Length(1, 64)]
+type MeshAxes = MeshAxis | tuple[MeshAxis, ...] | None
 
 MESH_AXES: Final = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -36,6 +39,9 @@ class ShardingRules:
   vocab: MeshAxes = "tensor"
   experts: MeshAxes = "expert"
   index_heads: MeshAxes = None  # few and small: replicated, which saves a psum
+
+  def __post_init__(self):
+    ranges.check(self)
 
   @property
   def keys(self) -> MeshAxes:

@@ -27,10 +27,12 @@ from train.run import metrics as metrics_lib
 class TrainConfig:
   """A run."""
 
-  run_dir: str
+  run_dir: ranges.Text
   """Where checkpoints, metrics and the config go; one run a folder."""
   model: dsa_jax.ModelConfig
-  stages: tuple[stages_lib.StageConfig, ...]
+  stages: Annotated[
+    tuple[stages_lib.StageConfig, ...], ranges.Length(1, 100, "entries")
+  ]
   optimizer: optimizer_lib.OptimizerConfig
   data: corpus_lib.DataConfig = corpus_lib.DataConfig()
   mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
@@ -40,11 +42,11 @@ class TrainConfig:
   )
   guard: guards.GuardConfig = guards.GuardConfig()
   log: metrics_lib.LogConfig = metrics_lib.LogConfig()
-  init_from: str | None = None
+  init_from: ranges.Text | None = None
   """Begin with the parameters of another run: its folder (the newest checkpoint
   there), or one of its checkpoints, RUN_DIR/checkpoints/STEP. "random" lets a
   stage that continues a model begin with random weights."""
-  seed: Annotated[int, ranges.AtLeast(0)] = 0
+  seed: ranges.Seed = 0
   """Seeds the initial weights, the order of the data, and the samples."""
   resume: bool = False
   """Go on from the newest whole checkpoint in run_dir; begin where there is
@@ -52,20 +54,18 @@ class TrainConfig:
   kernels: bool = True
   """Let ops run as kernels, where there are some for the device and the shapes;
   if not, as plain XLA: to compare with."""
-  compile_only: str | None = None
+  compile_only: ranges.Text | None = None
   """Train nothing: compile the steps for TPUs that need not be here, such as
   v5p:8x8x8 (chips along each side), and say what they would take."""
   check: bool = False
   """Train nothing: try everything short of that, and show it."""
-  profile: str | None = None
+  profile: ranges.Text | None = None
   """Trace these steps, such as 10,13 (the first and the last), for xprof or
   Perfetto, to RUN_DIR/profile."""
   stop_at: ranges.Count | None = None
   """Save and stop after this step, as an interruption would."""
 
   def __post_init__(self):
-    if not self.stages:
-      raise ValueError("stages is empty; a run needs at least one.")
     ranges.check(self)
     self.profile_steps  # noqa: B018  (raises)
     self._check_stages()

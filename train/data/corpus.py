@@ -50,18 +50,20 @@ _BLOCK_TOKENS = 1 << 21
 class DataConfig:
   """Which text to train on, and how."""
 
-  sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+  sources: Annotated[
+    tuple[SourceConfig, ...], ranges.Length(1, 1000, "entries")
+  ] = (SourceConfig(),)
   """Where the text comes from, and in which proportion."""
-  tokenizer: str = "bytes"
+  tokenizer: ranges.Text = "bytes"
   """"bytes", or the path of a tokenizer.json."""
-  heldout_fraction: float = 0.02
+  heldout_fraction: Annotated[float, ranges.Interval(0, 1, open="both")] = 0.02
   """Fraction of each source's documents kept out of training, to evaluate
   on."""
-  max_bad_share: float = 0.0
+  max_bad_share: Annotated[float, ranges.Interval(0, 1, open="high")] = 0.0
   """Share of a source's records that may be bad: not of the kind they should
   be, or not to be read any more. They are left out, and written down in
   RUN_DIR/quarantine. With 0 the first one is an error."""
-  shuffle_seed: Annotated[int, ranges.AtLeast(0)] = 0
+  shuffle_seed: ranges.Seed = 0
   """Another seed, another order of the training documents."""
   shards: ranges.Count = 1
   """Independent streams that the training documents are dealt to; a process
@@ -71,19 +73,13 @@ class DataConfig:
   """Synthetic key-value retrieval, mixed into the training rows."""
 
   def __post_init__(self):
-    ranges.check(self, "data.", DataError)
+    ranges.check(self, DataError)
     names = [source.label for source in self.sources]
-    if not names:
-      raise DataError("data.sources is empty; give at least one.")
     if len(set(names)) < len(names):
       raise DataError(
         f"data.sources have the names {names}, which must differ: set the name"
         " of those that are alike."
       )
-    if not 0 <= self.max_bad_share < 1:
-      raise DataError(f"{self.max_bad_share=} must be at least 0 and below 1.")
-    if not 0 < self.heldout_fraction < 1:
-      raise DataError(f"{self.heldout_fraction=} must lie between 0 and 1.")
 
 
 class Corpus:

@@ -33,17 +33,17 @@ class RetrievalConfig:
 
   fraction: ranges.Fraction = 0.0
   """Fraction of the training rows that hold pairs and questions for them."""
-  key_letters: Annotated[int, ranges.Between(1, 12)] = 4  # 26^12 fits 64 bits
+  key_letters: Annotated[int, ranges.Interval(1, 12)] = 4  # 26^12 fits 64 bits
   """Letters of a key, random; the keys of a document are distinct."""
-  value_digits: ranges.Count = 4
+  value_digits: Annotated[int, ranges.Interval(1, 1000)] = 4
   """Digits of a value, random."""
-  min_tokens: ranges.Count = 64
+  min_tokens: Annotated[int, ranges.Interval(1, 2**24)] = 64
   """Length of the shortest document; the longest fills a row."""
-  eval_rows: ranges.Count = 32
+  eval_rows: Annotated[int, ranges.Interval(1, 2**20)] = 32
   """Rows to evaluate on at each length; full batches, so maybe a few more."""
 
   def __post_init__(self):
-    ranges.check(self, "data.retrieval.", documents_lib.DataError)
+    ranges.check(self, documents_lib.DataError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

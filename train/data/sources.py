@@ -2,11 +2,12 @@
 
 import dataclasses
 import glob
-import math
 import os
 import pathlib
 import time
+from typing import Annotated
 
+from dsa_jax import ranges
 from train.data import documents as documents_lib
 from train.data import formats
 from train.data import quarantine as quarantine_lib
@@ -22,25 +23,22 @@ _PAUSES = (0.1, 0.5, 2.0)  # seconds
 class SourceConfig:
   """Where documents come from, and how much of the training they are."""
 
-  path: str = "stdlib"
+  path: Annotated[str, ranges.Length(1, 2**16)] = "stdlib"
   """"stdlib" (the source code of Python's standard library); globs with commas
   between them, of text files, *.jsonl, *.parquet, and *.array_record (whose
   records are JSON objects, like the lines of *.jsonl); or a Hugging Face
   dataset, hf:NAME?OPTION=VALUE&..., such as hf:allenai/c4?name=en&split=train
   (options: name, split, revision, data_dir, data_files)."""
-  weight: float = 1.0
-  """Its share of the training tokens, beside the other sources' weights."""
-  text_field: str = "text"
+  weight: ranges.Positive = 1.0
+  """Its share of the training tokens, beside the other sources' weights; to
+  leave a source out, remove it."""
+  text_field: ranges.Text = "text"
   """Field (JSON) or column (Parquet, Hugging Face) that holds the text."""
-  name: str | None = None
+  name: ranges.Text | None = None
   """The name in logs; None derives it from the path."""
 
   def __post_init__(self):
-    if not 0 < self.weight < math.inf:
-      raise DataError(
-        f"{self.weight=} of source {self.path!r} must be above 0 and finite; to"
-        " leave a source out, remove it."
-      )
+    ranges.check(self, DataError)
 
   @property
   def label(self) -> str:

@@ -2,30 +2,33 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Annotated
 
 import jax
 
 from dsa_jax import ranges
 from dsa_jax import sharding
 
+type Devices = Annotated[int, ranges.Interval(1, 2**20)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """Devices along each axis of the mesh; their product is what is used."""
 
-  data: ranges.Count = 1
+  data: Devices = 1
   """Copies of the model."""
-  fsdp: ranges.Count = 1
+  fsdp: Devices = 1
   """Devices that share each copy's weights."""
-  expert: ranges.Count = 1
+  expert: Devices = 1
   """Devices that share the experts, and exchange tokens."""
-  context: ranges.Count = 1
+  context: Devices = 1
   """Devices that share a sequence."""
-  tensor: ranges.Count = 1
+  tensor: Devices = 1
   """Devices that share heads, ffn and vocabulary."""
 
   def __post_init__(self):
-    ranges.check(self, "mesh.")
+    ranges.check(self)
 
   def make(
     self, devices: Sequence[jax.Device] | None = None

@@ -27,6 +27,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dsa_jax import ranges
+
 # A process that says nothing for so long is dead; the others end as well.
 _SILENCE_SECONDS = 30
 # The others are waited for as long as they are alive: they may be compiling.
@@ -46,14 +48,15 @@ class DistributedConfig:
 
   auto: bool = False
   """Find them as JAX does: on TPU pods, under Slurm, Open MPI or Kubernetes."""
-  coordinator: str | None = None
+  coordinator: ranges.Text | None = None
   """Address of the first process, HOST:PORT, in place of `auto`."""
-  processes: int | None = None
+  processes: ranges.Count | None = None
   """How many there are; with `coordinator`."""
-  process: int | None = None
+  process: ranges.Index | None = None
   """The number of this one, from 0; with `coordinator`."""
 
   def __post_init__(self):
+    ranges.check(self)
     given = [self.coordinator, self.processes, self.process]
     if self.auto and any(x is not None for x in given):
       raise ValueError(
@@ -66,10 +69,8 @@ class DistributedConfig:
         "together: give all three, or distributed.auto alone."
       )
     if self.processes is not None and self.process is not None:
-      if not 0 <= self.process < self.processes:
-        raise ValueError(
-          f"{self.process=} must be at least 0 and below {self.processes=}."
-        )
+      if self.process >= self.processes:
+        raise ValueError(f"{self.process=} must be below {self.processes=}.")
 
 
 def configure_platform(devices: pathlib.Path = pathlib.Path("/dev")) -> None:

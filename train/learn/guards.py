@@ -34,9 +34,9 @@ class GuardConfig:
   patience: ranges.Count = 10
   """After so many skipped steps in a row, the run goes back to the checkpoint
   before them, and past the data that they saw."""
-  rollbacks: Annotated[int, ranges.AtLeast(0)] = 3
+  rollbacks: ranges.Index = 3
   """It ends where it would have to go back once more."""
-  kl_factor: Annotated[float, ranges.Above(1)] = 3.0
+  kl_factor: Annotated[float, ranges.Interval(1, 1e9, open="low")] = 3.0
   """An alarm is logged where the indexer's KL is above so many times its lowest
   of the stage."""
   stall_seconds: ranges.Positive = 1800.0
@@ -44,7 +44,7 @@ class GuardConfig:
   with exit code 75, to be started again."""
 
   def __post_init__(self):
-    ranges.check(self, "guard.")
+    ranges.check(self)
 
 
 @jax.tree_util.register_dataclass

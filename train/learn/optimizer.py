@@ -1,7 +1,7 @@
 """AdamW for the model and the indexer, each with its own rate and clipping."""
 
 import dataclasses
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from flax import nnx
 import jax
@@ -11,6 +11,9 @@ import optax
 from dsa_jax import ranges
 from train.learn import stages as stages_lib
 
+type Rate = Annotated[float, ranges.Interval(0, 1000, open="low")]
+type Memory = Annotated[float, ranges.Interval(0, 1, open="high")]
+
 _UNDECAYED: Final = ("scale_D", "bias_D")  # of norms
 
 
@@ -18,9 +21,9 @@ _UNDECAYED: Final = ("scale_D", "bias_D")  # of norms
 class OptimizerConfig:
   """AdamW with clipping, and a warm-up, constant, cosine schedule a stage."""
 
-  peak_lr: ranges.Positive
+  peak_lr: Rate
   """Learning rate of the model between warm-up and decay."""
-  indexer_lr: ranges.Positive = 1e-3
+  indexer_lr: Rate = 1e-3
   """The same of the indexer."""
   warmup: ranges.Fraction = 0.05
   """Fraction of a stage's steps in which the rate rises from 0."""
@@ -28,10 +31,13 @@ class OptimizerConfig:
   """Fraction of them, at the end, in which it falls."""
   final: ranges.Fraction = 0.1
   """Where it falls to, as a fraction of the peak."""
-  beta1: float = 0.9
-  beta2: float = 0.95
-  epsilon: ranges.Positive = 1e-8
-  weight_decay: float = 0.1
+  beta1: Memory = 0.9
+  """Share of the gradient's mean that a step keeps."""
+  beta2: Memory = 0.95
+  """The same of the mean of its square."""
+  epsilon: Annotated[float, ranges.Interval(0, 1, open="low")] = 1e-8
+  """Added to the root of that mean."""
+  weight_decay: Annotated[float, ranges.Interval(0, 100)] = 0.1
   """Decay of matrices; norms are not decayed."""
   moments: Literal["float32", "bfloat16"] = "float32"
   """Storage type of both moments; DeepSeek-V3 used bfloat16."""

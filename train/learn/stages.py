@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 import dataclasses
 import itertools
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import dsa_jax
 from dsa_jax import flops
 from dsa_jax import ranges
+
+_MOST_TOKENS: Final = 2**30  # of a step; they are counted in int32
 
 type Kind = Literal["pretrain", "extend", "warmup", "sparse"]
 
@@ -23,21 +25,21 @@ class StageConfig:
   its language loss, the indexer by its KL."""
   steps: ranges.Count
   """Optimizer steps."""
-  seq_len: Annotated[int, ranges.AtLeast(4)]
+  seq_len: Annotated[int, ranges.Interval(4, 2**24)]
   """T, tokens of a sequence."""
-  batch_size: ranges.Count
+  batch_size: Annotated[int, ranges.Interval(1, 2**20)]
   """Sequences of a step, over all devices."""
   microbatches: ranges.Count = 1
   """Parts that a step's batch is computed in, one after the other."""
-  lr_scale: ranges.NonNegative = 1.0
+  lr_scale: ranges.Weight = 1.0
   """Multiplies optimizer.peak_lr."""
-  indexer_lr_scale: ranges.NonNegative = 1.0
+  indexer_lr_scale: ranges.Weight = 1.0
   """Multiplies optimizer.indexer_lr."""
-  mtp_weight: ranges.NonNegative = 0.3
+  mtp_weight: ranges.Weight = 0.3
   """Weight of the MTP loss."""
-  balance_weight: ranges.NonNegative = 1e-4
+  balance_weight: ranges.Weight = 1e-4
   """Weight of the sequence-wise balance loss."""
-  router_bias_rate: ranges.NonNegative = 1e-3
+  router_bias_rate: ranges.Weight = 1e-3
   """How far a step moves the routers' biases toward balance."""
 
   def __post_init__(self):
@@ -45,6 +47,12 @@ class StageConfig:
     if self.batch_size % self.microbatches:
       raise ValueError(
         f"{self.batch_size=} must be a multiple of {self.microbatches=}."
+      )
+    if self.tokens_per_step > _MOST_TOKENS:
+      raise ValueError(
+        f"{self.batch_size=} x {self.seq_len=} are "
+        f"{self.tokens_per_step} tokens a step, more than {_MOST_TOKENS}: "
+        "lower one of them."
       )
 
   @property

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import time
-from typing import Annotated, Any, Final
+from typing import Any, Final
 import zlib
 
 import jax
@@ -54,12 +54,12 @@ class CheckpointConfig:
   """How many of the newest stay, besides."""
   keep_every: ranges.Count | None = None
   """Those of every so many-th step stay, too."""
-  keep_best: Annotated[int, ranges.AtLeast(0)] = 0
+  keep_best: ranges.Index = 0
   """So many stay that lost least on held-out text, of those saved right after
   an evaluation."""
 
   def __post_init__(self):
-    ranges.check(self, "checkpoint.")
+    ranges.check(self)
 
 
 class Checkpoints:

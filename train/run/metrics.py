@@ -7,7 +7,7 @@ import math
 import pathlib
 import secrets
 import sys
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import jax
 import tensorboardX
@@ -31,21 +31,19 @@ class LogConfig:
   """Batches of an evaluation."""
   sample_every: ranges.Count = 1000
   """Steps between samples of text; also at the end of the run."""
-  sample_prompt: str = "def "
+  sample_prompt: ranges.Text = "def "
   """Prompt of the samples."""
-  sample_tokens: ranges.Count = 128
+  sample_tokens: Annotated[int, ranges.Interval(1, 2**16)] = 128
   """Tokens of a sample."""
-  sample_temperature: ranges.NonNegative = 0.7
+  sample_temperature: Annotated[float, ranges.Interval(0, 100)] = 0.7
   """0 takes the likeliest token each time."""
   tensorboard: bool = False
   """Also write TensorBoard events, to RUN_DIR/tensorboard."""
-  wandb: str | None = None
+  wandb: ranges.Text | None = None
   """Also send them to this project at Weights & Biases."""
 
   def __post_init__(self):
-    ranges.check(self, "log.")
-    if not self.sample_prompt:
-      raise ValueError("sample_prompt is empty; give at least one character.")
+    ranges.check(self)
 
 
 def peak_flops(device: jax.Device) -> float | None:
