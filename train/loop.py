@@ -17,6 +17,7 @@ from train import stage as stage_lib
 from train.data import corpus as corpus_lib
 from train.host import processes
 from train.host import watchdog as watchdog_lib
+from train.learn import batches as batches_lib
 from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 from train.run import checkpoint as checkpoint_lib
@@ -179,6 +180,7 @@ class Run:
           "anew with another --run-dir."
         )
       state, found = restored
+      batches_lib.compare(self.corpus, found.progress.data)
       self.position.step, self.position.progress = found.step, found.progress
       newer = [step for step in steps if step > self.step]
       self.checkpoints.set_aside(newer, "broken")

@@ -31,9 +31,11 @@ import numpy as np
 from dsa_jax import ranges
 from dsa_jax.chat import tokenizer as tokenizer_lib
 from train.data import documents as documents_lib
+from train.data import manifest as manifest_lib
 from train.data import retrieval as retrieval_lib
 from train.data import sources as sources_lib
 from train.data import stream as stream_lib
+from train.host import processes
 
 DataError = documents_lib.DataError
 SourceConfig = sources_lib.SourceConfig
@@ -59,6 +61,9 @@ class DataConfig:
   heldout_fraction: Annotated[float, ranges.Interval(0, 1, open="both")] = 0.02
   """Fraction of each source's documents kept out of training, to evaluate
   on."""
+  allow_changed: bool = False
+  """Go on with other data than those that a checkpoint was saved with. Other
+  batches than before then come, and what was held out may be trained on."""
   max_bad_share: Annotated[float, ranges.Interval(0, 1, open="high")] = 0.0
   """Share of a source's records that may be bad: not of the kind they should
   be, or not to be read any more. They are left out, and written down in
@@ -110,10 +115,11 @@ class Corpus:
     self.tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
     self.sources = tuple(
       sources_lib.Source(
-        source, config.heldout_fraction, config.max_bad_share, quarantine
+        source, i, config.heldout_fraction, config.max_bad_share, quarantine
       )
-      for source in config.sources
+      for i, source in enumerate(config.sources)
     )
+    self._told = False  # that the data have changed
     self._num_bytes = sum(source.num_bytes for source in self.sources)
     self._planter = retrieval_lib.Planter(config.retrieval, self.tokenizer)
 
@@ -140,6 +146,51 @@ class Corpus:
   def bad_records(self) -> dict[str, int]:
     """How many records of each source this process has found to be bad."""
     return {source.name: source.quarantine.count for source in self.sources}
+
+  @property
+  def allows_changes(self) -> bool:
+    """Whether other data than a checkpoint's may be gone on with."""
+    return self._config.allow_changed
+
+  def manifest(self) -> State:
+    """What the sources hold, as JSON can hold it; see `manifest.py`."""
+    return {
+      source.name: manifest_lib.to_json(source.marks) for source in self.sources
+    }
+
+  def compare(self, saved: State | None) -> None:
+    """Compares the data with a saved manifest; None says that there is none.
+
+    Raises:
+      DataError: they differ, and `allow_changed` is off.
+    """
+    changed = self._changes(saved)
+    if not changed or self._told:
+      return
+    if not self._config.allow_changed:
+      raise DataError(
+        f"The data are not those of the checkpoint: {'; '.join(changed)}."
+        " Restore with the same settings and data; or go on with"
+        " --data.allow-changed: other batches then come, and what was held out"
+        " may be trained on."
+      )
+    self._told = True
+    processes.say(
+      f"CHANGED  the data are not those of the checkpoint: {'; '.join(changed)}"
+    )
+
+  def _changes(self, saved: State | None) -> list[str]:
+    if saved is None:
+      return ["it is of a version that does not say which data it has seen"]
+    return [
+      f"source {source.name!r}: {', '.join(found)}"
+      for source in self.sources
+      if (
+        found := manifest_lib.differences(
+          manifest_lib.from_json(saved.get(source.name, [])), source.marks
+        )
+      )
+    ]
 
   @property
   def trains_retrieval(self) -> bool:
@@ -185,7 +236,9 @@ class Corpus:
       )
       streams.append(stream)
     mixture = self._mixture(streams)
-    return _ShuffledBatches(mixture, self._planter, rows, seq_len, batch_size)
+    return _ShuffledBatches(
+      self, mixture, self._planter, rows, seq_len, batch_size
+    )
 
   def check_sizes(self, seq_len: int, batch_size: int) -> int:
     """Returns the rows of a block of `batches` of this size.
@@ -294,13 +347,15 @@ class _ShuffledBatches(grain.DatasetIterator):
 
   The state is the place in each source's stream where the block begins, and how
   many of its rows are dealt. A block is always made from the places and its
-  number alone, so a restored iterator cannot differ.
+  number alone, so a restored iterator cannot differ. That of the first shard
+  has the manifest of the data, too.
   """
 
   _block: Batch | None
 
   def __init__(
     self,
+    corpus: Corpus,
     mixture: stream_lib.Mixture,
     planter: retrieval_lib.Planter,
     rows: int,
@@ -308,6 +363,7 @@ class _ShuffledBatches(grain.DatasetIterator):
     batch_size: int,
   ):
     super().__init__()
+    self._corpus = corpus
     self._rows, self._batch_size = rows, batch_size
     self._seeds = mixture.seeds
     self._make = functools.partial(_make_block, mixture, planter, rows, seq_len)
@@ -328,10 +384,14 @@ class _ShuffledBatches(grain.DatasetIterator):
       retrieval: State = dataclasses.asdict(planter.config)
       del retrieval["eval_rows"]  # may change: no training row hangs on it
       self._settings["retrieval"] = retrieval
-    places = [stream_lib.START] * len(mixture.streams)
-    self.set_state(
-      dict(places=places, block=0, dealt=0, settings=self._settings)
+    self._manifest: State = (
+      {} if first.shard else dict(manifest=corpus.manifest())
     )
+    places = [stream_lib.START] * len(mixture.streams)
+    start: State = dict(
+      places=places, block=0, dealt=0, settings=self._settings
+    )
+    self.set_state(start | self._manifest)
 
   def __next__(self) -> Batch:
     state = self._state
@@ -354,11 +414,15 @@ class _ShuffledBatches(grain.DatasetIterator):
     return dict(self._state)
 
   def set_state(self, state: State) -> None:
+    if self._manifest:
+      self._corpus.compare(state.get("manifest"))
     saved, own = state["settings"], self._settings
+    hang_on_data = ("documents", "block_rows")
+    may_differ = hang_on_data if self._corpus.allows_changes else ()
     changed = [
       f"{name} is {own.get(name)}, was {saved.get(name)}"
       for name in sorted(saved | own)
-      if own.get(name) != saved.get(name)
+      if own.get(name) != saved.get(name) and name not in may_differ
     ]
     if changed:
       raise DataError(
@@ -366,7 +430,9 @@ class _ShuffledBatches(grain.DatasetIterator):
         " Restore with the same settings and data, or begin anew by not"
         " restoring the data iterator."
       )
-    self._state = dict(state)
+    self._state: State = state | dict(settings=own) | self._manifest
+    if saved["block_rows"] != own["block_rows"]:
+      self._state["dealt"] = 0  # it is another block that begins there
     self._block = None
     self._ahead = self._thread.submit(
       self._make, state["places"], state["block"]

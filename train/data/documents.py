@@ -7,7 +7,12 @@ from typing import Protocol, runtime_checkable
 import zlib
 
 import grain
+from jaxtyping import UInt32
 import numpy as np
+
+from train.data import manifest
+
+_LOOKED_AT = 1000  # documents, for one that has text
 
 type Texts = grain.sources.RandomAccessDataSource[str]
 
@@ -61,9 +66,16 @@ class Documents:
 
   Attributes:
     num_bytes: size of the files, as they are on disk.
+    marks: what they are known by, see `manifest.py`.
   """
 
-  def __init__(self, files: Sequence[File], num_bytes: int):
+  def __init__(
+    self,
+    files: Sequence[File],
+    num_bytes: int,
+    marks: Sequence[manifest.Mark],
+  ):
+    self.marks = tuple(marks)
     self._files = files
     self._ends = list(itertools.accumulate(map(len, files)))
     self.num_bytes = num_bytes
@@ -101,6 +113,13 @@ class Subset:
     return self._documents[int(self._indices[index])]
 
 
+def has_text(documents: Texts) -> bool:
+  """Whether some document is not empty; of very many, some are looked at."""
+  count = len(documents)
+  places = np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)
+  return any(documents[int(place)] for place in places)
+
+
 def split(documents: Texts, fraction: float) -> tuple[Subset, Subset]:
   """Returns the documents to train on, and the `fraction` to hold out.
 
@@ -115,16 +134,36 @@ def split(documents: Texts, fraction: float) -> tuple[Subset, Subset]:
       f"{len(documents)} document is too few: it takes one to train on and one"
       " to hold out. Cut it into several files, or into JSON lines."
     )
-  hashes = (zlib.crc32(str(i).encode()) for i in range(len(documents)))
-  hashes = np.fromiter(hashes, np.uint32, len(documents))
+  hashes = _hashes(len(documents))
   held = hashes < fraction * 2**32
   held[hashes.argmin()], held[hashes.argmax()] = True, False
   sides = [Subset(documents, np.flatnonzero(side)) for side in (~held, held)]
   for side in sides:
     # Parquet may hold empty rows; with nothing else, packing would never end.
-    if not any(side[i] for i in range(len(side))):
+    if not has_text(side):
+      looked = min(len(side), _LOOKED_AT)
       raise DataError(
         f"{len(side)} of {len(documents)} documents make one side of the"
-        " held-out split and are all empty; remove the empty ones."
+        f" held-out split, and the {looked} looked at are all empty; remove the"
+        " empty ones."
       )
   return sides[0], sides[1]
+
+
+def _hashes(count: int) -> UInt32[np.ndarray, " N"]:
+  """Returns the CRC-32 of each number below `count`, as text."""
+  ones = 2**32 - 1
+  table = [zlib.crc32(bytes([byte]), ones) ^ ones for byte in range(256)]
+  table = np.array(table, np.uint32)
+
+  def append(states, digits):
+    bytes_ = np.tile(np.arange(10 - digits, 10, dtype=np.uint32) + ord("0"), len(states))
+    states = np.repeat(states, digits)
+    return table[(states ^ bytes_) & 255] ^ states >> 8
+
+  # Of all numbers of so many digits: each goes on from its first ones.
+  start = np.array([ones], np.uint32)
+  parts = [append(start, 10)[:1], append(start, 9)]
+  while sum(map(len, parts)) < count:
+    parts.append(append(parts[-1], 10))
+  return ~np.concatenate(parts)[:count]

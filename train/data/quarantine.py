@@ -21,7 +21,8 @@ class Quarantine:
     at      see `BadRecord`
     why     what is wrong with it
     head    its first bytes, those that are not UTF-8 as \\xNN
-  A run that goes on does not write again what the folder holds already.
+  A run that goes on does not write again what the folder holds already. What
+  cannot be written waits for the next bad record, and ends no run.
 
   Threads may share it. Memory: a few hundred bytes a bad record.
 
@@ -49,6 +50,7 @@ class Quarantine:
     self._waiting: list[tuple[tuple[str, int], str]] = []  # place and line
     self._written: set[tuple[str, int]] = set()
     self._begun = False
+    self._told = False  # that something cannot be written
     self._lock = threading.Lock()
 
   def add(self, bad: documents_lib.BadRecord) -> None:
@@ -95,13 +97,14 @@ class Quarantine:
       self._written = _places(self._folder, self._source)
       if processes.is_first():
         self._write()
-      self._waiting.clear()
+      else:
+        self._waiting.clear()
 
   def _check(self) -> None:
     if self._records is None or self.count <= self._max_share * self._records:
       return
     listed = ""
-    if self._begun and self._folder:
+    if self._begun and self._folder and not self._waiting:
       listed = f" All are listed in {self._folder}."
     raise documents_lib.DataError(
       f"Source {self._source!r}: {self.count} of {self._records} records are"
@@ -125,25 +128,38 @@ class Quarantine:
     lines = [
       line for place, line in self._waiting if place not in self._written
     ]
+    if self._folder is not None and lines:
+      file = self._folder / f"{jax.process_index()}.jsonl"
+      try:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as out:
+          # The line break comes first: a line may be torn where a machine died.
+          out.write("".join("\n" + line for line in lines))
+      except OSError as e:
+        if not self._told:
+          processes.say(
+            f"ERROR: bad records of source {self._source!r} cannot be written"
+            f" to {file} ({e}); they are left out all the same, and written"
+            " with the next one that can be."
+          )
+        self._told = True
+        return
     self._waiting.clear()
-    if self._folder is None or not lines:
-      return
-    self._folder.mkdir(parents=True, exist_ok=True)
-    file = self._folder / f"{jax.process_index()}.jsonl"
-    with file.open("a", encoding="utf-8") as out:
-      # The line break comes first: a line may be torn where a machine died.
-      out.write("".join("\n" + line for line in lines))
 
 
 def _places(folder: pathlib.Path, source: str) -> set[tuple[str, int]]:
   """Returns file and place of the records of a source that are in `folder`."""
   places = set()
   for file in folder.glob("*.jsonl"):
-    for line in file.read_text(encoding="utf-8").split("\n"):
+    try:
+      lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+      continue  # what it holds may be written again
+    for line in lines:
       try:
         record = json.loads(line)
-      except json.JSONDecodeError:
+        if record["source"] == source:
+          places.add((record["file"], record["at"]))
+      except (ValueError, TypeError, KeyError):
         continue  # empty, or torn
-      if record["source"] == source:
-        places.add((record["file"], record["at"]))
   return places

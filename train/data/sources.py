@@ -8,9 +8,14 @@ import time
 from typing import Annotated
 
 from dsa_jax import ranges
+from train.data import content as content_lib
 from train.data import documents as documents_lib
 from train.data import formats
+from train.data import hub
+from train.data import manifest
+from train.data import paths as paths_lib
 from train.data import quarantine as quarantine_lib
+from train.data import records
 
 DataError = documents_lib.DataError
 
@@ -25,10 +30,12 @@ class SourceConfig:
 
   path: Annotated[str, ranges.Length(1, 2**16)] = "stdlib"
   """"stdlib" (the source code of Python's standard library); globs with commas
-  between them, of text files, *.jsonl, *.parquet, and *.array_record (whose
-  records are JSON objects, like the lines of *.jsonl); or a Hugging Face
-  dataset, hf:NAME?OPTION=VALUE&..., such as hf:allenai/c4?name=en&split=train
-  (options: name, split, revision, data_dir, data_files)."""
+  between them, of text files, *.jsonl, *.ndjson, *.json (an array of objects,
+  or JSON lines), *.parquet, and *.array_record (whose records are JSON objects,
+  like the lines of *.jsonl), compressed or not (*.gz, *.zst, *.bz2, *.xz); or a
+  Hugging Face dataset, hf:NAME?OPTION=VALUE&..., such as
+  hf:allenai/c4?name=en&split=train (options: name, split, revision, data_dir,
+  data_files)."""
   weight: ranges.Positive = 1.0
   """Its share of the training tokens, beside the other sources' weights; to
   leave a source out, remove it."""
@@ -64,6 +71,7 @@ class Source:
     train: the documents to train on. One that cannot be read any more is empty.
     heldout: the others, see `documents.split`.
     quarantine: its bad records.
+    marks: what its files are known by, see `manifest.py`.
   """
 
   name: str
@@ -72,10 +80,12 @@ class Source:
   train: documents_lib.Subset
   heldout: documents_lib.Subset
   quarantine: quarantine_lib.Quarantine
+  marks: list[manifest.Mark]
 
   def __init__(
     self,
     config: SourceConfig,
+    number: int,
     heldout_fraction: float,
     max_bad_share: float,
     folder: pathlib.Path | None,
@@ -84,6 +94,7 @@ class Source:
 
     Args:
       config: the source.
+      number: its place in the config.
       heldout_fraction: see `documents.split`.
       max_bad_share: share of its records that may be bad.
       folder: see `Quarantine`.
@@ -96,9 +107,10 @@ class Source:
     self.quarantine = quarantine_lib.Quarantine(
       self.name, max_bad_share, folder
     )
-    documents = open_documents(config, self.quarantine.add)
+    documents = open_documents(config, self.quarantine.add, number)
     self.quarantine.opened(len(documents))
     self.num_bytes = documents.num_bytes
+    self.marks = manifest.condense(documents.marks)
     reader = _Reader(documents, self.quarantine)
     self.train, self.heldout = documents_lib.split(reader, heldout_fraction)
 
@@ -138,6 +150,9 @@ class _Reader:
     while True:
       try:
         text = self._documents[index]
+      except documents_lib.BadRecord as e:
+        error = e  # it is read, and will be as bad
+        break
       except Exception as e:  # who knows what all the readers raise
         error = e
       else:
@@ -161,13 +176,14 @@ class _Reader:
 
 
 def open_documents(
-  config: SourceConfig, reject: formats.Reject
+  config: SourceConfig, reject: formats.Reject, number: int = 0
 ) -> documents_lib.Documents:
   """Opens and checks the files, or the dataset, of a source.
 
   Args:
     config: the source.
     reject: is given every bad record. It returns to have it an empty document.
+    number: the source's place in the config.
 
   Returns:
     The documents that are not empty, in the order of their files' paths.
@@ -177,50 +193,53 @@ def open_documents(
     DataError: nothing matches, a package is missing, all files are empty, or
       what `reject` raises.
   """
+  field = records.Field(
+    config.text_field, f"--data.sources.{number}.text-field"
+  )
   if config.path.startswith("hf:"):
-    dataset = formats.HubDataset(config.path, config.text_field)
-    return documents_lib.Documents([dataset], dataset.num_bytes)
+    dataset = hub.HubDataset(config.path, field)
+    return documents_lib.Documents([dataset], dataset.num_bytes, [dataset.mark])
   is_stdlib = config.path == "stdlib"
-  paths = _stdlib_paths() if is_stdlib else _glob(config.path)
+  if is_stdlib:
+    paths, root = _stdlib_paths(), os.path.dirname(os.__file__)
+  else:
+    paths, root = paths_lib.find(config.path)
   files: list[documents_lib.File] = []
-  num_bytes = 0
+  marks: list[manifest.Mark] = []
+  num_bytes, spool = 0, content_lib.Spool()
   for path in paths:
     try:
-      files += formats.open_file(
-        path, config.text_field, _raise if is_stdlib else reject
+      opened = formats.open_file(
+        pathlib.Path(path), field, _raise if is_stdlib else reject, spool
       )
-      num_bytes += path.stat().st_size
     except documents_lib.BadRecord:
       if not is_stdlib:
-        raise  # of Python's own files, a few are Latin-1
-  files = [file for file in files if len(file)]
+        raise
+      continue  # of Python's own files, a few are Latin-1
+    files += [file for file in opened.files if len(file)]
+    name = os.path.relpath(path, root)
+    marks.append(dataclasses.replace(opened.mark, name=name))
+    num_bytes += _size(path)
   if not files:
     raise DataError(
       f"{config.path!r} matches {len(paths)} files, all of them empty; point it"
       " at files that hold text."
     )
-  return documents_lib.Documents(files, num_bytes)
+  return documents_lib.Documents(files, num_bytes, marks)
+
+
+def _size(path: str) -> int:
+  try:
+    return os.path.getsize(path)
+  except OSError:  # gone, which its reader has told
+    return 0
 
 
 def _raise(bad: documents_lib.BadRecord) -> None:
   raise bad
 
 
-def _glob(source: str) -> list[pathlib.Path]:
-  paths = set()
-  for pattern in source.split(","):
-    pattern = os.path.expanduser(pattern.strip())
-    found = {p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)}
-    if not found:
-      raise DataError(
-        f"{pattern!r} of {source=} matches no file in {os.getcwd()}; give"
-        " 'stdlib', globs such as 'books/**/*.txt,web/*.jsonl', or 'hf:NAME'."
-      )
-    paths |= found
-  return [pathlib.Path(path) for path in sorted(paths)]
-
-
-def _stdlib_paths() -> list[pathlib.Path]:
+def _stdlib_paths() -> list[str]:
   # The tests are left out: they are as long as the library, and odd on purpose.
   # So are the encodings, which are tables of characters.
   skipped = {"site-packages", "dist-packages", "encodings"}
@@ -229,4 +248,4 @@ def _stdlib_paths() -> list[pathlib.Path]:
   for folder, folders, names in os.walk(os.path.dirname(os.__file__)):
     folders[:] = [name for name in folders if name not in skipped]
     paths += [pathlib.Path(folder, name) for name in names]
-  return sorted(path for path in paths if path.suffix == ".py")
+  return [str(path) for path in sorted(paths) if path.suffix == ".py"]

@@ -97,7 +97,7 @@ def pack(stream: Stream, block: Batch, place: State) -> State:
         n, used = n + 1, 0
         empty = 0 if len(ids) else empty + 1
       count = len(stream.texts)
-      if empty >= count and not any(stream.texts[i] for i in range(count)):
+      if empty >= count and not documents_lib.has_text(stream.texts):
         raise documents_lib.DataError(
           f"None of {count} documents can be read any more; see"
           " what became of their files."

@@ -3,6 +3,8 @@
 Letters: A microbatches, B sequences of a step, T tokens.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -88,6 +90,18 @@ class Batches:
   def close(self) -> None:
     for rows in self._shards.values():
       rows.close()
+
+
+def compare(corpus: corpus_lib.Corpus, state: dict[str, Any]) -> None:
+  """Compares the data with those that `Batches.get_state` was called on.
+
+  In whatever stage that was: the places in it may mean nothing to this one.
+
+  Raises:
+    DataError: They have changed, see `Corpus.compare`.
+  """
+  if state:
+    corpus.compare(state["0"].get("manifest"))
 
 
 def put_rows(x: np.ndarray, rules: sharding.ShardingRules) -> jax.Array:

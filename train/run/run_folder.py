@@ -16,6 +16,7 @@ _FREE = (
   "kernels",
   "checkpoint",
   "data.max_bad_share",
+  "data.allow_changed",
   "guard",
   "log",
   "resume",
