@@ -9,10 +9,9 @@ import io
 import lzma
 import os
 import pathlib
-import shutil
 import stat
 import tempfile
-from typing import Any, BinaryIO
+from typing import Any
 import weakref
 import zlib
 
@@ -42,7 +41,7 @@ class Content:
   spool: "Spool | None" = None
   span: tuple[int, int] = (0, 0)
 
-  def open(self) -> BinaryIO:
+  def open(self) -> io.BufferedReader:
     """Returns a reader of its own: threads may have one each."""
     if self.spool is None:
       return self.path.open("rb")
@@ -58,7 +57,7 @@ class Spool:
   """
 
   def __init__(self):
-    self._file: BinaryIO | None = None
+    self._file: io.BufferedRandom | None = None
 
   def fileno(self) -> int:
     assert self._file is not None
@@ -146,15 +145,9 @@ def _reader(path: pathlib.Path) -> Any:
 
 
 def _no_room(path: pathlib.Path, why: OSError) -> str:
-  folder = tempfile.tempdir or "the folder TMPDIR"
-  free = ""
-  if tempfile.tempdir:
-    free = (
-      f", which has {shutil.disk_usage(tempfile.tempdir).free:,} bytes left"
-    )
   return (
-    f"{path} cannot be unpacked to {folder}{free} ({why}): set TMPDIR to a"
-    " folder with room for all that is compressed, or unpack it where it is."
+    f"{path} cannot be unpacked ({why}): set TMPDIR to a folder with room for"
+    " all that is compressed, or unpack it where it is."
   )
 
 

@@ -155,15 +155,16 @@ def _hashes(count: int) -> UInt32[np.ndarray, " N"]:
   ones = 2**32 - 1
   table = [zlib.crc32(bytes([byte]), ones) ^ ones for byte in range(256)]
   table = np.array(table, np.uint32)
+  digits = np.frombuffer(b"0123456789", np.uint8)
 
   def append(states, digits):
-    bytes_ = np.tile(np.arange(10 - digits, 10, dtype=np.uint32) + ord("0"), len(states))
-    states = np.repeat(states, digits)
-    return table[(states ^ bytes_) & 255] ^ states >> 8
+    bytes_ = np.tile(digits, len(states))
+    states = np.repeat(states, len(digits))
+    return table[states.astype(np.uint8) ^ bytes_] ^ states >> 8
 
   # Of all numbers of so many digits: each goes on from its first ones.
   start = np.array([ones], np.uint32)
-  parts = [append(start, 10)[:1], append(start, 9)]
-  while sum(map(len, parts)) < count:
-    parts.append(append(parts[-1], 10))
+  parts = [append(start, digits[:1]), append(start, digits[1:])]
+  while (left := count - sum(map(len, parts))) > 0:
+    parts.append(append(parts[-1][: -(-left // 10)], digits))
   return ~np.concatenate(parts)[:count]

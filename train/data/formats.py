@@ -10,8 +10,8 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
 import functools
+import io
 import pathlib
-from typing import BinaryIO
 
 import grain
 
@@ -240,11 +240,11 @@ class _JsonRecords:
     offset = self._offsets[index]
     return self._file, max(offset, -1 - offset)
 
-  def _scan(self, file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
+  def _scan(self, file: io.BufferedReader) -> Iterator[tuple[str, int, bytes]]:
     """Yields what errors call a record, its offset and its bytes."""
     raise NotImplementedError
 
-  def _cut(self, file: BinaryIO, index: int) -> bytes:
+  def _cut(self, file: io.BufferedReader, index: int) -> bytes:
     """Reads a record, at which the file stands."""
     raise NotImplementedError
 
@@ -255,13 +255,13 @@ class _JsonRecords:
 class _JsonLines(_JsonRecords):
   """An object a line; blank lines are left out."""
 
-  def _scan(self, file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
+  def _scan(self, file: io.BufferedReader) -> Iterator[tuple[str, int, bytes]]:
     offset = 0
     for number, line in enumerate(file, 1):
       yield f"{self._file}:{number}", offset, line
       offset += len(line)
 
-  def _cut(self, file: BinaryIO, index: int) -> bytes:
+  def _cut(self, file: io.BufferedReader, index: int) -> bytes:
     return file.readline()
 
   def _text(self, data: bytes, where: str, offset: int) -> str:
@@ -275,7 +275,7 @@ class _JsonLines(_JsonRecords):
 class _JsonArray(_JsonRecords):
   """An object an element. The whole file is in memory while it is opened."""
 
-  def _scan(self, file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
+  def _scan(self, file: io.BufferedReader) -> Iterator[tuple[str, int, bytes]]:
     data = file.read()
     text = records.decode(data, self._file, (self._file, 0), 0)
     try:
@@ -294,7 +294,7 @@ class _JsonArray(_JsonRecords):
       piece = text[begin:end].encode()
       yield f"{self._file}, element {number},", offset, piece
 
-  def _cut(self, file: BinaryIO, index: int) -> bytes:
+  def _cut(self, file: io.BufferedReader, index: int) -> bytes:
     if index + 1 == len(self):
       return file.read()
     _, here = self.place(index)

@@ -8,9 +8,10 @@ import array
 from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
+import io
 import itertools
 import os
-from typing import Any, BinaryIO
+from typing import Any
 import zlib
 
 import numpy as np
@@ -76,7 +77,7 @@ def unknown(documents: int) -> Mark:
   return Mark(documents=documents, bad=documents, digest=0, samples=samples)
 
 
-def blocks(file: BinaryIO) -> int:
+def blocks(file: io.BufferedReader) -> int:
   """Returns the CRC-32 of a file's size, and of blocks from all over it."""
   size = file.seek(0, os.SEEK_END)
   total = zlib.crc32(b"%d" % size)

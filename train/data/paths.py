@@ -117,7 +117,7 @@ def _folders(top: str) -> Iterator[str]:
       queue += sorted(
         os.path.join(folder, entry.name)
         for entry in entries
-        if entry.is_dir() and not entry.name.startswith(".")
+        if os.path.isdir(entry) and not entry.name.startswith(".")
       )
 
 

@@ -60,8 +60,8 @@ def open_row_groups(
   try:
     metadata = _metadata(content)
     schema = metadata.schema.to_arrow_schema()
-    names = collections.Counter(schema.names)
-    strings = [x.name for x in schema if names[x.name] == 1 and _is_text(x.type)]
+    strings = [each.name for each in schema if _is_text(each.type)]
+    strings = [name for name in strings if schema.names.count(name) == 1]
     known = field.name in strings
     columns = _columns(metadata, field.name) if known else []
   # Thrift, schemas, encryption: a broken footer may say anything.
@@ -111,9 +111,11 @@ def _columns(metadata: Any, name: str) -> list[_Column]:
   """Returns a column's part in each row group.
 
   Raises:
-    ValueError: their sizes do not agree.
+    ValueError: their sizes do not agree, or there are two.
   """
   paths = [each.path for each in metadata.schema]
+  if paths.count(name) > 1:
+    raise ValueError(f"{name} stands for two columns")
   index, columns = paths.index(name), []
   for group in range(metadata.num_row_groups):
     part = metadata.row_group(group)
@@ -122,15 +124,14 @@ def _columns(metadata: Any, name: str) -> list[_Column]:
       raise ValueError(f"{chunk.num_values} values in {part.num_rows} rows")
     known = chunk.statistics
     nulls = known.null_count if known and known.has_null_count else 0
-    least = known.min if known and known.has_min_max else None
-    most = known.max if known and known.has_min_max else None
-    facts = part.num_rows, chunk.total_uncompressed_size, nulls, least, most
+    ends = (known.min_raw, known.max_raw) if known and known.has_min_max else ()
+    facts = part.num_rows, chunk.total_uncompressed_size, nulls, ends
     columns.append(
       _Column(
         rows=part.num_rows,
         bytes=chunk.total_uncompressed_size,
         empty=nulls == part.num_rows,
-        mark=zlib.crc32(repr(facts).encode(errors="backslashreplace")),
+        mark=zlib.crc32(repr(facts).encode()),
       )
     )
   if metadata.num_rows != sum(column.rows for column in columns):

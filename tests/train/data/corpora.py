@@ -4,8 +4,12 @@ import json
 import pathlib
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from train.data import corpus as corpus_lib
+from train.data import documents as documents_lib
+from train.data import sources as sources_lib
 
 EOS = 256
 
@@ -18,6 +22,24 @@ def write(path: pathlib.Path, content: str | bytes) -> str:
 
 def write_json_lines(path: pathlib.Path, texts: list[str]) -> str:
   return write(path, "\n".join(json.dumps({"text": text}) for text in texts))
+
+
+def write_parquet(path, columns, **options) -> str:
+  parquet.write_table(pa.table(columns), path, **options)
+  return str(path)
+
+
+def open_documents(path, text_field="text") -> documents_lib.Documents:
+  def reject(bad):
+    raise bad
+
+  config = corpus_lib.SourceConfig(path=str(path), text_field=text_field)
+  return sources_lib.open_documents(config, reject)
+
+
+def open_in(folder, *names, text_field="text") -> documents_lib.Documents:
+  paths = ",".join(f"{folder}/{name}" for name in names)
+  return open_documents(paths, text_field)
 
 
 def sources(*paths: str) -> tuple[corpus_lib.SourceConfig, ...]:

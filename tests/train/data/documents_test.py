@@ -7,37 +7,18 @@ import re
 import sys
 import types
 from unittest import mock
+import zlib
 
 from array_record.python import array_record_module
 import grain
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 import pytest
 import tyro
 
 from tests.train.data import corpora
 from train.data import corpus as corpus_lib
 from train.data import documents as documents_lib
-from train.data import sources as sources_lib
-
-
-def open_documents(path, text_field="text") -> documents_lib.Documents:
-  def reject(bad):
-    raise bad
-
-  config = corpus_lib.SourceConfig(path=path, text_field=text_field)
-  return sources_lib.open_documents(config, reject)
-
-
-def open_in(folder, *names, text_field="text") -> documents_lib.Documents:
-  paths = ",".join(f"{folder}/{name}" for name in names)
-  return open_documents(paths, text_field)
-
-
-def write_parquet(path, columns, **options) -> str:
-  parquet.write_table(pa.table(columns), path, **options)
-  return str(path)
 
 
 def write_array_records(path, records):
@@ -60,7 +41,13 @@ def test_split(tmp_path):
   assert corpora.side(fewer.train) == train[: len(fewer.train)]
 
 
-@pytest.mark.parametrize("fraction", [1e-9, 0.02, 1 - 1e-9])
+@pytest.mark.parametrize("count", [0, 1, 2, 9, 10, 11, 99, 101, 1000, 12345])
+def test_the_split_hangs_on_the_number_alone(count):
+  expected = [zlib.crc32(str(i).encode()) for i in range(count)]
+  assert documents_lib._hashes(count).tolist() == expected
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.02, 1 - 1e-6])
 def test_both_sides_have_a_document(tmp_path, fraction):
   for n in range(2, 8):
     corpus = corpora.make(tmp_path, corpora.words(n), heldout_fraction=fraction)
@@ -77,7 +64,7 @@ def test_one_document_is_too_few(tmp_path):
 
 
 def test_stdlib():
-  documents = open_documents("stdlib")
+  documents = corpora.open_documents("stdlib")
   texts = corpora.side(documents)
   assert len(texts) > 300
   assert all(texts)
@@ -100,10 +87,10 @@ def test_globs(tmp_path):
   corpora.write(tmp_path / "b/3.MD", "three")
   corpora.write(tmp_path / "b/no.py", "pass")
   expected = ["zwei €", "three", "one\r\n"]
-  documents = open_in(tmp_path, "**/*.txt", "b/*.[mM][dD]")
+  documents = corpora.open_in(tmp_path, "**/*.txt", "b/*.[mM][dD]")
   assert corpora.side(documents) == expected
   # Neither the order of the patterns nor overlaps matter.
-  documents = open_in(tmp_path, "b/**/*.[mM][dD]", "**/*.txt", "a.*")
+  documents = corpora.open_in(tmp_path, "b/**/*.[mM][dD]", "**/*.txt", "a.*")
   assert corpora.side(documents) == expected
 
 
@@ -116,14 +103,14 @@ def test_json_lines(tmp_path):
   corpora.write(tmp_path / "y.jsonl", '{"text": "last"}')
   corpora.write(tmp_path / "z.jsonl", "")
   expected = [text for text in texts if text] + ["last"]
-  assert corpora.side(open_in(tmp_path, "*.jsonl")) == expected
+  assert corpora.side(corpora.open_in(tmp_path, "*.jsonl")) == expected
 
 
 def test_parquet(tmp_path):
   texts = [f"text {i} é" if i % 7 else None for i in range(25)]
   columns = {"body": texts, "id": list(range(25))}
-  write_parquet(tmp_path / "x.parquet", columns, row_group_size=4)
-  documents = open_in(tmp_path, "x.parquet", text_field="body")
+  corpora.write_parquet(tmp_path / "x.parquet", columns, row_group_size=4)
+  documents = corpora.open_in(tmp_path, "x.parquet", text_field="body")
   assert len(documents) == 25
   for i in np.random.default_rng(0).permutation(25):
     assert documents[int(i)] == (texts[i] or "")
@@ -132,7 +119,7 @@ def test_parquet(tmp_path):
 def test_empty_parquet_rows_are_skipped(tmp_path, set_block_tokens):
   texts = [""] * 40
   texts[::2] = [f"text {i}" for i in range(20)]
-  source = write_parquet(tmp_path / "x.parquet", {"text": texts})
+  source = corpora.write_parquet(tmp_path / "x.parquet", {"text": texts})
   corpus = corpus_lib.Corpus(
     corpus_lib.DataConfig(sources=corpora.sources(source), heldout_fraction=0.3)
   )
@@ -150,7 +137,7 @@ def test_array_record(tmp_path, name):
   texts = ["one", "zwei €\n", "", "vier"]
   records = [json.dumps({"body": text}).encode() for text in texts]
   write_array_records(tmp_path / name, records)
-  documents = open_in(tmp_path, name, text_field="body")
+  documents = corpora.open_in(tmp_path, name, text_field="body")
   assert corpora.side(documents) == texts
   assert documents.place(3) == (f"{tmp_path}/{name}", 3)
 
@@ -160,17 +147,17 @@ def test_bad_array_records(tmp_path):
   with pytest.raises(
     corpus_lib.DataError, match="x.array_record, record 1, holds a list"
   ):
-    open_in(tmp_path, "x.array_record")
+    corpora.open_in(tmp_path, "x.array_record")
   corpora.write(tmp_path / "x.array_record", b"no record")
   with pytest.raises(corpus_lib.DataError, match="is not ArrayRecord.*narrow"):
-    open_in(tmp_path, "x.array_record")
+    corpora.open_in(tmp_path, "x.array_record")
 
 
 def test_kinds_mix(tmp_path):
   corpora.write(tmp_path / "b.txt", "text")
   corpora.write(tmp_path / "c.jsonl", '{"text": "line"}\n{"text": "line 2"}')
-  write_parquet(tmp_path / "a.parquet", {"text": ["row", "row 2"]})
-  documents = open_in(tmp_path, "*")
+  corpora.write_parquet(tmp_path / "a.parquet", {"text": ["row", "row 2"]})
+  documents = corpora.open_in(tmp_path, "*")
   assert corpora.side(documents) == ["row", "row 2", "text", "line", "line 2"]
   copy = pickle.loads(pickle.dumps(documents))
   assert corpora.side(copy) == corpora.side(documents)
@@ -182,9 +169,11 @@ def test_kinds_mix(tmp_path):
 
 def test_threads_may_read_together(tmp_path):
   texts = corpora.words(300)
-  write_parquet(tmp_path / "x.parquet", {"text": texts}, row_group_size=7)
+  corpora.write_parquet(
+    tmp_path / "x.parquet", {"text": texts}, row_group_size=7
+  )
   corpora.write_json_lines(tmp_path / "y.jsonl", texts)
-  documents = open_in(tmp_path, "*")
+  documents = corpora.open_in(tmp_path, "*")
   read = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
   dataset = grain.MapDataset.source(documents).to_iter_dataset(read)
   assert list(dataset) == texts * 2
@@ -214,34 +203,38 @@ def test_threads_may_read_together(tmp_path):
 def test_bad_files(tmp_path, name, content, message):
   corpora.write(tmp_path / name, content)
   with pytest.raises(corpus_lib.DataError, match=message):
-    open_in(tmp_path, "x.*")
+    corpora.open_in(tmp_path, "x.*")
 
 
 def test_bad_parquet_columns(tmp_path):
   columns = {"id": [1, 2], "body": ["a", "b"]}
-  write_parquet(tmp_path / "x.parquet", columns)
+  corpora.write_parquet(tmp_path / "x.parquet", columns)
   for field in ("text", "id"):
     with pytest.raises(
       corpus_lib.DataError, match=rf"no column '{field}' of strings.*\['body'\]"
     ):
-      open_in(tmp_path, "x.parquet", text_field=field)
+      corpora.open_in(tmp_path, "x.parquet", text_field=field)
 
 
 def test_empty_parquet(tmp_path):
-  source = write_parquet(tmp_path / "x.parquet", {"text": ["", None, ""]})
+  source = corpora.write_parquet(
+    tmp_path / "x.parquet", {"text": ["", None, ""]}
+  )
   with pytest.raises(corpus_lib.DataError, match="all empty; remove"):
     corpus_lib.Corpus(corpus_lib.DataConfig(sources=corpora.sources(source)))
-  write_parquet(tmp_path / "y.parquet", {"text": pa.array([], pa.string())})
+  corpora.write_parquet(
+    tmp_path / "y.parquet", {"text": pa.array([], pa.string())}
+  )
   with pytest.raises(corpus_lib.DataError, match="all of them empty"):
-    open_in(tmp_path, "y.parquet")
+    corpora.open_in(tmp_path, "y.parquet")
 
 
 def test_no_match(tmp_path):
   corpora.write(tmp_path / "x.txt", "text")
   with pytest.raises(corpus_lib.DataError, match="nope.*matches no file in /"):
-    open_in(tmp_path, "x.txt", "nope/*.txt")
+    corpora.open_in(tmp_path, "x.txt", "nope/*.txt")
   with pytest.raises(corpus_lib.DataError, match="matches no file"):
-    open_documents("")
+    corpora.open_documents(" ")
 
 
 def test_missing_pyarrow(tmp_path, monkeypatch):
@@ -250,7 +243,7 @@ def test_missing_pyarrow(tmp_path, monkeypatch):
   with pytest.raises(
     corpus_lib.DataError, match=r"pip install .dsa-jax\[parquet"
   ):
-    open_in(tmp_path, "x.parquet")
+    corpora.open_in(tmp_path, "x.parquet")
 
 
 class Rows:
@@ -297,7 +290,7 @@ def load_dataset(monkeypatch):
   ],
 )
 def test_opens_a_dataset_of_the_hub(load_dataset, path, name, options):
-  documents = open_documents(path, "body")
+  documents = corpora.open_documents(path, "body")
   load_dataset.assert_called_once_with(name, **options)
   assert corpora.side(documents) == ["one", "", "three"]
   assert documents.num_bytes == 1000
@@ -309,15 +302,15 @@ def test_refuses_a_dataset_of_the_hub(load_dataset):
     corpus_lib.DataError,
     match=r"no column 'id' of strings.*\['body'\].*\['id', 'body'\]",
   ):
-    open_documents("hf:x", "id")
+    corpora.open_documents("hf:x", "id")
   for path in ("hf:x?config=en", "hf:x?split", "hf:x?name=", "hf:x?&"):
     with pytest.raises(corpus_lib.DataError, match="is not OPTION=VALUE"):
-      open_documents(path, "body")
+      corpora.open_documents(path, "body")
   load_dataset.side_effect = FileNotFoundError("no such dataset")
   with pytest.raises(
     corpus_lib.DataError, match="'hf:x' cannot be loaded .*no such dataset"
   ):
-    open_documents("hf:x", "body")
+    corpora.open_documents("hf:x", "body")
 
 
 def test_missing_datasets(monkeypatch):
@@ -325,7 +318,7 @@ def test_missing_datasets(monkeypatch):
   with pytest.raises(
     corpus_lib.DataError, match=r"pip install .dsa-jax\[datasets"
   ):
-    open_documents("hf:x")
+    corpora.open_documents("hf:x")
 
 
 @pytest.mark.parametrize(
