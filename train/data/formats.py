@@ -115,14 +115,13 @@ def _open(
   if packed and suffix in _ARRAY_RECORD:
     raise BadRecord(f"{path} {_UNPACK}.", file=str(path))
   content = content_lib.open_content(path, spool)
-  if suffix not in _ARRAY_RECORD:
-    _check_magic(content, suffix in _PARQUET)
   if suffix in _PARQUET:
+    _check_head(_head(content).removeprefix(b"PAR1"), path)
     return Opened(*tables.open_row_groups(content, field))
-  if suffix in _JSON_LINES:
-    reader = _JsonLines(content, field, reject)
-  elif suffix == ".json":
-    kind = _JsonArray if _begins_array(content) else _JsonLines
+  if suffix in (*_JSON_LINES, ".json"):
+    _check_head(_head(content), path)
+    is_array = suffix == ".json" and _begins_array(content)
+    kind = _JsonArray if is_array else _JsonLines
     reader = kind(content, field, reject)
   elif suffix in _ARRAY_RECORD:
     reader = _ArrayRecords(path, field, reject)
@@ -131,14 +130,16 @@ def _open(
   return Opened([reader], reader.mark)
 
 
-def _check_magic(content: Content, is_parquet: bool) -> None:
-  """Raises a BadRecord if a file's first bytes are those of another kind."""
+def _head(content: Content) -> bytes:
   with content.open() as file:
-    head = file.read(64)
+    return file.read(64)
+
+
+def _check_head(head: bytes, path: pathlib.Path) -> None:
+  """Raises a BadRecord if a file's first bytes are those of another kind."""
   for magic, what in _MAGIC.items():
-    if head.startswith(magic) and not (is_parquet and magic == b"PAR1"):
-      path = str(content.path)
-      raise BadRecord(f"{path} {what}.", file=path, head=head)
+    if head.startswith(magic):
+      raise BadRecord(f"{path} {what}.", file=str(path), head=head)
 
 
 class _Blank:
@@ -164,6 +165,7 @@ class _TextFile:
   def __init__(self, content: Content):
     self._content = content
     data = self._bytes()
+    _check_head(data[:64], content.path)
     self._num_bytes = len(data)
     tally = manifest.Tally()
     if data:

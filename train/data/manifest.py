@@ -14,8 +14,6 @@ import os
 from typing import Any
 import zlib
 
-import numpy as np
-
 _SAMPLES = 16  # documents of a mark
 _MARKS = 256  # of a manifest, which a checkpoint's metadata hold
 _BLOCK = 1 << 16  # bytes, see `blocks`
@@ -44,7 +42,8 @@ class Mark:
   samples: tuple[int | None, ...] = ()
 
   def __str__(self) -> str:
-    return self.name + f" and {self.files - 1} after it" * (self.files > 1)
+    after = self.files - 1
+    return self.name + f", or one of the {after} after it," * (after > 0)
 
 
 class Tally:
@@ -62,7 +61,8 @@ class Tally:
   def mark(self) -> Mark:
     sums = self._sums
     count = len(sums)
-    places = np.linspace(0, count - 1, min(count, _SAMPLES)).astype(int)
+    taken = min(count, _SAMPLES)
+    places = (i * (count - 1) // max(taken - 1, 1) for i in range(taken))
     return Mark(
       documents=count,
       bad=sums.count(-1),
@@ -166,7 +166,7 @@ def _alike(saved: Mark, found: Mark) -> bool:
 
 def _how(saved: Mark, found: Mark) -> str:
   if saved.files != found.files:
-    return f"{found} were {saved.files} files"
+    return f"{found} is one of {found.files} files, was one of {saved.files}"
   if saved.documents != found.documents:
     return f"{found} has {found.documents} documents, had {saved.documents}"
   return f"{found} holds other text"

@@ -1,6 +1,7 @@
 """The files that a source's patterns stand for, each once."""
 
 from collections.abc import Iterator
+import functools
 import glob
 import os
 
@@ -124,22 +125,26 @@ def _folders(top: str) -> Iterator[str]:
 def _once(paths: set[str]) -> list[str]:
   """Leaves one name of each file: rather one without links in it."""
 
-  def rank(path: str) -> tuple[bool, int, str]:
-    linked = os.path.realpath(path) != os.path.abspath(path)
-    return linked, path.count(os.sep), path
-
+  folders = functools.cache(os.path.realpath)
+  ranked = []
+  for path in paths:
+    folder, name = os.path.split(path)
+    real = os.path.join(folders(folder), name)
+    if os.path.islink(path):
+      real = os.path.realpath(path)
+    linked = real != os.path.abspath(path)
+    ranked.append((linked, path.count(os.sep), path, real))
   kept = {}
-  for path in sorted(paths, key=rank):
-    kept.setdefault(_identity(path), path)
+  for _, _, path, real in sorted(ranked):
+    kept.setdefault(_identity(real), path)
   return [*kept.values()]
 
 
-def _identity(path: str) -> tuple[int, int] | str:
+def _identity(real: str) -> tuple[int, int] | str:
+  """Returns what names of one file have in common, links or not."""
   try:
-    stat = os.stat(path)
+    stat = os.stat(real)
   except OSError:  # a link to nothing
-    return path
-  # Some network file systems number their files anew at each look.
-  if stat.st_nlink > 1 and stat.st_ino:
-    return stat.st_dev, stat.st_ino
-  return os.path.realpath(path)
+    return real
+  # Where there are no hard links, as in a bucket, numbers may mean nothing.
+  return (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else real
