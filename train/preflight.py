@@ -12,6 +12,7 @@ from train import config as config_lib
 from train import loop
 from train.data import corpus as corpus_lib
 from train.host import processes
+from train.learn import batches as batches_lib
 from train.learn import step as step_lib
 from train.run import metrics as metrics_lib
 from train.run import origin as origin_lib
@@ -142,10 +143,12 @@ def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
 
 
 def _origin(cfg: config_lib.TrainConfig, run: loop.Run) -> str:
-  """Opens what the run begins with, and compares it with the model."""
+  """Opens what the run begins with; compares it with the model and the data."""
   found = origin_lib.find(pathlib.Path(cfg.run_dir).resolve())
   if cfg.resume and found:
-    return f"resumes  {origin_lib.Origin(str(found), cfg.model)}"
+    origin = origin_lib.Origin(str(found), cfg.model)
+    batches_lib.compare(run.corpus, origin.progress().get("data", {}))
+    return f"resumes  {origin}"
   if run.origin is not None:
     return f"begins   with the parameters of {run.origin}"
   return f"begins   with random parameters, seed {cfg.seed}"

@@ -1,5 +1,6 @@
 """The checkpoint that a run begins with the parameters of."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -48,6 +49,11 @@ class Origin:
 
   def __str__(self) -> str:
     return str(self._path)
+
+  def progress(self) -> dict[str, Any]:
+    """The progress of the run that saved it, see `checkpoint.Progress`."""
+    saved: Any = ocp.checkpointables_metadata(str(self._path))
+    return json.loads(saved.custom_metadata["progress"])
 
   def restore(
     self, like: step_lib.Parameters, mesh: jax.sharding.Mesh
