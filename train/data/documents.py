@@ -18,7 +18,15 @@ type Texts = grain.sources.RandomAccessDataSource[str]
 
 
 class DataError(ValueError):
-  """The data, or what was said of them, cannot be used; says what to do."""
+  """The data, or what was said of them, cannot be used; says what to do.
+
+  In one line that can be printed, whatever a library or a path puts into it.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(
+      "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    )
 
 
 class BadRecord(DataError):
@@ -120,8 +128,12 @@ def has_text(documents: Texts) -> bool:
   return any(documents[int(place)] for place in places)
 
 
-def split(documents: Texts, fraction: float) -> tuple[Subset, Subset]:
+def split(
+  documents: Texts, fraction: float, name: str
+) -> tuple[Subset, Subset]:
   """Returns the documents to train on, and the `fraction` to hold out.
+
+  Of a source, called `name` in errors.
 
   A document's side hangs on its index alone: it stays when documents are added
   after it (unless there are so few that a side would have none).
@@ -131,8 +143,9 @@ def split(documents: Texts, fraction: float) -> tuple[Subset, Subset]:
   """
   if len(documents) < 2:
     raise DataError(
-      f"{len(documents)} document is too few: it takes one to train on and one"
-      " to hold out. Cut it into several files, or into JSON lines."
+      f"Source {name!r}: {len(documents)} document is too few: it takes one to"
+      " train on and one to hold out. Cut it into several files, or into JSON"
+      " lines."
     )
   hashes = _hashes(len(documents))
   held = hashes < fraction * 2**32
@@ -143,9 +156,9 @@ def split(documents: Texts, fraction: float) -> tuple[Subset, Subset]:
     if not has_text(side):
       looked = min(len(side), _LOOKED_AT)
       raise DataError(
-        f"{len(side)} of {len(documents)} documents make one side of the"
-        f" held-out split, and the {looked} looked at are all empty; remove the"
-        " empty ones."
+        f"Source {name!r}: {len(side)} of {len(documents)} documents make one"
+        f" side of the held-out split, and the {looked} looked at are all"
+        " empty; remove the empty ones."
       )
   return sides[0], sides[1]
 

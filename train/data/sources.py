@@ -112,7 +112,9 @@ class Source:
     self.num_bytes = documents.num_bytes
     self.marks = manifest.condense(documents.marks)
     reader = _Reader(documents, self.quarantine)
-    self.train, self.heldout = documents_lib.split(reader, heldout_fraction)
+    self.train, self.heldout = documents_lib.split(
+      reader, heldout_fraction, self.name
+    )
 
   def __str__(self) -> str:
     """Describes the documents found, for a log."""

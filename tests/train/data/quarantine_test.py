@@ -303,3 +303,77 @@ def test_each_process_writes_what_it_finds(tmp_path, monkeypatch, quarantine):
     # Another start of it, or of another process, does not write it again.
   corpus = open_corpus(path, quarantine, max_bad_share=0.5)
   assert not (quarantine / "0.jsonl").exists()
+
+
+def test_a_full_disk_ends_nothing(tmp_path, monkeypatch, capsys, quarantine):
+  """It is told once; what could not be written is, as soon as it can be."""
+  path = write_books(tmp_path)
+  (tmp_path / "books/07.txt").write_bytes(b"\xff")
+  corpus = open_corpus(path, quarantine, max_bad_share=0.5)
+  opened, full = pathlib.Path.open, [True]
+
+  def no_room(self, *args, **kwargs):
+    if full and self.parent == quarantine and args[:1] == ("a",):
+      return opened(pathlib.Path("/dev/full"), *args, **kwargs)
+    return opened(self, *args, **kwargs)
+
+  monkeypatch.setattr(pathlib.Path, "open", no_room)
+  iterator = iterate(corpus)
+  corpora.take(iterator, 5)
+  for name in ("11", "12"):
+    os.remove(tmp_path / f"books/{name}.txt")
+  source = corpus.sources[0]
+  corpora.side(source.train), corpora.side(source.heldout)
+  assert corpus.bad_records == {"books": 3}
+  said = capsys.readouterr().out
+  assert said.count("ERROR") == 1 and "No space left on device" in said
+  assert f"{quarantine}/0.jsonl" in said
+  full.clear()
+  os.remove(tmp_path / "books/13.txt")
+  corpora.side(source.train), corpora.side(source.heldout)
+  names = {os.path.basename(line["file"]) for line in written(quarantine)}
+  assert names == {"07.txt", "11.txt", "12.txt", "13.txt"}
+  assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+  "spoil",
+  [
+    lambda at: at.write_text("a file in its place"),
+    lambda at: os.symlink("nowhere/at/all", at),
+    lambda at: (at / "0.jsonl").mkdir(parents=True),
+  ],
+  ids=["file", "link", "folder"],
+)
+def test_a_folder_that_is_none_ends_nothing(
+  tmp_path, capsys, quarantine, spoil
+):
+  quarantine.parent.mkdir()
+  spoil(quarantine)
+  path, _ = write_lines(tmp_path)
+  corpora.take(iterate(open_corpus(path, quarantine, max_bad_share=0.02)), 30)
+  assert capsys.readouterr().out.count("cannot be written") == 1
+
+
+def test_lines_of_others_are_no_obstacle(tmp_path, quarantine):
+  path, _ = write_lines(tmp_path)
+  quarantine.mkdir(parents=True)
+  odd = (
+    '5\n[1]\n{"source": "web"}\nnull\n{"source": "web", "file": [], "at": 1}'
+  )
+  (quarantine / "0.jsonl").write_bytes(odd.encode() + b"\n\xff\xfe")
+  (quarantine / "1.jsonl").write_text("")
+  iterate(open_corpus(path, quarantine, max_bad_share=0.01))
+  text = (quarantine / "0.jsonl").read_bytes().split(b"\n")
+  assert len(text) == 6 + len(BROKEN)
+
+
+def test_what_is_read_and_bad_is_not_waited_for(tmp_path, quarantine, slept):
+  path = write_books(tmp_path)
+  corpus = open_corpus(path, quarantine, max_bad_share=0.9)
+  for i in range(0, 100, 2):
+    (tmp_path / f"books/{i:02d}.txt").write_bytes(b"\xff" * 24)
+  source = corpus.sources[0]
+  corpora.side(source.train), corpora.side(source.heldout)
+  assert corpus.bad_records == {"books": 50}
+  assert not slept
