@@ -15,7 +15,7 @@ import json
 import pathlib
 import shutil
 import sys
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import tqdm
@@ -27,8 +27,11 @@ from dsa_jax.hf import load
 from dsa_jax.hf import prefetch
 from dsa_jax.hf import save
 from dsa_jax.hf import tensors as tensors_lib
+from train.host import atomic_files
+from train.host import json_files
 from train.run import arrays as arrays_lib
 from train.run import origin as origin_lib
+from train.run import record as record_lib
 
 # Of the folder that a checkpoint was made of: all but the parameters.
 _ORIGIN: Final = "hf"
@@ -64,7 +67,8 @@ class Journal:
     """Reads what is done; changes nothing.
 
     Raises:
-      ValueError: The target exists, or another conversion has begun there.
+      ValueError: The target exists, another conversion has begun there, or
+        what is done cannot be read.
     """
     self.target = pathlib.Path(conversion.target).resolve()
     if self.target.exists():
@@ -77,8 +81,8 @@ class Journal:
     }
     self._done: set[str] = set()
     if self._file.exists():
-      lines = self._file.read_text(encoding="utf-8").splitlines()
-      begun, *done = map(json.loads, lines)
+      lines = [line for _, line in json_files.read_lines(self._file)]
+      begun, *done = lines or [None]
       if begun != self._options:
         raise ValueError(
           f"{self.folder} holds a conversion that was begun with other options:"
@@ -87,10 +91,11 @@ class Journal:
       self._done = set(done)
 
   def begin(self) -> None:
-    """Makes the folder, if this is the beginning."""
-    if not self._file.exists():
-      self.folder.mkdir(parents=True, exist_ok=True)
-      self._add(self._options)
+    """Makes the folder, and writes down what is known so far."""
+    self.folder.mkdir(parents=True, exist_ok=True)
+    lines = [self._options, *sorted(self._done)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    atomic_files.write(self._file, text)
 
   def __contains__(self, part: str) -> bool:
     return part in self._done
@@ -98,16 +103,16 @@ class Journal:
   def add(self, part: str) -> None:
     """Notes that a part is written and compared."""
     self._done.add(part)
-    self._add(part)
+    with self._file.open("a", encoding="utf-8") as out:
+      out.write(json.dumps(part) + "\n")
+    atomic_files.sync(self._file)
 
   def finish(self) -> None:
     """Moves the result into its place."""
     self._file.unlink()
+    atomic_files.sync_all(self.folder)
     self.folder.rename(self.target)
-
-  def _add(self, value: Any) -> None:
-    with self._file.open("a", encoding="utf-8") as out:
-      out.write(json.dumps(value) + "\n")
+    atomic_files.sync(self.target.parent)
 
 
 def convert(conversion: Conversion) -> None:
@@ -159,8 +164,7 @@ def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
       journal.add(file.name)
   if not path.exists():
     _write_unread(out, cfg, load.has_indexer(stored))
-    out.finish(cfg)
-  _keep(stored, wanted, journal.folder / _ORIGIN)
+    out.finish(cfg, _keep(stored, wanted, journal.folder / _ORIGIN))
   journal.finish()
 
 
@@ -179,8 +183,11 @@ def _write_unread(out, cfg, has_indexer) -> None:
         out.write(place, np.zeros(place.shape, like.dtype))
 
 
-def _keep(stored, wanted, folder) -> None:
-  """Ingredients of a Hugging Face folder besides the parameters' values."""
+def _keep(stored, wanted, folder) -> dict[str, int]:
+  """Ingredients of a Hugging Face folder besides the parameters' values.
+
+  Returns the CRC-32 of each file.
+  """
   folder.mkdir(exist_ok=True)
   save.carry(stored.path, folder)
   shutil.copyfile(stored.path / "config.json", folder / "config.json")
@@ -192,14 +199,40 @@ def _keep(stored, wanted, folder) -> None:
     for name, entry in ((name, stored.entries[name]) for name in names)
   ]
   files.write(folder / "model.safetensors", specs, map(stored.read, names))
+  return _checksums(folder)
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, int]:
+  """CRC-32 of each file in a folder, by its path there."""
+  return {
+    str(file.relative_to(folder)): files.checksum(file)
+    for file in sorted(folder.rglob("*"))
+    if file.is_file()
+  }
+
+
+def _kept(stored: arrays_lib.Arrays, folder: pathlib.Path) -> pathlib.Path:
+  """The folder of what was kept beside a checkpoint, as it was kept.
+
+  Raises:
+    Broken: A file there is not what was kept.
+  """
+  found = _checksums(folder)
+  for name, checksum in stored.record.files.items():
+    if found.get(name) != checksum:
+      raise record_lib.Broken(
+        f"{folder / name} is not what was kept of the model's folder: bring it"
+        " back, or give --like=FOLDER of the model."
+      )
+  return folder
 
 
 def _to_hf(conversion: Conversion, source: pathlib.Path) -> None:
   stored = arrays_lib.Arrays(source)
   like = conversion.like
   origin = source.parent.parent / _ORIGIN
-  if like is None and origin.exists():
-    like = origin
+  if like is None and stored.record.files:
+    like = _kept(stored, origin)
   journal = Journal(conversion, source)
   out = save.Export(
     stored.config,

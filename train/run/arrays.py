@@ -1,10 +1,11 @@
-"""The parameters of a checkpoint on disk, read and written part by part.
+"""The arrays of a checkpoint on disk: who reads them finds what was saved.
 
 Orbax reads and writes whole arrays, of which one here may be larger than the
 host's memory: all layers' experts. TensorStore, on which it builds, does parts.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import json
 import math
@@ -22,6 +23,11 @@ import tensorstore as ts
 from dsa_jax import config as config_lib
 from dsa_jax.hf import save
 from dsa_jax.hf import tensors as tensors_lib
+from train.host import atomic_files
+from train.host import json_files
+from train.host import processes
+from train.run import fingerprint
+from train.run import record as record_lib
 
 # Larger parts are cut along their first dimension.
 CHUNK_BYTES: Final = 64 * 2**20
@@ -34,56 +40,107 @@ _CODECS: Final = (
 
 
 class Arrays:
-  """The parameters of a finished checkpoint."""
+  """The arrays of a finished checkpoint. What is read is what was saved.
+
+  Attributes:
+    record: What the checkpoint holds besides.
+  """
 
   def __init__(self, path: pathlib.Path):
-    """Opens `path`, a checkpoint of Orbax with a "state".
+    """Opens `path`, a checkpoint with a "state".
 
     Raises:
-      ValueError: It is no such checkpoint, or says nothing of its model.
+      Broken: It is none, or its record is not what was saved.
     """
-    if not ocp.is_orbax_checkpoint(str(path)):
-      raise ValueError(f"{path} is no checkpoint.")
-    self._state = path / "state"
-    saved: Any = ocp.checkpointables_metadata(str(path))
-    custom = saved.custom_metadata or {}
-    if "model" not in custom:
-      raise ValueError(
-        f"{path} does not say what model it holds: it was saved by an older"
-        " version."
-      )
-    self.config = config_lib.ModelConfig.from_dict(custom["model"])
-    tree = json.loads((self._state / "_METADATA").read_text(encoding="utf-8"))
-    self._driver = "zarr3" if tree["use_zarr3"] else "zarr"
-    self._ocdbt = tree["use_ocdbt"]
+    self._path, self._state = path, path / "state"
+    self.record = record_lib.read(path)
     self._context = ts.Context({"cache_pool": {"total_bytes_limit": 2**28}})
     self._open: dict[str, Any] = {}
+
+  @property
+  def config(self) -> config_lib.ModelConfig:
+    """The model whose parameters these are."""
+    return config_lib.ModelConfig.from_dict(self.record.model)
+
+  def load[Tree](self, like: Tree) -> Tree:
+    """All arrays of a tree, or of a part of it; all processes call it.
+
+    They are read in the dtype that they have there, compared, and cast one
+    by one: until then the devices hold them in that dtype.
+
+    Args:
+      like: Their shapes, dtypes and shardings.
+
+    Raises:
+      Broken: One is missing, cannot be read, or is not what was saved; the same
+        in all processes.
+    """
+    saved = self.record.arrays
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    names = [fingerprint.name(path) for path, _ in leaves]
+    try:
+      as_saved = [
+        x.update(dtype=jnp.dtype(saved[name].dtype))
+        for name, (_, x) in zip(names, leaves)
+      ]
+      context = ocp.Context()
+      context.pytree.loading.partial_load = True
+      with context:
+        whole: Any = ocp.load_checkpointables(
+          str(self._path), {"state": tree.unflatten(as_saved)}
+        )
+      loaded, why = jax.tree.leaves(whole.pop("state")), None
+      if not all(isinstance(x, jax.Array) for x in loaded):
+        raise TypeError("its tree lacks arrays")
+    # A damaged file may end in any error of Orbax, TensorStore or JSON.
+    except Exception as e:
+      loaded, why = [], f"{type(e).__name__}: {_first_line(e)}"
+    if not processes.all_agree(why is None):
+      why = why or "another process cannot read it"
+      raise record_lib.Broken(f"{self._path}: {why}")
+    found = record_lib.saved_arrays(tree.unflatten(loaded))
+    for name in names:
+      if found[name] != saved[name]:
+        raise record_lib.Broken(f"{self._path}: {name} is not what was saved")
+    for i, (_, to) in enumerate(leaves):
+      loaded[i] = loaded[i].astype(to.dtype)
+    return tree.unflatten(loaded)
 
   def read(self, place: tensors_lib.Place) -> np.ndarray:
     """A part of a parameter.
 
     Raises:
-      OSError: It cannot be read, or is not what was written; names it.
+      Broken: It cannot be read, or is not what was saved; names it.
     """
-    if place.leaf not in self._open:
-      self._open[place.leaf] = self._array(place.leaf)
     with _told(self._state, place):
-      return self._open[place.leaf][place.index].read().result()
+      if place.leaf not in self._open:
+        self._open[place.leaf] = self._array(place.leaf)
+      part = self._open[place.leaf][place.index].read().result()
+      saved = self.record.arrays[_stored_name(place.leaf)]
+      number = _number(place.index, saved.shape)
+      if fingerprint.of_part(part) != saved.mark(number):
+        raise ValueError("it is not what was saved")
+    return part
 
   def _array(self, leaf: str) -> Any:
     name = _stored_name(leaf)
+    tree = json_files.read(self._state / "_METADATA")
     kvstore: dict[str, Any] = {
       "driver": "file",
       "path": f"{self._state}/{name}/",
     }
-    if self._ocdbt:
+    if tree["use_ocdbt"]:
       base = f"file://{self._state}/"
       kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    return ts.open(
-      {"driver": self._driver, "kvstore": kvstore},
+    array = ts.open(
+      {"driver": "zarr3" if tree["use_zarr3"] else "zarr", "kvstore": kvstore},
       context=self._context,
       read=True,
     ).result()
+    saved = self.record.arrays[name]
+    if ([*array.shape], array.dtype.name) != (saved.shape, saved.dtype):
+      raise ValueError(f"it is {array.dtype.name}{[*array.shape]} there")
+    return array
 
 
 class NewArrays:
@@ -95,10 +152,22 @@ class NewArrays:
   def __init__(
     self, path: pathlib.Path, leaves: dict[str, jax.ShapeDtypeStruct]
   ):
-    """Opens `path` for parameters of these shapes and dtypes."""
+    """Opens `path` for parameters of these shapes and dtypes.
+
+    Raises:
+      Damaged: What was noted of parts that are there already cannot be read.
+    """
     self._target, self._leaves = path, leaves
     self._path = path.with_name(path.name + ".partial")
+    self._notes = path.with_name(path.name + ".fingerprints.json")
     self._open: dict[str, Any] = {}
+    # Of each parameter's parts; those that are not there yet have none.
+    self._marks: dict[str, list[int | None]] = {
+      leaf: [None] * math.prod(x.shape[: tensors_lib.stacked(leaf)])
+      for leaf, x in leaves.items()
+    }
+    if self._notes.exists():
+      self._marks |= json_files.read(self._notes)
 
   def write(self, place: tensors_lib.Place, part: np.ndarray) -> None:
     """Writes a part of a parameter, reads it again, and compares.
@@ -113,15 +182,53 @@ class NewArrays:
       again = array.read().result()
     if not np.array_equal(_bits(again), _bits(part)):
       raise OSError(f"{self._path}: {place.leaf} is not what was written.")
+    number = _number(place.index, self._leaves[place.leaf].shape)
+    self._marks[place.leaf][number] = fingerprint.of_part(part)
 
   def sync(self) -> None:
     """Returns when all that was written is on the disk."""
     os.sync()
+    atomic_files.write(self._notes, json.dumps(self._marks))
 
-  def finish(self, model: config_lib.ModelConfig) -> None:
-    """Makes it a checkpoint with a "state" of parameters and router biases."""
-    # Orbax writes what goes around the arrays, for a tree of small ones.
-    around = self._path.with_name(self._path.name + ".around")
+  def finish(self, model: config_lib.ModelConfig, kept: dict[str, int]) -> None:
+    """Makes it a checkpoint with a "state" of parameters and router biases.
+
+    Args:
+      model: Whose parameters they are.
+      kept: CRC-32 of the files that are kept beside them.
+    """
+    if not self._target.exists():
+      around = self._path.with_name(self._path.name + ".around")
+      self._write_around(around, self._record(model, kept))
+      for entry in [*(around / "state").iterdir(), *around.iterdir()]:
+        to = self._path / entry.relative_to(around)
+        if not to.exists():
+          os.rename(entry, to)
+      shutil.rmtree(around)
+      self.sync()
+      self._path.rename(self._target)
+    self._notes.unlink(missing_ok=True)
+
+  def _record(
+    self, model: config_lib.ModelConfig, kept: dict[str, int]
+  ) -> record_lib.Record:
+    arrays = {}
+    for leaf, like in self._leaves.items():
+      if None in self._marks[leaf]:
+        raise ValueError(
+          f"{self._notes} lacks a part of {leaf}, as of an older version: "
+          f"delete {self._notes.parents[1]}, and convert anew."
+        )
+      marks = np.array(self._marks[leaf], np.uint32)
+      arrays[_stored_name(leaf)] = record_lib.saved_array(
+        like.dtype, like.shape, marks
+      )
+    return record_lib.Record(arrays=arrays, model=model.to_dict(), files=kept)
+
+  def _write_around(
+    self, around: pathlib.Path, record: record_lib.Record
+  ) -> None:
+    """Orbax writes what goes around the arrays, for a tree of small ones."""
     shutil.rmtree(around, ignore_errors=True)
     tree: dict[str, Any] = {}
     for leaf, like in self._leaves.items():
@@ -136,24 +243,15 @@ class NewArrays:
     context.array_options.saving.array_metadata_store = None
     with context:
       ocp.save_checkpointables(
-        str(around),
-        {"state": tree},
-        custom_metadata={"model": model.to_dict()},
+        str(around), {"state": tree}, custom_metadata=record.sealed()
       )
     file = around / "state" / "_METADATA"
-    metadata = json.loads(file.read_text(encoding="utf-8"))
+    metadata = json_files.read(file)
     for entry in metadata["tree_metadata"].values():
       keys = [key["key"] for key in entry["key_metadata"]]
       leaf = _leaf_name(".".join(keys))
       entry["value_metadata"]["write_shape"] = self._chunk(leaf)
-    file.write_text(json.dumps(metadata), encoding="utf-8")
-    for entry in [*(around / "state").iterdir(), *around.iterdir()]:
-      to = self._path / entry.relative_to(around)
-      if not to.exists():
-        os.rename(entry, to)
-    shutil.rmtree(around)
-    self.sync()
-    self._path.rename(self._target)
+    atomic_files.write(file, json.dumps(metadata))
 
   def _array(self, leaf: str) -> Any:
     if leaf not in self._open:
@@ -194,14 +292,23 @@ def _bits(array: np.ndarray) -> np.ndarray:
   return flat.view(np.uint64) if flat.size % 8 == 0 else flat
 
 
+def _number(index: tuple[int, ...], shape: Sequence[int]) -> int:
+  """The number of a parameter's part, in C order."""
+  return int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
+
+
 @contextlib.contextmanager
 def _told(folder: pathlib.Path, place: tensors_lib.Place) -> Iterator[None]:
   """TensorStore raises ValueError, whatever the reason."""
   try:
     yield
-  except ValueError as e:
+  except (ValueError, KeyError, IndexError, TypeError) as e:
     name = f"{place.leaf}{list(place.index)}"
-    raise OSError(f"{folder}: {name}: {str(e).splitlines()[0]}") from e
+    raise record_lib.Broken(f"{folder}: {name}: {_first_line(e)}") from e
+
+
+def _first_line(e: Exception) -> str:
+  return next(iter(str(e).splitlines()), type(e).__name__)
 
 
 def _stored_name(leaf: str) -> str:

@@ -1,14 +1,15 @@
 """The checkpoints of a run: of all that a step changes."""
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import threading
 import time
 from typing import Any, Final
-import zlib
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -16,18 +17,19 @@ from orbax.checkpoint import v1 as ocp
 import dsa_jax
 from dsa_jax import ranges
 from dsa_jax.hf import tensors as tensors_lib
+from train.host import atomic_files
 from train.host import processes
 from train.learn import step as step_lib
 from train.run import arrays as arrays_lib
 from train.run import fingerprint
 from train.run import metrics as metrics_lib
+from train.run import record as record_lib
 from train.run import run_folder
 
 _TEMPORARY: Final = ".orbax-checkpoint-tmp"  # what Orbax has not finished
 
 
-class Broken(Exception):
-  """A checkpoint is not what was saved."""
+Broken = record_lib.Broken
 
 
 @dataclasses.dataclass
@@ -61,14 +63,38 @@ class CheckpointConfig:
   def __post_init__(self):
     ranges.check(self)
 
+  def kept(
+    self, measured: dict[int, float | None], stage_ends: Sequence[int]
+  ) -> set[int]:
+    """Which checkpoints stay.
+
+    Args:
+      measured: Of each by its step, the bits per byte of held-out text, where
+        they are known.
+      stage_ends: Steps that always stay.
+    """
+    steps = sorted(measured)
+    kept = {
+      *steps[-self.keep :],
+      *(step for step in steps if step in stage_ends),
+    }
+    if self.keep_every:
+      kept |= {step for step in steps if step % self.keep_every == 0}
+    best = sorted((x, -step) for step, x in measured.items() if x is not None)
+    return kept | {-step for _, step in best[: self.keep_best]}
+
 
 class Checkpoints:
   """The checkpoints of one run, saved in the background.
 
   RUN_DIR/config.json is the run's config; RUN_DIR/checkpoints/STEP holds the
-  train state and the progress after that step. Each has the state's
-  fingerprint, so that what is read is known to be what was saved, on whatever
-  mesh. What is not used any more lies in RUN_DIR/set_aside.
+  train state and the progress after that step, under fingerprints, see
+  `Arrays`. What is not used any more lies in RUN_DIR/set_aside. Orbax writes;
+  which checkpoints there are, and which stay, is read off the folder here: one
+  odd file in it is no reason to read none.
+
+  Attributes:
+    steps: Steps of the finished checkpoints, ascending.
   """
 
   def __init__(
@@ -93,41 +119,31 @@ class Checkpoints:
       ValueError: The folder is not this run's, see `run_folder.check`.
       run_folder.NotSaved: Nothing can be written there.
     """
-    self._dir = pathlib.Path(run_dir).resolve()
     run_folder.open_(run_dir, run_config, resume=resume)
-    policies: Any = ocp.training.preservation_policies
-    keep = [
-      policies.LatestN(cfg.keep),
-      policies.CustomSteps(stage_ends),
-    ]
-    if cfg.keep_every:
-      keep.append(policies.EveryNSteps(cfg.keep_every))
-    if cfg.keep_best:
-      keep.append(
-        policies.BestN(
-          get_metric_fn=lambda metrics: metrics["bits_per_byte"],
-          reverse=True,  # the last ones stay
-          n=cfg.keep_best,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
-    self._checkpointer = ocp.training.Checkpointer(
-      str(self._dir / "checkpoints"),
-      context=_context(),
-      preservation_policy=policies.AnyPreservationPolicy(keep),
-      cleanup_tmp_directories=True,  # of processes that were killed
-    )
+    self._run_dir = pathlib.Path(run_dir).resolve()
+    self._dir = self._run_dir / "checkpoints"
+    self._cfg, self._stage_ends = cfg, stage_ends
     self._saving: int | None = None
     self._unsaved: int | None = None  # the last one, if it failed
+    self._in_the_way: set[int] = set()  # what could not be set aside
+    self._after_save: threading.Thread | None = None
+    self._clean()
+    self._tell_odd()
+    self.steps = self._find()
+    try:
+      self._checkpointer = ocp.training.Checkpointer(
+        str(self._dir),
+        context=self._context(),
+        step_name_format=_Unlisted(),
+      )
+    except Exception as e:  # whatever a file system may say
+      raise run_folder.NotSaved(
+        f"{self._dir} cannot be opened: {_first_line(e)}"
+      ) from e
 
   def prepare(self, state: step_lib.TrainState) -> None:
     """Compiles what a save runs on the devices, ahead of the first."""
     fingerprint.of(state)
-
-  @property
-  def steps(self) -> list[int]:
-    """Steps of the finished checkpoints, ascending."""
-    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
   def save(
     self,
@@ -153,27 +169,33 @@ class Checkpoints:
     if step in self.steps:
       return
     self._clean()
-    marks = fingerprint.of(state)
-    said = json.dumps(dataclasses.asdict(progress))
-    metrics: Any = None
+    record = record_lib.Record(
+      arrays=record_lib.saved_arrays(state),
+      model=model.to_dict(),
+      progress=json.dumps(dataclasses.asdict(progress)),
+      bits_per_byte=bits_per_byte,
+    )
+    metrics: Any = None  # for Orbax's own tools
     if bits_per_byte is not None:
       metrics = {"bits_per_byte": bits_per_byte}
     self._saving = step
     try:
+      self._checkpointer.reload()
       self._checkpointer.save_checkpointables_async(
         step,
         {"state": state},
         force=True,
         metrics=metrics,
-        custom_metadata={
-          "progress": said,
-          "progress_crc32": zlib.crc32(said.encode()),
-          "fingerprint": [*marks],
-          "model": model.to_dict(),
-        },
+        custom_metadata=record.sealed(),
       )
     except Exception as e:  # whatever a file system may say
       self._failed(e)
+      return
+    if processes.is_first():
+      self._after_save = threading.Thread(target=self._complete, args=(step,))
+      self._after_save.start()
+    if not self.steps:
+      self.settle()
 
   def load(
     self, step: int, like: step_lib.TrainState, mesh: jax.sharding.Mesh
@@ -183,51 +205,56 @@ class Checkpoints:
     Raises:
       Broken: It cannot be read, or is not what was saved.
     """
+    arrays = progress = why = None
     try:
-      saved: Any = self._checkpointer.checkpointables_metadata(step)
-      said = saved.custom_metadata["progress"]
-      if zlib.crc32(said.encode()) != saved.custom_metadata["progress_crc32"]:
-        raise ValueError("its metadata are not what was saved")
-      loaded = self._checkpointer.load_checkpointables(
-        step, {"state": step_lib.on_mesh(like, mesh)}
-      )
-      state = loaded["state"]
-      marks = fingerprint.of(state)
-      if marks != saved.custom_metadata["fingerprint"]:
-        raise ValueError("its arrays are not what was saved")
-      progress = Progress(**json.loads(said))
-      why = None
-    # A damaged file may end in any error of Orbax, TensorStore or JSON.
-    except Exception as e:
-      state = progress = None
-      why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+      arrays = arrays_lib.Arrays(self._dir / str(step))
+      progress = Progress(**json.loads(arrays.record.progress or ""))
+    except (OSError, ValueError, TypeError) as e:
+      why = _first_line(e)
     if not processes.all_agree(why is None):
       raise Broken(why or "another process cannot read it")
-    assert state is not None and progress is not None
-    return state, progress
+    assert arrays is not None and progress is not None
+    return arrays.load(step_lib.on_mesh(like, mesh)), progress
 
   def set_aside(self, steps: list[int], why: str) -> None:
-    """Moves checkpoints out of the way: their steps will be saved again."""
+    """Moves checkpoints out of the way: their steps will be saved again.
+
+    Those that cannot be moved are told, and read no more.
+    """
     if not steps:
       return
     if processes.is_first():
       for step in steps:
-        target = self._dir / "set_aside" / f"{step}-{why}"
-        target.parent.mkdir(exist_ok=True)
+        target = self._run_dir / "set_aside" / f"{step}-{why}"
         shutil.rmtree(target, ignore_errors=True)
-        os.rename(self._dir / "checkpoints" / str(step), target)
-    processes.meet("set aside")
-    self._checkpointer.reload()
+        try:
+          target.parent.mkdir(exist_ok=True)
+          os.rename(self._dir / str(step), target)
+        except OSError as e:
+          self._in_the_way.add(step)
+          processes.say(
+            f"WARNING: {self._dir / str(step)} could not be moved to {target}"
+            f" ({e.strerror}); it is left there, and not used."
+          )
+    self.steps = self._find()
 
   def settle(self) -> None:
-    """Waits until what is being saved is written, and tells if it is not."""
+    """Waits until what is being saved is written, and tells if it is not.
+
+    Raises:
+      run_folder.NotSaved: It is not, and there is no other checkpoint.
+    """
     if self._saving is None:
       return
+    if self._after_save is not None:
+      self._after_save.join()
     try:
       self._checkpointer.wait()
-      self._saving = self._unsaved = None
     except Exception as e:
       self._failed(e)
+    else:
+      self._saving = self._unsaved = None
+      self.steps = self._find()
 
   def finish(self) -> None:
     """Waits until everything is written.
@@ -244,7 +271,8 @@ class Checkpoints:
       )
 
   def close(self) -> None:
-    self.settle()
+    with contextlib.suppress(run_folder.NotSaved):  # `finish` has raised it
+      self.settle()
     self._checkpointer.close()
     self._clean()
 
@@ -253,7 +281,7 @@ class Checkpoints:
     if not processes.is_first():
       return
     for _ in range(20):
-      left = [*(self._dir / "checkpoints").glob(f"*{_TEMPORARY}")]
+      left = [*self._dir.glob(f"*{_TEMPORARY}*")]
       if not left:
         break
       for path in left:
@@ -263,31 +291,114 @@ class Checkpoints:
 
   def _failed(self, why: Exception) -> None:
     self._unsaved, self._saving = self._saving, None
-    reason = str(why).splitlines()[0] if str(why) else type(why).__name__
-    free = metrics_lib.size(shutil.disk_usage(self._dir).free)
-    processes.say(
-      f"ERROR: the checkpoint of step {self._unsaved} was NOT written: {reason}"
-      f" ({free} are free in {self._dir}). The newest is "
-      f"{max(self.steps, default='none')}; training goes on, and the next save "
-      "is tried as planned."
+    self._clean()
+    self.steps = self._find()
+    free = metrics_lib.size(shutil.disk_usage(self._run_dir).free)
+    said = (
+      f"the checkpoint of step {self._unsaved} was NOT written: "
+      f"{_first_line(why)} ({free} are free in {self._run_dir})."
     )
+    if not self.steps:
+      raise run_folder.NotSaved(
+        f"{said} It would have been the run's first, and a run that cannot be "
+        "saved does not go on. Make room, or give another --run-dir."
+      ) from why
+    processes.say(
+      f"ERROR: {said} The newest is {self.steps[-1]}; training goes on, and the"
+      " next save is tried as planned."
+    )
+
+  def _there(self) -> dict[int, pathlib.Path]:
+    """The checkpoints of this run as this process finds them."""
+    last = max(self._stage_ends)
+    return {
+      step: path
+      for step, path in run_folder.checkpoints(self._run_dir).items()
+      if 0 < step <= last and step not in self._in_the_way
+    }
+
+  def _find(self) -> list[int]:
+    """Steps of the checkpoints that are there; the same in all processes."""
+    own = {0: sorted(self._there())} if processes.is_first() else {}
+    return processes.gather_json(own)[0]
+
+  def _tell_odd(self) -> None:
+    """Says what else lies among the checkpoints, and is left alone."""
+    known = {str(step) for step in self._there()}
+    odd = sorted(p.name for p in self._dir.glob("*") if p.name not in known)
+    if odd:
+      processes.say(
+        f"WARNING: what is no checkpoint of this run in {self._dir} is left "
+        f"alone: {', '.join(odd)}"
+      )
+
+  def _sync(self) -> None:
+    """What Orbax has written is on the disk before it gets its name."""
+    for path in self._dir.glob(f"{self._saving}{_TEMPORARY}*"):
+      atomic_files.sync_all(path)
+
+  def _complete(self, step: int) -> None:
+    """Removes what need not stay, once a newer one is on the disk; a thread."""
+    try:
+      self._checkpointer.wait()
+    except Exception:  # `settle` hears of it, too, and tells it
+      return
+    try:
+      atomic_files.sync_all(self._dir / str(step))
+      atomic_files.sync(self._dir)
+      for path in self._outdated():
+        # Half of one must not look like a checkpoint.
+        path.rename(path.with_name(path.name + _TEMPORARY))
+    except OSError as e:
+      processes.say(
+        f"WARNING: what need not stay of {self._dir} could not be removed "
+        f"({e.strerror}); it is tried again after the next save."
+      )
     self._clean()
 
+  def _outdated(self) -> list[pathlib.Path]:
+    there = self._there()
+    measured: dict[int, float | None] = dict.fromkeys(there)
+    if self._cfg.keep_best:
+      for step in measured:
+        with contextlib.suppress(Broken):
+          measured[step] = record_lib.read(there[step]).bits_per_byte
+    kept = self._cfg.kept(measured, self._stage_ends)
+    return [there[step] for step in measured.keys() - kept]
 
-def _context() -> ocp.Context:
-  """Chunks of one layer and expert, so that parts of an array are read apart.
+  def _context(self) -> ocp.Context:
+    """Chunks of one layer and expert: parts of an array can be read apart.
 
-  What converts a checkpoint then needs no memory for all layers at once.
-  """
-  options = ocp.options.ArrayOptions.Saving.StorageOptions
+    What converts a checkpoint then needs no memory for all layers at once.
+    """
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
 
-  def storage(key, value):
-    del value
-    stacked = tensors_lib.stacked(tensors_lib.leaf_name(key))
-    return options(
-      chunk_byte_size=arrays_lib.CHUNK_BYTES, shard_axes=tuple(range(stacked))
-    )
+    def storage(key, value):
+      del value
+      stacked = tensors_lib.stacked(tensors_lib.leaf_name(key))
+      return options(
+        chunk_byte_size=arrays_lib.CHUNK_BYTES, shard_axes=tuple(range(stacked))
+      )
 
-  context = ocp.Context()
-  context.array_options.saving.scoped_storage_options_creator = storage
-  return context
+    context = ocp.Context()
+    context.array_options.saving.scoped_storage_options_creator = storage
+    # A bound method would be copied with the context, and its object as well.
+    context.async_options.post_finalization_callback = lambda: self._sync()
+    return context
+
+
+class _Unlisted(ocp.path.step.NameFormat):
+  """Orbax names a checkpoint after its step, and looks for no others."""
+
+  def build_name(self, step):
+    return str(step)
+
+  def find_all(self, base_path):
+    return iter(())
+
+  def find_step(self, base_path, step):
+    raise ValueError(f"{step} is not looked for.")
+
+
+def _first_line(e: Exception) -> str:
+  return next(iter(str(e).splitlines()), type(e).__name__)

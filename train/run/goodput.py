@@ -19,6 +19,7 @@ from typing import Final, Literal
 import numpy as np
 
 from train.host import atomic_files
+from train.host import json_files
 from train.host import processes
 from train.run import metrics as metrics_lib
 
@@ -65,7 +66,7 @@ class Attempt:
   def read(cls, file: pathlib.Path) -> "Attempt":
     """Raises a ValueError that names the file where it is damaged."""
     try:
-      x = json.loads(file.read_bytes())
+      x = json_files.read(file)
       attempt = cls(
         began=float(x["began"]),
         now=float(x["now"]),
@@ -84,7 +85,9 @@ class Attempt:
         or not attempt.seconds.keys() <= _TITLES.keys()
       ):
         raise ValueError("its steps or causes are none")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except json_files.Damaged:
+      raise
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
       raise ValueError(f"{file} is damaged: {e!r}.") from e
     return attempt
 
@@ -272,6 +275,21 @@ def account(run_dir: str | pathlib.Path) -> Account:
   return Account(
     attempts=len(attempts), seconds=seconds, damaged=tuple(damaged), **counts
   )
+
+
+def was_saved(run_dir: str | pathlib.Path) -> bool:
+  """Whether some attempt says that there was a checkpoint of the run.
+
+  It went on from one, or saved again: the first is waited for.
+  """
+  for file in _files(pathlib.Path(run_dir) / "attempts").values():
+    try:
+      attempt = Attempt.read(file)
+    except ValueError:
+      continue
+    if attempt.after > 0 or len(attempt.saved) > 1:
+      return True
+  return False
 
 
 def _add(

@@ -2,13 +2,14 @@
 
 import json
 import pathlib
-from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 import dsa_jax
 from train.learn import step as step_lib
+from train.run import arrays as arrays_lib
+from train.run import fingerprint
+from train.run import run_folder
 
 
 class Origin:
@@ -20,6 +21,7 @@ class Origin:
     Raises:
       ValueError: There is no checkpoint, it lacks parameters of the model, or
         has them in other shapes.
+      Broken: Its metadata are not what was saved.
     """
     path = find(pathlib.Path(init_from).resolve())
     if path is None:
@@ -27,13 +29,16 @@ class Origin:
         f"{init_from=} is no run with a checkpoint, and no "
         "checkpoint; give a run's folder, or RUN_DIR/checkpoints/STEP."
       )
-    self._path = path
-    saved: Any = ocp.metadata(str(self._path), "state").metadata
+    self._path, self._arrays = path, arrays_lib.Arrays(path)
     _, init = step_lib.init(model, 0)
     params, _ = jax.eval_shape(init, jax.random.key(0))
-    has, needs = _shapes(saved["params"]), _shapes(params)
+    has = {name: x.shape for name, x in self._arrays.record.arrays.items()}
+    needs = {
+      fingerprint.name(path): [*x.shape]
+      for path, x in jax.tree_util.tree_leaves_with_path({"params": params})
+    }
     missing = sorted(needs.keys() - has.keys())
-    if missing and all("/indexer/" in name for name in missing):
+    if missing and all(".indexer." in name for name in missing):
       raise ValueError(
         f"init_from={self._path} has no indexer ({missing[0]} and "
         f"{len(missing) - 1} more are missing), so that there is none to train "
@@ -58,30 +63,21 @@ class Origin:
   def restore(
     self, like: step_lib.Parameters, mesh: jax.sharding.Mesh
   ) -> step_lib.Parameters:
-    """Parameters and router biases, in the shapes of `like`, on `mesh`."""
+    """Parameters and router biases, in the shapes of `like`, on `mesh`.
+
+    Raises:
+      Broken: They are not what was saved.
+    """
     params, bias = step_lib.on_mesh(like, mesh)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True  # no optimizer state
-    with context:
-      loaded: Any = ocp.load_checkpointables(
-        str(self._path), {"state": {"params": params, "router_bias": bias}}
-      )
-    return loaded["state"]["params"], loaded["state"]["router_bias"]
+    loaded = self._arrays.load({"params": params, "router_bias": bias})
+    return loaded["params"], loaded["router_bias"]
 
 
 def find(folder: pathlib.Path) -> pathlib.Path | None:
   """The checkpoint that a run's folder, or a checkpoint's, stands for."""
-  steps = [p for p in folder.glob("checkpoints/*") if p.name.isdigit()]
-  found = max(steps, key=lambda p: int(p.name), default=folder)
-  whole = (found / "state").exists() and ocp.is_orbax_checkpoint(str(found))
-  return found if whole else None
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-  """Shape of each parameter by its name, a/b/c."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  names = ([k.key for k in path if hasattr(k, "key")] for path, _ in leaves)
-  return {
-    "/".join(n for n in name if n != "value"): tuple(leaf.shape)
-    for name, (_, leaf) in zip(names, leaves)
-  }
+  steps = run_folder.checkpoints(folder)
+  newest_first = [steps[step] for step in sorted(steps, reverse=True)]
+  found = (
+    path for path in (*newest_first, folder) if (path / "state").is_dir()
+  )
+  return next(found, None)

@@ -1,14 +1,16 @@
 """Reads a run's folder: config, metrics and selections."""
 
 from collections.abc import Iterable
+from collections.abc import Iterator
 import dataclasses
-import json
 import pathlib
 from typing import Any
 import zipfile
 
 from jaxtyping import Float, Int
 import numpy as np
+
+from train.host import json_files
 
 type Line = dict[str, Any]  # of metrics.jsonl
 
@@ -57,15 +59,15 @@ def read(run_dir: pathlib.Path) -> Record:
         "run_dir of a run that has begun to train."
       )
   try:
-    cfg = json.loads((run_dir / "config.json").read_bytes())
+    cfg = json_files.read(run_dir / "config.json")
     stages = [(stage["kind"], stage["steps"]) for stage in cfg["stages"]]
     top_k = cfg["model"]["top_k"]
   except (ValueError, KeyError, TypeError) as e:
     raise ValueError(
-      f"{run_dir / 'config.json'} is not the config of a run: {e!r}. Restore "
+      f"{run_dir / 'config.json'} is not the config of a run: {e}. Restore "
       "it; the trainer writes it as the run begins."
     ) from e
-  lines = _read_lines(run_dir / "metrics.jsonl")
+  lines = [*read_lines(run_dir / "metrics.jsonl")]
   selections = sorted(
     (int(file.stem), file)
     for file in run_dir.glob("selections/*.npz")
@@ -75,22 +77,21 @@ def read(run_dir: pathlib.Path) -> Record:
   return Record(lines, stage_spans(stages, last), top_k, selections)
 
 
-def _read_lines(file: pathlib.Path) -> list[Line]:
-  """Half a line at the end, as a killed run leaves it, is left out."""
-  lines = []
-  for number, text in enumerate(file.read_bytes().splitlines(True), start=1):
+def read_lines(file: pathlib.Path) -> Iterator[Line]:
+  """The lines of a metrics.jsonl, but for half of one at its end.
+
+  Raises:
+    Damaged: A line is malformed, or the file cannot be read.
+  """
+  for number, line in json_files.read_lines(file):
     try:
-      line = json.loads(text)
       if not isinstance(line["step"], int) or not isinstance(line["kind"], str):
         raise TypeError("step must be a whole number and kind a text")
-    except (ValueError, KeyError, TypeError) as e:
-      if not text.endswith(b"\n"):  # hence the last one
-        break
-      raise ValueError(
-        f"{file}, line {number} is malformed: {e!r}. Delete it."
+    except (KeyError, TypeError) as e:
+      raise json_files.Damaged(
+        f"{file}, line {number} is malformed ({e!r})."
       ) from e
-    lines.append(line)
-  return lines
+    yield line
 
 
 def stage_spans(stages: Iterable[tuple[str, int]], last: int) -> list[Span]:

@@ -1,11 +1,14 @@
-"""The folder of a run: whose it is, and that it can be written to."""
+"""The folder of a run: whose it is, what lies in it, whether it is writable."""
 
 import json
 import pathlib
+import re
 from typing import Any, Final
 
 from train.host import atomic_files
+from train.host import json_files
 from train.host import processes
+from train.run import goodput
 
 # What may differ between a run and its continuation: where things lie, what is
 # logged, saved and guarded, and which devices compute, by what.
@@ -32,13 +35,42 @@ class NotSaved(OSError):
   """A run's folder cannot be written to; what is there stays."""
 
 
+def check_path(option: str, path: str) -> None:
+  """Raises a ValueError for an address, such as gs://bucket/run.
+
+  Orbax could write checkpoints there. But a run has more than these, which is
+  added to, locked, and renamed, as only a file system does.
+  """
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+    raise ValueError(
+      f"{option}={path} is an address, not a path: mount the bucket (with "
+      "gcsfuse, say) and give the path there, as /bucket/run."
+    )
+
+
+def checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+  """The folders of a run's checkpoints by step, whole or not.
+
+  Other names, files, and links to nothing are left out.
+  """
+  inner = folder / "checkpoints"
+  if not inner.is_dir():
+    return {}
+  return {
+    int(path.name): path
+    for path in inner.iterdir()
+    if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
+  }
+
+
 def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
   """Compares a run's config with that of the run in its folder, if any.
 
   Raises:
     ValueError: The folder holds a run and `resume` is off, or what is no run,
-      or a run with another config.
+      or a run with another config, or one that has lost its checkpoints.
   """
+  check_path("run_dir", run_dir)
   folder = pathlib.Path(run_dir)
   file = folder / "config.json"
   if folder.exists() and not folder.is_dir():
@@ -58,9 +90,38 @@ def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
     raise ValueError(
       f"--resume: run_dir={run_dir} is not empty, but holds no run (no "
       "config.json); give the --run-dir of one, or of none yet."
+      f"{_salvage(folder)}"
     )
-  saved = _flat(json.loads(file.read_text(encoding="utf-8")))
-  now = _flat(json.loads(json.dumps(run_config)))
+  _compare(run_dir, _saved_config(file), run_config)
+  _check_checkpoints(folder)
+
+
+def _saved_config(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    saved = json_files.read(file)
+    if not isinstance(saved, dict):
+      raise json_files.Damaged(f"{file} is no config.")
+  except json_files.Damaged as e:
+    raise ValueError(
+      f"--resume: {e} Bring it back from a copy.{_salvage(file.parent)}"
+    ) from e
+  return saved
+
+
+def _salvage(folder: pathlib.Path) -> str:
+  """What can be done with checkpoints of a run whose config is lost."""
+  if not checkpoints(folder):
+    return ""
+  return (
+    " Its checkpoints are there: without the config, a new run can begin with "
+    f"their parameters by --init-from={folder}."
+  )
+
+
+def _compare(
+  run_dir: str, before: dict[str, Any], run_config: dict[str, Any]
+) -> None:
+  saved, now = _flat(before), _flat(json.loads(json.dumps(run_config)))
   changed = [
     f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
     for name in sorted(saved | now)
@@ -72,6 +133,29 @@ def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
       f"--resume: the run in {run_dir} has another config: "
       f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
       "begin a new run."
+    )
+
+
+def _check_checkpoints(folder: pathlib.Path) -> None:
+  """Raises a ValueError where a run has been saved, and nothing is there.
+
+  From the beginning, it would go over what it has written of its steps.
+  """
+  inner, metrics = folder / "checkpoints", folder / "metrics.jsonl"
+  remedy = (
+    "Bring them back (is their disk mounted?), or begin anew with another "
+    "--run-dir."
+  )
+  if (inner.exists() or inner.is_symlink()) and not inner.is_dir():
+    raise ValueError(f"--resume: {inner} is no folder of checkpoints. {remedy}")
+  # The folder is there before the metrics are.
+  began = metrics.exists() and metrics.stat().st_size > 0
+  if (began and not inner.is_dir()) or (
+    not checkpoints(folder) and goodput.was_saved(folder)
+  ):
+    raise ValueError(
+      f"--resume: the run in {folder} has been saved, but {inner} holds no "
+      f"checkpoints. {remedy}"
     )
 
 
