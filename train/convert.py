@@ -32,6 +32,7 @@ from train.host import json_files
 from train.run import arrays as arrays_lib
 from train.run import origin as origin_lib
 from train.run import record as record_lib
+from train.run import run_folder
 
 # Of the folder that a checkpoint was made of: all but the parameters.
 _ORIGIN: Final = "hf"
@@ -122,6 +123,9 @@ def convert(conversion: Conversion) -> None:
     ValueError: Something does not fit; see `load_hf` and `save_hf`.
     OSError: Something cannot be read or written; names the file.
   """
+  for option in ("source", "target", "like"):
+    if (path := vars(conversion)[option]) is not None:
+      run_folder.check_path(option, path)
   source = pathlib.Path(conversion.source).resolve()
   if (source / "config.json").exists() and (
     "model_type" in config_json.read_json(source)
@@ -221,7 +225,7 @@ def _kept(stored: arrays_lib.Arrays, folder: pathlib.Path) -> pathlib.Path:
   for name, checksum in stored.record.files.items():
     if found.get(name) != checksum:
       raise record_lib.Broken(
-        f"{folder / name} is not what was kept of the model's folder: bring it"
+        f"{folder / name} is not what was written with the checkpoint: bring it"
         " back, or give --like=FOLDER of the model."
       )
   return folder

@@ -195,6 +195,70 @@ def test_a_flipped_bit_is_found(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("way", ["in", "orbax"])
+@pytest.mark.parametrize("journal", ["", "[", "{}\n", "\0\0\n"])
+def test_a_journal_that_is_lost_is_named(tmp_path, way, journal):
+  """As a power cut leaves it: what is done is not known."""
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  if way == "orbax":
+    run(tmp_path / "in", tmp_path / "orbax")
+  partial = tmp_path / "out.partial"
+  partial.mkdir()
+  (partial / "conversion.jsonl").write_text(journal)
+  with pytest.raises(ValueError, match=r"out\.partial"):
+    run(tmp_path / way, tmp_path / "out")
+
+
+def test_half_a_line_of_a_journal_is_left_out(tmp_path, monkeypatch):
+  found = folders.tensors("bf16")
+  folders.write(tmp_path / "in", found)
+  run(tmp_path / "in", tmp_path / "orbax")
+  monkeypatch.setattr(convert.save.Export, "finish", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / "orbax", tmp_path / "out", max_shard_size="300KB")
+  monkeypatch.undo()
+  journal = tmp_path / "out.partial" / "conversion.jsonl"
+  journal.write_text(journal.read_text()[:-5])
+  run(tmp_path / "orbax", tmp_path / "out", max_shard_size="300KB")
+  folders.assert_same(folders.read(tmp_path / "out"), found)
+
+
+def interrupted(self):
+  raise KeyboardInterrupt
+
+
+def test_lost_fingerprints_are_not_made_up(tmp_path, monkeypatch):
+  """Of parts that an interrupted conversion has written."""
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  monkeypatch.setattr(arrays.NewArrays, "finish", lambda *_: interrupted(None))
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / "in", tmp_path / "orbax")
+  monkeypatch.undo()
+  (notes,) = (tmp_path / "orbax.partial").rglob("*.fingerprints.json")
+  content = notes.read_text()
+  notes.write_text("")
+  with pytest.raises(ValueError, match="fingerprints.json is damaged"):
+    run(tmp_path / "in", tmp_path / "orbax")
+  notes.unlink()
+  with pytest.raises(ValueError, match="lacks a part of .*convert anew"):
+    run(tmp_path / "in", tmp_path / "orbax")
+  notes.write_text(content)
+  run(tmp_path / "in", tmp_path / "orbax")
+  assert not [*(tmp_path / "orbax").rglob("*.fingerprints.json")]
+
+
+def test_another_tokenizer_is_given_by_like(tmp_path):
+  """What was kept is compared; what is to differ is said."""
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  (tmp_path / "in" / "tokenizer.json").write_text('{"a": 1}')
+  run(tmp_path / "in", tmp_path / "orbax")
+  (tmp_path / "orbax" / "hf" / "tokenizer.json").write_text('{"a": 2}')
+  with pytest.raises(OSError, match="hf/tokenizer.json is not .*--like="):
+    run(tmp_path / "orbax", tmp_path / "out")
+  run(tmp_path / "orbax", tmp_path / "out", like=str(tmp_path / "in"))
+  assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
+
+
 def test_what_was_not_written_as_given_is_found(tmp_path, monkeypatch):
   folders.write(tmp_path / "in", folders.tensors("bf16"))
   run(tmp_path / "in", tmp_path / "orbax")

@@ -45,7 +45,8 @@ def sync(path: pathlib.Path) -> None:
 
 def sync_all(folder: pathlib.Path) -> None:
   """Returns when a folder is on the disk, with all that is in it."""
-  for inner, _, files in os.walk(folder):
-    for name in files:
-      sync(pathlib.Path(inner, name))
+  for inner, _, files in os.walk(folder, topdown=False):
+    for path in (pathlib.Path(inner, name) for name in files):
+      if not path.is_symlink():
+        sync(path)
     sync(pathlib.Path(inner))

@@ -23,6 +23,7 @@ class Origin:
         has them in other shapes.
       Broken: Its metadata are not what was saved.
     """
+    run_folder.check_path("init_from", init_from)
     path = find(pathlib.Path(init_from).resolve())
     if path is None:
       raise ValueError(
