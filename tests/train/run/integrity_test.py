@@ -141,7 +141,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(kind, request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("kind", "number"), [("trained", 100), ("converted", 100)]
+  ("kind", "number"), [("trained", 170), ("converted", 30)]
 )
 def test_two_hundred_flipped_bits(kind, number, request):
   found = flip(*request.getfixturevalue(kind), number, random.Random(17))
