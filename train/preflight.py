@@ -16,6 +16,7 @@ from train.learn import batches as batches_lib
 from train.learn import step as step_lib
 from train.run import metrics as metrics_lib
 from train.run import origin as origin_lib
+from train.run import run_folder
 
 # Of each stage's first batch: rows, and characters of a document.
 _ROWS, _CHARACTERS = 2, 120
@@ -119,7 +120,7 @@ def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
   oldest goes.
   """
   folder = pathlib.Path(cfg.run_dir).resolve()
-  there = [p for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+  there = run_folder.checkpoints(folder)
   while not folder.exists():
     folder = folder.parent
   if not os.access(folder, os.W_OK):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 
@@ -58,8 +59,7 @@ class Origin:
 
   def progress(self) -> dict[str, Any]:
     """The progress of the run that saved it, see `checkpoint.Progress`."""
-    saved: Any = ocp.checkpointables_metadata(str(self._path))
-    return json.loads(saved.custom_metadata["progress"])
+    return json.loads(self._arrays.record.progress or "{}")
 
   def restore(
     self, like: step_lib.Parameters, mesh: jax.sharding.Mesh

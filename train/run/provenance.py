@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import jax
 
+from train.host import atomic_files
 from train.host import processes
 
 # Variables of the environment that change what is compiled, or how it runs.
@@ -29,21 +30,25 @@ _GIT_SECONDS: Final = 30
 def write(run_dir: str | pathlib.Path) -> None:
   """Writes what runs now beside what ran before; the first process does.
 
-  Raises:
-    OSError: The run's folder cannot be written to.
+  That it cannot is told: it is no reason not to train.
   """
   if not processes.is_first():
     return
   folder = pathlib.Path(run_dir) / "versions"
-  folder.mkdir(exist_ok=True)
-  before = [int(x.stem) for x in folder.glob("*.*") if x.stem.isdecimal()]
-  number = 1 + max(before, default=0)
-  code, diff = _code(pathlib.Path(__file__).parent)
-  if diff:
-    (folder / f"{number}.diff").write_bytes(diff)
-  # "x": what an earlier attempt wrote is never lost.
-  with (folder / f"{number}.json").open("x", encoding="utf-8") as out:
-    out.write(json.dumps(_surroundings() | {"code": code}, indent=2) + "\n")
+  try:
+    folder.mkdir(exist_ok=True)
+    # What an earlier attempt wrote is never lost, were it half of it.
+    names = (x.name.partition(".")[0] for x in folder.iterdir())
+    number = 1 + max((int(x) for x in names if x.isdecimal()), default=0)
+    code, diff = _code(pathlib.Path(__file__).parent)
+    if diff:
+      (folder / f"{number}.diff").write_bytes(diff)
+    text = json.dumps(_surroundings() | {"code": code}, indent=2)
+    atomic_files.write(folder / f"{number}.json", text + "\n")
+  except OSError as e:
+    processes.say(
+      f"WARNING: what runs could not be written to {folder} ({e.strerror})."
+    )
 
 
 def _surroundings() -> dict[str, Any]:

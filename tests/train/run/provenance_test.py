@@ -141,3 +141,11 @@ def test_one_process_writes(run_dir, monkeypatch):
   monkeypatch.setattr(provenance.processes, "is_first", lambda: False)
   provenance.write(run_dir)
   assert not any(run_dir.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_cannot_be_written_is_told(run_dir, capsys, kind):
+  versions = run_dir / "versions"
+  versions.touch() if kind == "file" else versions.symlink_to("/nowhere/at")
+  provenance.write(run_dir)
+  assert f"could not be written to {versions}" in capsys.readouterr().out
