@@ -3,7 +3,12 @@
 import pathlib
 import re
 
+from flax import nnx
+import jax
 import pytest
+
+import dsa_jax
+from train import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -15,6 +20,11 @@ _FENCE = re.compile(r"^\s*```.*?^\s*```", re.M | re.S)
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
 _TARGET = re.compile(r"\]\(([^)\s]+)\)")
 _MODULE = re.compile(r"python -m ([\w.]+)")
+# `configs/tiny.py` (1M parameters, N = 4 heads, 8 sequences of 256 tokens
+_CONFIG = re.compile(
+  r"`configs/(\w+)\.py`\s\((\d+)M\sparameters,\sN\s=\s(\d+)\sheads,"
+  r"\s(\d+)\ssequences\sof\s([\d,]*\d)"
+)
 _PLACEHOLDER = re.compile(r"<\w+>|[A-Z]{2,}")  # of `ops/<op>/api.py`, `STAGE`
 
 
@@ -84,6 +94,28 @@ def test_commands_run_modules_that_exist(file):
     and not (place / "__main__.py").exists()
   }
   assert not missing
+
+
+def test_a_config_is_what_is_said_of_it(file):
+  for name, *said in _CONFIG.findall(file.read_text(encoding="utf-8")):
+    cfg = config_lib.load(f"configs/{name}.py")
+    assert _facts(cfg) == [int(x.replace(",", "")) for x in said], name
+
+
+def _facts(cfg):
+  """Millions of parameters, heads, sequences of a step, tokens of each."""
+  make = lambda: dsa_jax.Transformer(cfg.model, rngs=nnx.Rngs(0))
+  params = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Param))
+  millions = round(sum(x.size for x in params) / 1e6)
+  stage = cfg.stages[-1]
+  return [millions, cfg.model.num_heads, stage.batch_size, stage.seq_len]
+
+
+def test_what_is_said_of_configs_is_found():
+  text = "`configs/x.py` (6M parameters, N = 32 heads, 2 sequences of\n8,192"
+  assert _CONFIG.findall(text) == [("x", "6", "32", "2", "8,192")]
+  found = [_CONFIG.search(x.read_text(encoding="utf-8")) for x in FILES]
+  assert any(found)
 
 
 def test_what_is_wrong_is_found():
