@@ -26,6 +26,8 @@ LIMITS = {
   "dense_indexer_loss": dict(INDEX, N=HEADS, R=(32,), S=(200_000,)),
   "sparse_mla_with_loss": dict(INDEX, **LATENT, N=HEADS, K=KEYS),
 }
+# What is no multiple of anything.
+RAGGED = dict(T=13, S=331, K=77, N=5, M=3)
 DTYPES = (jnp.float32, jnp.float16)
 
 
@@ -92,6 +94,15 @@ KERNELS = [("mosaic_gpu", op) for op in LIMITS] + [
   for op in LIMITS
   if op != "sparse_mla_with_loss"
 ]
+
+
+@pytest.mark.parametrize(("name", "op"), KERNELS)
+def test_sizes_that_fill_no_tile_are_taken(name, op):
+  """The last tile is padded, where plain XLA would take many times as long."""
+  for letter in RAGGED.keys() & (LIMITS[op].keys() | {"T", "S"}):
+    sizes = USUAL | {letter: RAGGED[letter]}
+    for gradient in (False, True):
+      assert takes(op, name, sizes, jnp.bfloat16, gradient=gradient), sizes
 
 
 @pytest.mark.parametrize(("name", "op"), KERNELS)

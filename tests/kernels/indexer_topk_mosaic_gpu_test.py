@@ -174,7 +174,7 @@ def test_lowers_at_real_shapes(T, S, score_dtype):
 @pytest.mark.parametrize(
   "sizes, reason",
   [
-    (dict(M=24), "M=24"),
+    (dict(M=72), "M=72"),
     (dict(I=96), "I=96"),
     (dict(I=64, score_dtype="float8_e4m3fn"), "I=64"),
     (dict(dtype=jnp.float32), "float32"),

@@ -16,6 +16,7 @@ import pytest
 from pallas_kernels.hopper import barriers
 from pallas_kernels.ops.sparse_mla import api
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import launch
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import gather
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
@@ -56,6 +57,7 @@ def lowered(f, *args):
     {"N": 64, "K": 8192},
     {"N": 32, "K": 64, "B": 2},
     {"N": 16, "K": 192, "S": 95, "T": 1},
+    {"N": 24, "K": 95, "S": 95},
   ],
 )
 def test_forward(sizes):
@@ -94,10 +96,8 @@ def test_heads_are_filled_up_and_cut_off_again():
   [
     ({"dtype": jnp.float32}, "float32"),
     ({"width": 512}, "C.R=512"),
-    ({"N": 48}, "N=48"),
-    ({"N": 96}, "N=96"),
+    ({"N": 0}, "N=0"),
     ({"K": 0}, "K=0"),
-    ({"K": 100}, "K=100"),
     ({"K": 8256}, "K=8256"),
   ],
 )
@@ -116,6 +116,32 @@ def test_another_latent_rank(f):
 def test_whatever_it_takes_has_a_gradient(sizes):
   q, *rest = shapes(**sizes)
   assert jax.eval_shape(gradient, q, *rest).shape == q.shape
+
+
+@pytest.mark.parametrize("K", [1, 63, 64, 100, 4095])
+def test_selected_keys_are_filled_up_to_whole_tiles(monkeypatch, K):
+  """Of what is filled up, neither the kernel nor the target has a key."""
+  given = []
+
+  def launch_once(plan, args, d_kv_ref):
+    indices = args[4]
+    given.append(indices)
+    assert indices.shape[1] == 64 * plan.tiles
+    weights = jnp.where(indices >= 0, 1.0, np.nan)[:, None]
+    return jnp.zeros((2, plan.heads, CR), jnp.bfloat16), weights
+
+  monkeypatch.setattr(launch, "_launch", launch_once)
+  per_head = jnp.zeros((1, 2, 3))
+  indices = jnp.arange(2 * K, dtype=jnp.int32).reshape(1, 2, K)
+  *_, p = launch.backward(
+    *(jnp.zeros((1, 2, 3, CR)), jnp.zeros((1, 2 * K, CR)), indices),
+    *(jnp.zeros((1, 2, 3, C)), per_head),
+    *(jnp.zeros((1, 2, 3, C)), per_head),
+    0.1,
+  )
+  np.testing.assert_array_equal(given[0][:, :K], indices[0])
+  np.testing.assert_array_equal(given[0][:, K:], -1)
+  np.testing.assert_array_equal(p, np.ones((1, 2, K)))
 
 
 def test_the_api_reaches_it_by_name():

@@ -50,8 +50,17 @@ def indexer_topk(
     )
     return tiles.join(indices, T), tiles.join(scores, T)
 
+  missing = _fitting_heads(index.q.shape[2]) - index.q.shape[2]
+  heads = [(0, 0), (0, 0), (0, missing)]  # of zero weight
+  q = jnp.pad(index.q, [*heads, (0, 0)]) if missing else index.q
   w = index.w.astype(jnp.float32)
-  return jax.lax.map(row, (index.q, w, start, end, index.k))
+  w = jnp.pad(w, heads) if missing else w
+  return jax.lax.map(row, (q, w, start, end, index.k))
+
+
+def _fitting_heads(M: int) -> int:
+  """The fewest index heads that the kernels take and that M fit into."""
+  return min(n for n in scores_lib.HEADS if n >= M)
 
 
 def check(index: operands.Index, top_k: int, score_dtype: str | None) -> None:
@@ -62,10 +71,8 @@ def check(index: operands.Index, top_k: int, score_dtype: str | None) -> None:
       raise NotImplementedError(
         f"index.{name}.dtype={x.dtype} is not bfloat16."
       )
-  if M not in scores_lib.HEADS:
-    raise NotImplementedError(
-      f"{M=} index heads is none of {scores_lib.HEADS}."
-    )
+  if not 0 < M <= (most := max(scores_lib.HEADS)):
+    raise NotImplementedError(f"{M=} index heads: 1 to {most} can be done.")
   dtype = jnp.dtype(score_dtype or jnp.bfloat16)
   if I * dtype.itemsize not in scores_lib.WIDTHS:
     raise NotImplementedError(

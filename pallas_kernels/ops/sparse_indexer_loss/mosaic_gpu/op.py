@@ -29,6 +29,7 @@ from pallas_kernels.ops.sparse_indexer_loss.mosaic_gpu import (
 )
 
 _N: Final = 128  # most heads of the attention
+_HEADS: Final = 8  # they come by so many
 
 
 def sparse_indexer_loss(
@@ -82,10 +83,9 @@ def check_attention(
   for name, x in (("q", q), ("kv", kv)):
     if x.dtype != jnp.bfloat16:
       raise NotImplementedError(f"{name}.dtype={x.dtype} is not bfloat16.")
-  if N % 8 or not 0 < N <= _N or CR != widths.CR:
+  if not 0 < N <= _N or CR != widths.CR:
     raise NotImplementedError(
-      f"{N=} heads of width {CR=}: multiples of 8 up to {_N} of "
-      f"{widths.CR} can be done."
+      f"{N=} heads of width {CR=}: 1 to {_N} of {widths.CR} can be done."
     )
 
 
@@ -98,6 +98,9 @@ def target(
 ) -> Float[Array, "B T K"]:
   """Sum over these heads of each selected key's weight; 0 if ignored."""
   K = indices.shape[2]
+  if missing := -q.shape[2] % _HEADS:  # heads of zero weight
+    q = jnp.pad(q, [(0, 0), (0, 0), (0, missing), (0, 0)])
+    lse = jnp.pad(lse, [(0, 0), (0, 0), (0, missing)], constant_values=jnp.inf)
   padded = _pad_keys(indices, -1)
   return target_lib.target(q, kv, padded, lse, scale)[..., :K]
 

@@ -42,9 +42,7 @@ def check(
   """Raises NotImplementedError for inputs that the kernels do not support."""
   N, D, S, K = *q.shape[2:], kv.shape[1], indices.shape[2]
   products.check(q=q, kv=kv)
-  sublanes = 32 // q.dtype.itemsize
-  if N % sublanes:
-    raise NotImplementedError(f"{N=} heads are no multiple of {sublanes}")
+  N += -N % _sublanes(q)  # as padded
   if latent_rank % lanes.LANES:
     raise NotImplementedError(
       f"C={latent_rank} is no multiple of {lanes.LANES}"
@@ -67,23 +65,29 @@ def _sparse_mla(q, kv, indices, latent_rank, scale, tiles):
   return _vjp_forward(q, kv, indices, latent_rank, scale, tiles)[0]
 
 
-def _whole_blocks(x, tiles, fill=0):
+def _sublanes(x):
+  """Heads that fill a register."""
+  return 32 // x.dtype.itemsize
+
+
+def _whole_blocks(x, tiles, *multiples, fill=0):
   """Pads queries to whole blocks, the same number for each core."""
-  return lanes.pad(x, tiles.bQ * tpu.chip().cores, fill=fill)
+  return lanes.pad(x, tiles.bQ * tpu.chip().cores, *multiples, fill=fill)
 
 
 def _walk(indices, kv, tiles):
-  return row_walk.walk(_whole_blocks(indices, tiles, -1), kv.shape[1], tiles)
+  padded = _whole_blocks(indices, tiles, fill=-1)
+  return row_walk.walk(padded, kv.shape[1], tiles)
 
 
 def _vjp_forward(q, kv, indices, latent_rank, scale, tiles):
-  T, walk = q.shape[1], _walk(indices, kv, tiles)
+  (T, N), walk = q.shape[1:3], _walk(indices, kv, tiles)
   out, lse = forward_lib.forward(
-    _whole_blocks(q, tiles), kv, walk, latent_rank, scale
+    _whole_blocks(q, tiles, _sublanes(q)), kv, walk, latent_rank, scale
   )
   # Named, so that a remat policy can save them instead of recomputing them.
   out, lse = checkpoint_name(
-    (out[:, :T], lse[:, :T]), checkpoint_names.SPARSE_MLA
+    (out[:, :T, :N], lse[:, :T, :N]), checkpoint_names.SPARSE_MLA
   )
   return (out, lse), (q, kv, indices, out, lse)
 
@@ -93,16 +97,17 @@ def _vjp_backward(latent_rank, scale, tiles, residuals, cotangents):
   q, kv, indices, out, lse = residuals
   d_out, d_lse = cotangents
   lse, delta = softmax.lse_and_delta(out, lse, d_out, d_lse)
+  (T, N), heads = q.shape[1:3], _sublanes(q)
   d_q, d_kv = backward_lib.backward(
-    _whole_blocks(q, tiles),
+    _whole_blocks(q, tiles, heads),
     kv,
     _walk(indices, kv, tiles),
-    _whole_blocks(lse, tiles, jnp.inf),
-    _whole_blocks(delta, tiles),
-    _whole_blocks(d_out, tiles),
+    _whole_blocks(lse, tiles, heads, fill=jnp.inf),
+    _whole_blocks(delta, tiles, heads),
+    _whole_blocks(d_out, tiles, heads),
     scale,
   )
-  return d_q[:, : q.shape[1]], d_kv.astype(kv.dtype), None
+  return d_q[:, :T, :N], d_kv.astype(kv.dtype), None
 
 
 _sparse_mla.defvjp(_vjp_forward, _vjp_backward)

@@ -67,7 +67,7 @@ def backward(
     starts = range(0, heads, plans.MOST_HEADS)
     return [x[:, i : i + plans.MOST_HEADS] for i in starts]
 
-  indices = indices.reshape(B * T, K)
+  indices = _whole_tiles(indices.reshape(B * T, K))
   tiles = _tiles_with_keys(indices, S)
   q_groups, do_groups, kv = groups(q), groups(d_out), permutation.permuted(kv)
   biases = groups(-lse * softmax.LOG2E, -jnp.inf)
@@ -78,7 +78,7 @@ def backward(
     plan = plans.Plan(
       heads=q_rows.shape[1],
       keys=S,
-      tiles=K // plans.KEYS,
+      tiles=indices.shape[1] // plans.KEYS,
       queries=T,
       scale=scale,
       deterministic=deterministic,
@@ -88,7 +88,14 @@ def backward(
   d_q, p = (jnp.concatenate(x, axis=1) for x in zip(*results))
   d_q = d_q[:, :N].reshape(q.shape)
   d_kv = d_kv_ref[...].astype(jnp.bfloat16)
-  return d_q, d_kv, p.sum(1).reshape(B, T, K)
+  return d_q, d_kv, p.sum(1)[:, :K].reshape(B, T, K)
+
+
+def _whole_tiles(indices):
+  """Fills the indices up to whole tiles with -1."""
+  if not (missing := -indices.shape[1] % plans.KEYS):
+    return indices
+  return jnp.pad(indices, [(0, 0), (0, missing)], constant_values=-1)
 
 
 def _tiles_with_keys(indices, keys):
