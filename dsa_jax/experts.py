@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax import exchange
+from dsa_jax import parameter
 import pallas_kernels
 
 type Axis = str | tuple[str, ...] | None
@@ -27,14 +28,14 @@ def routed_experts(
   x: Float[Array, "B T D"],
   experts: Int[Array, "B T J"],
   weights: Float[Array, "B T J"],
-  gate: Float[Array, "E D F"],
-  up: Float[Array, "E D F"],
-  down: Float[Array, "E F D"],
+  gate: parameter.Rounded,
+  up: parameter.Rounded,
+  down: parameter.Rounded,
   *,
   experts_axis: Axis,
   ffn_axis: Axis,
 ) -> Float[Array, "B T D"]:
-  """The weighted sum of each token's experts; runs inside a shard_map.
+  """The weighted sum of each token's experts, fp32; runs inside a shard_map.
 
   No token is dropped, however they are spread: a device has room for all rows
   of those that share the experts with it, a part of their tokens at a time.
@@ -43,9 +44,9 @@ def routed_experts(
     x: This device's tokens.
     experts: Numbers of each one's experts, of all devices.
     weights: Theirs in the sum.
-    gate: Matrices of this device's experts, like `up` and `down`.
-    up: See `gate`.
-    down: See `gate`.
+    gate: Matrices of this device's experts, [E, D, F].
+    up: Likewise.
+    down: Likewise, [E, F, D].
     experts_axis: The mesh axes that share the experts; None: all are here.
     ffn_axis: The mesh axes that share F.
   """
@@ -74,16 +75,19 @@ def _parts(tokens: int, bytes_per_token: int) -> int:
   return next(n for n in fits if tokens // n * bytes_per_token <= _BYTES)
 
 
-def _rows(gate_EDF, up_EDF, down_EFD, axis, x_ND, experts_NJ, weights_NJ):
+def _rows(gate, up, down, axis, x_ND, experts_NJ, weights_NJ):
   """Sorts the rows by expert, multiplies, and puts them back; N tokens."""
-  (N, J), E = experts_NJ.shape, len(gate_EDF)
+  matrices = gate.read(), up.read(), down.read()
+  (N, J), E = experts_NJ.shape, len(matrices[0])
   G = jax.lax.axis_size(axis) if axis else 1
   expert_R = experts_NJ.reshape(-1)
   order_R = jnp.argsort(expert_R, stable=True)
-  rows_RD = jnp.repeat(x_ND, J, 0).at[order_R].get(**_PERMUTE)
+  # In fp32 until each expert has its copy, so that their gradients' sum is.
+  copies_RD = jnp.repeat(x_ND.astype(jnp.float32), J, 0).astype(x_ND.dtype)
+  rows_RD = copies_RD.at[order_R].get(**_PERMUTE)
   sizes = jnp.bincount(expert_R, length=G * E)
   if axis is None:
-    y_RD = _mlp(rows_RD, sizes, gate_EDF, up_EDF, down_EFD)
+    y_RD = _mlp(rows_RD, sizes, *matrices)
   else:
     # How many rows device s has for expert e of device d: [s, d, e].
     counts_GGE = jax.lax.all_gather(sizes, axis).reshape(G, G, E)
@@ -92,11 +96,12 @@ def _rows(gate_EDF, up_EDF, down_EFD, axis, x_ND, experts_NJ, weights_NJ):
     mine_GE = counts_GGE[:, jax.lax.axis_index(axis)]
     order_S = jnp.argsort(_expert_of_slots(mine_GE, N * J), stable=True)
     sorted_SD = slots_GRD.reshape(G * N * J, -1).at[order_S].get(**_PERMUTE)
-    y_SD = _mlp(sorted_SD, mine_GE.sum(0), gate_EDF, up_EDF, down_EFD)
+    y_SD = _mlp(sorted_SD, mine_GE.sum(0), *matrices)
     y_SD = y_SD.at[jnp.argsort(order_S)].get(**_PERMUTE)
     y_RD = exchange.combine(y_SD.reshape(slots_GRD.shape), sent_GG, axis)
   y_NJD = y_RD.at[jnp.argsort(order_R)].get(**_PERMUTE).reshape(N, J, -1)
-  return jnp.einsum("NJD,NJ->ND", y_NJD, weights_NJ.astype(x_ND.dtype))
+  # A sum, not a product, which would round the weights.
+  return (y_NJD.astype(jnp.float32) * weights_NJ[..., None]).sum(1)
 
 
 def _expert_of_slots(mine_GE, R):

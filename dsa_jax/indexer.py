@@ -77,20 +77,20 @@ class Indexer(nnx.Module):
       cached: Index keys of a cache, in which those of `x` are put.
     """
     cfg, rules = self.cfg, self.cfg.rules
-    R, dtype = cfg.rope_head_dim, cfg.dtype
+    R = cfg.rope_head_dim
     # The indexer learns from its own loss only, and teaches the trunk nothing.
     x, q_latent = jax.lax.stop_gradient((x, q_latent))
     heads = rules("batch", "seq", "index_heads", None)
-    q_BTMI = jnp.einsum(
+    q_BTMI = parameter.einsum(
       "BTQ,QMI->BTMI",
       q_latent,
-      self.q_QMI[...].astype(dtype),
+      self.q_QMI[...],
       out_sharding=heads,
     )
-    k_BTI = jnp.einsum(
+    k_BTI = parameter.einsum(
       "BTD,DI->BTI",
       x,
-      self.k_DI[...].astype(dtype),
+      self.k_DI[...],
       out_sharding=rules("batch", "seq", None),
     )
     k_BTI = self.k_norm(k_BTI)
@@ -107,7 +107,7 @@ class Indexer(nnx.Module):
     q_BTMI = rotate_first(q_BTMI)
     k_BTI = zigzag.gather_keys(rotate_first(k_BTI), rules)
     k_BSI = frame.extend(cached, k_BTI)
-    w_BTM = jnp.einsum(
+    w_BTM = parameter.einsum(
       "BTD,DM->BTM",
       x.astype(jnp.float32),
       self.w_DM[...],

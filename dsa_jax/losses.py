@@ -70,4 +70,6 @@ def cross_entropy(
     target_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), -1)
     return jax.nn.logsumexp(logits_BTV, -1) - target_BT
 
+  # The sum of the tiles' gradients has the dtype of the parameter.
+  head = jax.tree.map(lambda w: w.astype(jnp.float32), head)
   return join(jax.lax.map(lambda xs: tile(head, *xs), cut(x, targets)))

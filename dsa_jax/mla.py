@@ -110,17 +110,17 @@ class MLA(nnx.Module):
     `Indexer.find`.
     """
     cfg, rules = self.cfg, self.cfg.rules
-    C, H, dtype = cfg.kv_rank, cfg.nope_head_dim, cfg.dtype
+    C, H = cfg.kv_rank, cfg.nope_head_dim
     per_token = rules("batch", "seq", None)
     q_latent = self.q_norm(
-      jnp.einsum(
-        "BTD,DQ->BTQ", x, self.q_a_DQ[...].astype(dtype), out_sharding=per_token
+      parameter.einsum(
+        "BTD,DQ->BTQ", x, self.q_a_DQ[...], out_sharding=per_token
       )
     )
-    q_BTNX = jnp.einsum(
+    q_BTNX = parameter.einsum(
       "BTQ,QNX->BTNX",
       q_latent,
-      self.q_b_QNX[...].astype(dtype),
+      self.q_b_QNX[...],
       out_sharding=rules("batch", "seq", "heads", None),
     )
     q_nope_BTNH, q_rope_BTNR = q_BTNX[..., :H], q_BTNX[..., H:]
@@ -128,8 +128,8 @@ class MLA(nnx.Module):
       q_rope_BTNR, frame.cos, frame.sin, interleaved=True
     )
     queries = Queries(q_nope_BTNH, q_rope_BTNR)
-    kv_BTX = jnp.einsum(
-      "BTD,DX->BTX", x, self.kv_a_DX[...].astype(dtype), out_sharding=per_token
+    kv_BTX = parameter.einsum(
+      "BTD,DX->BTX", x, self.kv_a_DX[...], out_sharding=per_token
     )
     c_BTC, kr_BTR = self.kv_norm(kv_BTX[..., :C]), kv_BTX[..., C:]
     kr_BTR = rope.rotate(kr_BTR, frame.cos, frame.sin, interleaved=True)
@@ -152,10 +152,10 @@ class MLA(nnx.Module):
       recall_BQ = self._recall(queries, kv_BSX, indexed, frame)
     if cached_index is not None:
       cache = LayerCache(kv_BSX, cached_index)
-    y_BTD = jnp.einsum(
+    y_BTD = parameter.einsum(
       "BTNU,NUD->BTD",
       out_BTNU,
-      self.out_NUD[...].astype(dtype),
+      self.out_NUD[...],
       out_sharding=per_token,
     )
     return AttentionOutput(y_BTD, cache, indexed, index_loss_BT, recall_BQ)
@@ -172,13 +172,13 @@ class MLA(nnx.Module):
     Reads all visible keys, or of these the selected ones.
     """
     cfg, rules = self.cfg, self.cfg.rules
-    C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
+    C, scale = cfg.kv_rank, softmax_scale(cfg)
     keys = rules("keys", None, "heads", None)
     k_BSNX = self._keys(kv_BSX)
-    v_BSNU = jnp.einsum(
+    v_BSNU = parameter.einsum(
       "BSC,CNU->BSNU",
       kv_BSX[..., :C],
-      self.v_b_CNU[...].astype(dtype),
+      self.v_b_CNU[...],
       out_sharding=keys,
     )
     q_BTNX = jnp.concatenate([queries.nope, queries.rope], -1)
@@ -267,7 +267,7 @@ class MLA(nnx.Module):
     weights = jnp.reshape(
       jnp.concatenate(weights), (CR, N * X), out_sharding=rules(None, "heads")
     )
-    side_by_side = jnp.einsum(
+    side_by_side = parameter.einsum(
       "BSX,XZ->BSZ", kv_BSX, weights, out_sharding=rules("keys", None, "heads")
     )
     keys = rules("keys", None, "heads", None)
@@ -282,7 +282,7 @@ class MLA(nnx.Module):
   ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T"] | None]:
     """Queries go to the latent's space, results come back from it."""
     cfg, rules = self.cfg, self.cfg.rules
-    C, dtype, scale = cfg.kv_rank, cfg.dtype, softmax_scale(self.cfg)
+    C, scale = cfg.kv_rank, softmax_scale(cfg)
     per_part = rules("batch", "seq", "heads", None)
     per_head = rules("batch", "seq", "heads")
     specs = per_part, rules("keys", None, None), rules("batch", "seq", None)
@@ -312,20 +312,20 @@ class MLA(nnx.Module):
       with jax.named_scope("attend"):
         out_BTNC, _ = attend(*inputs)
       index_loss_BT = None
-    out_BTNU = jnp.einsum(
+    out_BTNU = parameter.einsum(
       "BTNC,CNU->BTNU",
       out_BTNC,
-      self.v_b_CNU[...].astype(dtype),
+      self.v_b_CNU[...],
       out_sharding=per_part,
     )
     return out_BTNU, index_loss_BT
 
   def _absorb(self, queries: Queries) -> Float[Array, "B T N CR"]:
     """Queries of the latent's space, `[q Wuk; qr]`, C+R wide."""
-    q_BTNC = jnp.einsum(
+    q_BTNC = parameter.einsum(
       "BTNH,CNH->BTNC",
       queries.nope,
-      self.k_b_CNH[...].astype(self.cfg.dtype),
+      self.k_b_CNH[...],
       out_sharding=self.cfg.rules("batch", "seq", "heads", None),
     )
     return jnp.concatenate([q_BTNC, queries.rope], -1)

@@ -6,6 +6,7 @@ them, J experts a token, R = B T J rows.
 
 import dataclasses
 import functools
+from typing import Final
 
 from flax import nnx
 import jax
@@ -16,6 +17,8 @@ from dsa_jax import config as config_lib
 from dsa_jax import parameter
 from dsa_jax import sharding
 from dsa_jax.experts import routed_experts
+
+_SCALE: Final = 2.0**33  # of scores, as they are added up
 
 
 class RouterBias(nnx.Variable):
@@ -30,7 +33,8 @@ class RouterStats:
   load: Float[Array, "*L E"]
   """Tokens that went to each expert, padding left out."""
   balance_loss: Float[Array, "*L B"]
-  """Each row's sequence-wise balance loss, 1 if even (DeepSeek-V3, eq. 17)."""
+  """Each row's sequence-wise balance loss, 1 if even (DeepSeek-V3, eq. 17). It
+  counts the experts of highest score, whichever the bias and groups chose."""
 
 
 class MLP(nnx.Module):
@@ -44,17 +48,16 @@ class MLP(nnx.Module):
     self.down_FD = parameter.weight(rngs, cfg, (F, D), ("ffn", "embed"))
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    rules, dtype = self.cfg.rules, self.cfg.dtype
+    rules = self.cfg.rules
     wide = rules("batch", "seq", "ffn")
 
     def project(w):
-      w = w[...].astype(dtype)
-      return jnp.einsum("BTD,DF->BTF", x, w, out_sharding=wide)
+      return parameter.einsum("BTD,DF->BTF", x, w[...], out_sharding=wide)
 
-    return jnp.einsum(
+    return parameter.einsum(
       "BTF,FD->BTD",
       jax.nn.silu(project(self.gate_DF)) * project(self.up_DF),
-      self.down_FD[...].astype(dtype),
+      self.down_FD[...],
       out_sharding=rules("batch", "seq", None),
     )
 
@@ -74,28 +77,38 @@ class Router(nnx.Module):
     self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
   ) -> tuple[Int[Array, "B T J"], Float[Array, "B T J"], RouterStats]:
     """Experts, their weights, and what balancing needs."""
-    cfg, J = self.cfg, self.cfg.experts_per_token
-    logits_BTE = jnp.einsum(
+    cfg = self.cfg
+    logits_BTE = parameter.einsum(
       "BTD,DE->BTE",
       x.astype(jnp.float32),
-      self.w_DE[...].astype(jnp.float32),
+      self.w_DE[...],
       out_sharding=cfg.rules("batch", "seq", None),
     )
     scores_BTE = jax.nn.sigmoid(logits_BTE)
     experts_BTJ = self._choose(jax.lax.stop_gradient(scores_BTE))
     weights_BTJ = jnp.take_along_axis(scores_BTE, experts_BTJ, -1)
     if cfg.normalize_expert_weights:
-      weights_BTJ = weights_BTJ / weights_BTJ.sum(-1, keepdims=True)
-
-    chosen_BTJE = jax.nn.one_hot(experts_BTJ, cfg.num_experts)
-    counts_BE = jnp.sum(chosen_BTJE * valid[..., None, None], (1, 2))
-    tokens_B1 = jnp.maximum(jnp.sum(valid, 1, keepdims=True), 1)
-    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
-    share_BE = jnp.sum(share_BTE * valid[..., None], 1) / tokens_B1
-    frequency_BE = counts_BE * (cfg.num_experts / J) / tokens_B1
-    balance_loss_B = jnp.sum(frequency_BE * share_BE, -1)
-    stats = RouterStats(counts_BE.sum(0), balance_loss_B)
+      weights_BTJ = _shares(weights_BTJ)
+    stats = RouterStats(
+      self._counts(experts_BTJ, valid).sum(0),
+      self._balance_loss(scores_BTE, valid),
+    )
     return experts_BTJ, weights_BTJ * cfg.routed_scale, stats
+
+  def _balance_loss(self, scores_BTE, valid_BT):
+    """DeepSeek-V3, eq. 17-20, which leave out biases and groups."""
+    E, J = self.cfg.num_experts, self.cfg.experts_per_token
+    best_BTJ = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), J)[1]
+    tokens_B1 = jnp.maximum(jnp.sum(valid_BT, 1, keepdims=True), 1)
+    share_BTE = _shares(scores_BTE) * valid_BT[..., None]
+    share_BE = jnp.sum(share_BTE, 1) / tokens_B1
+    frequency_BE = self._counts(best_BTJ, valid_BT) * (E / J) / tokens_B1
+    return jnp.sum(frequency_BE * share_BE, -1)
+
+  def _counts(self, experts_BTJ, valid_BT):
+    """[B, E]: how many of a row's tokens have each expert."""
+    chosen_BTJE = jax.nn.one_hot(experts_BTJ, self.cfg.num_experts)
+    return jnp.sum(chosen_BTJE * valid_BT[..., None, None], (1, 2))
 
   def _choose(self, scores_BTE):
     """The J best experts, by biased score, of the best groups; ties go low."""
@@ -111,6 +124,17 @@ class Router(nnx.Module):
         jnp.repeat(kept_BTG, groups[-1], -1), biased_BTE, -jnp.inf
       )
     return jax.lax.top_k(biased_BTE, J)[1]
+
+
+def _shares(scores: Float[Array, "B T X"]) -> Float[Array, "B T X"]:
+  """Each score's share of their sum; all 0 if they are.
+
+  DeepSeek adds 1e-20 to the sum, for scores that underflow. Here both sides of
+  the fraction are scaled, exactly, by a power of two: the gradient divides by
+  the sum's square, which would underflow, too.
+  """
+  scores = scores * _SCALE
+  return scores / (scores.sum(-1, keepdims=True) + 1e-20 * _SCALE)
 
 
 class MoE(nnx.Module):
@@ -143,12 +167,13 @@ class MoE(nnx.Module):
       in_specs=(per_token, per_token, per_token, into, into, out),
       out_specs=per_token,
     )
-    weights = (self.gate_EDF, self.up_EDF, self.down_EFD)
+    matrices = (self.gate_EDF, self.up_EDF, self.down_EFD)
     with jax.named_scope("experts"):
       y_BTD = routed(
-        x, experts_BTJ, weights_BTJ, *(w[...].astype(dtype) for w in weights)
+        *(x, experts_BTJ, weights_BTJ),
+        *(parameter.rounded(w[...], dtype) for w in matrices),
       )
     if self.shared is not None:
       with jax.named_scope("shared_expert"):
         y_BTD = y_BTD + self.shared(x)
-    return y_BTD, stats
+    return y_BTD.astype(dtype), stats

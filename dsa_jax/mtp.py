@@ -49,10 +49,10 @@ class MTP(nnx.Module):
     """
     cfg = self.cfg
     both_XBTD = jnp.stack([self.embed_norm(embedded), self.hidden_norm(hidden)])
-    x_BTD = jnp.einsum(
+    x_BTD = parameter.einsum(
       "XBTD,XDE->BTE",
       both_XBTD,
-      self.join_XDD[...].astype(cfg.dtype),
+      self.join_XDD[...],
       out_sharding=cfg.rules("batch", "seq", None),
     )
     x_BTD, output, _ = self.block(x_BTD, frame)

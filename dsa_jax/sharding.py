@@ -95,11 +95,33 @@ def local(
   """`f` on each device's blocks, cut by `in_specs`; `f` without a mesh."""
   if not _explicit_mesh():
     return f
-  # Kernels do not say how their results vary over the mesh: no vma check.
-  mapped = jax.shard_map(
-    f, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
-  )
-  return lambda *args: mapped(*map(jax.reshard, args, in_specs))
+
+  def mapped(*args):
+    leaves, tree = jax.tree.flatten(tuple(map(jax.reshard, args, in_specs)))
+    dtypes = [x.dtype for x in leaves]
+
+    def own(*blocks):
+      given = zip(jax.tree.leaves(blocks), dtypes)
+      return f(*tree.unflatten(x.astype(dtype) for x, dtype in given))
+
+    # Kernels do not say how their results vary over the mesh: no vma check.
+    run = jax.shard_map(
+      own, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
+    )
+    # To fp32 and back: nothing forward, but devices that share a block add
+    # their gradients of it in fp32.
+    return run(*tree.unflatten(map(_to_fp32, leaves)))
+
+  return mapped
+
+
+def _to_fp32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+
+
+def spec(x: jax.Array) -> P | None:
+  """How `x` is cut over the mesh in context; None without a mesh."""
+  return jax.typeof(x).sharding.spec if _explicit_mesh() else None
 
 
 def put(x: Any, spec: P | None) -> jax.Array:

@@ -13,6 +13,8 @@ of the copies are added once, by one reduce-scatter, when they go back.
 Letters: B batch, T tokens, S keys, X any width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -74,9 +76,27 @@ def gather_keys(x: jax.Array, rules: sharding.ShardingRules) -> jax.Array:
   return copy(x)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather(x, axes, axis):
+  return jax.lax.all_gather(x, axes, axis=axis)
+
+
+def _scatter_sum(axes, axis, _, d_y):
+  """Adds what all devices have for a chunk in fp32, whatever it comes in."""
+  d_x = jax.lax.psum_scatter(
+    d_y.astype(jnp.float32), axes, scatter_dimension=axis
+  )
+  return (d_x.astype(d_y.dtype),)
+
+
+_all_gather.defvjp(
+  lambda x, axes, axis: (_all_gather(x, axes, axis), None), _scatter_sum
+)
+
+
 def _in_order(x, axes, axis):
   """The chunks of all devices, in natural order; inside a shard_map."""
-  x = jax.lax.all_gather(x, axes, axis=axis)
+  x = _all_gather(x, axes, axis)
   shards, size = x.shape[axis], x.shape[axis + 1] // 2
   before, after = x.shape[:axis], x.shape[axis + 2 :]
   x = x.reshape(*before, shards, 2, size, *after)

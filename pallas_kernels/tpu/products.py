@@ -4,7 +4,8 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+
+from pallas_kernels import contraction
 
 # Dimension numbers of x y, x y^T and x^T y.
 NN: Final = ((1,), (0,)), ((), ())
@@ -22,11 +23,6 @@ def check(**factors: jax.Array) -> None:
     )
 
 
-def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-  """Precision at which fp32 factors are not rounded to bfloat16."""
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
 def exact_bytes(numbers: int, itemsize: int) -> int:
   """Bytes of VMEM beside the factors of a product of so many numbers.
 
@@ -41,6 +37,6 @@ def dot(x: jax.Array, y: jax.Array, dimensions: Any) -> jax.Array:
     x,
     y,
     dimensions,
-    precision=precision(x.dtype),
+    precision=contraction.precision(x, y),
     preferred_element_type=jnp.float32,
   )

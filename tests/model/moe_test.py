@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_matches_a_loop_over_tokens(case):
   w = jax.tree.map(lambda a: np.asarray(a, np.float64), arrays)
   load, balance = np.zeros(12), np.zeros(2)
   for b in range(2):
-    counts, share = np.zeros(12), np.zeros(12)
+    best, share = np.zeros(12), np.zeros(12)
     for t in range(9):
       x = np.asarray(x_BTD[b, t], np.float64)
       scores, experts, weights = route(
@@ -71,12 +72,12 @@ def test_matches_a_loop_over_tokens(case):
         expected += weight * (h @ w["down_EFD"][e])
       np.testing.assert_allclose(y[b, t], expected, rtol=1e-4, atol=1e-4)
       if valid[b, t]:
-        counts[experts] += 1
+        load[experts] += 1
+        best[np.argsort(-scores)[:3]] += 1  # without bias and groups
         share += scores / scores.sum()
     tokens = valid[b].sum()
-    frequency = counts * 12 / (3 * tokens)
+    frequency = best * 12 / (3 * tokens)
     balance[b] = (frequency * share / tokens).sum()
-    load += counts
   np.testing.assert_array_equal(stats.load, load)
   np.testing.assert_allclose(stats.balance_loss, balance, rtol=1e-5)
 
@@ -108,3 +109,29 @@ def test_no_token_is_dropped_when_all_go_to_one_expert(case):
   h = silu(x @ w[0]) * (x @ w[1])
   expected = cfg.routed_scale * (h @ np.asarray(layer.down_EFD[...][7]))
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("logit", [-1e4, -120.0, -90.0, -45.0, 20.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scores_may_underflow(case, logit, normalize):
+  _, x, valid = case
+  cfg = dataclasses.replace(CONFIG, normalize_expert_weights=normalize)
+  layer = moe.MoE(cfg, rngs=nnx.Rngs(0))
+  # Every token's first number is 1, so that every logit is this one.
+  w = layer.router.w_DE
+  w[...] = jnp.zeros_like(w[...]).at[0].set(logit)
+
+  def loss_fn(layer, x):
+    y, stats = layer(x, valid)
+    return (y**2).sum() + stats.balance_loss.sum(), layer.router(x, valid)
+
+  value_and_grad = jax.value_and_grad(
+    loss_fn, (0, 1), has_aux=True, allow_int=True
+  )
+  (loss, (_, weights, _)), grads = value_and_grad(layer, x.at[..., 0].set(1.0))
+  score = np.exp(min(logit, 0)) / (1 + np.exp(-abs(logit)))
+  expected = score / (3 * score + 1e-20) if normalize else score
+  np.testing.assert_allclose(
+    weights, expected * cfg.routed_scale, rtol=1e-5, atol=1e-15
+  )
+  chex.assert_tree_all_finite((loss, grads))

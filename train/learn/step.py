@@ -221,13 +221,19 @@ def _loss(model, stage, trained, frozen, router_bias, batch, counts, measure):
 
 
 def _accumulate[Sums](gradient: Callable[[Batch], Sums], batch: Batch) -> Sums:
-  """Sums `gradient(part)` over the microbatches of a batch [A, B / A, T]."""
-  gradient = jax.jit(gradient)  # traced once, for its shapes and for the scan
+  """Sums `gradient(part)` over the microbatches of a batch [A, B / A, T].
+
+  In fp32, whatever the dtype of the parameters.
+  """
+
+  @jax.jit  # traced once, for its shapes and for the scan
+  def of_part(part):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), gradient(part))
 
   def microbatch(total, part):
-    return jax.tree.map(jnp.add, total, gradient(part)), None
+    return jax.tree.map(jnp.add, total, of_part(part)), None
 
-  shapes = jax.eval_shape(gradient, {name: x[0] for name, x in batch.items()})
+  shapes = jax.eval_shape(of_part, {name: x[0] for name, x in batch.items()})
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes
   )
@@ -297,8 +303,9 @@ def _counts(segment_ids: Int[Array, "A B T"]) -> dict[str, jax.Array]:
     "queries": segment_ids > 0,
     "rows": jnp.ones(segment_ids.shape[:2], bool),
   }
+  # As integers: in fp32 a sum of ones may stand still at 2^24.
   return {
-    name: jnp.maximum(marked.sum(dtype=jnp.float32), 1)
+    name: jnp.maximum(marked.sum(dtype=jnp.int32), 1).astype(jnp.float32)
     for name, marked in counts.items()
   }
 

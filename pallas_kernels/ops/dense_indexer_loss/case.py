@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels.cases import contract
 from pallas_kernels.cases import data
@@ -75,9 +76,7 @@ def _lse(
 
   def query(xs):
     q_NX, start, end = xs
-    logits_NS = scale * jnp.einsum(
-      "NX,SNX->NS", q_NX, k[0], preferred_element_type=jnp.float32
-    )
+    logits_NS = scale * contraction.einsum("NX,SNX->NS", q_NX, k[0])
     sees_S = (start <= key_S) & (key_S < end)
     return jax.nn.logsumexp(logits_NS, -1, where=sees_S)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels import tiles
 
@@ -76,10 +77,8 @@ class _Op:
   def scores(self, i, q_index, w, start, end, k_index):
     """Index scores [bT, bS] of key tile i, -inf unseen, and q.k [bT, M, bS]."""
     keys = jax.lax.dynamic_slice_in_dim(k_index, i * self.bS, self.bS)
-    similarity_TMS = jnp.einsum(
-      "TMI,SI->TMS", q_index, keys, preferred_element_type=jnp.float32
-    )
-    scores_TS = jnp.einsum("TMS,TM->TS", jax.nn.relu(similarity_TMS), w)
+    similarity_TMS = contraction.einsum("TMI,SI->TMS", q_index, keys)
+    scores_TS = contraction.einsum("TMS,TM->TS", jax.nn.relu(similarity_TMS), w)
     key = i * self.bS + jnp.arange(self.bS, dtype=start.dtype)[None]
     visible_TS = (key >= start[:, None]) & (key < end[:, None])
     return jnp.where(visible_TS, scores_TS, -jnp.inf), similarity_TMS, keys
@@ -87,9 +86,7 @@ class _Op:
   def target(self, i, scores_TS, q, lse, k):
     """Mean over heads of the attention's weights on key tile i: [bT, bS]."""
     k = jax.lax.dynamic_slice_in_dim(k, i * self.bS, self.bS)
-    logits_NTS = self.scale * jnp.einsum(
-      "TND,SND->NTS", q, k, preferred_element_type=jnp.float32
-    )
+    logits_NTS = self.scale * contraction.einsum("TND,SND->NTS", q, k)
     target_TS = jnp.exp(logits_NTS - lse.T[..., None]).mean(0)
     if self.heads_axis is not None:
       target_TS = jax.lax.pmean(target_TS, self.heads_axis)
@@ -169,16 +166,14 @@ def _vjp_backward(op, inputs, d_loss):
       target_TS = op.target(i, scores_TS, q, lse, k)
       d_scores_TS = jnp.exp(scores_TS - index_lse_T1) - target_TS
       d_scores_TS *= d_loss[:, None]
-      d_w += jnp.einsum("TMS,TS->TM", jax.nn.relu(similarity_TMS), d_scores_TS)
+      d_w += contraction.einsum(
+        "TMS,TS->TM", jax.nn.relu(similarity_TMS), d_scores_TS
+      )
       d_similarity_TMS = jnp.where(
         similarity_TMS > 0, w[..., None] * d_scores_TS[:, None], 0.0
       ).astype(q_index.dtype)
-      d_q += jnp.einsum(
-        "TMS,SI->TMI", d_similarity_TMS, k_tile, preferred_element_type=f32
-      )
-      d_k_tile = jnp.einsum(
-        "TMS,TMI->SI", d_similarity_TMS, q_index, preferred_element_type=f32
-      )
+      d_q += contraction.einsum("TMS,SI->TMI", d_similarity_TMS, k_tile)
+      d_k_tile = contraction.einsum("TMS,TMI->SI", d_similarity_TMS, q_index)
       d_k_tile += jax.lax.dynamic_slice_in_dim(d_k, i * op.bS, op.bS)
       d_k = jax.lax.dynamic_update_slice_in_dim(d_k, d_k_tile, i * op.bS, 0)
       return d_q, d_k, d_w

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 
 
@@ -24,9 +25,7 @@ def dense_indexer_loss(
   visible_BTS = (key >= start[..., None]) & (key < end[..., None])
 
   # The target: attention weights averaged over heads.
-  logits_BTNS = scale * jnp.einsum(
-    "BTND,BSND->BTNS", q, k, preferred_element_type=f32
-  )
+  logits_BTNS = scale * contraction.einsum("BTND,BSND->BTNS", q, k)
   weights_BTNS = jnp.where(
     visible_BTS[:, :, None], jnp.exp(logits_BTNS - lse[..., None]), 0.0
   )
@@ -35,14 +34,13 @@ def dense_indexer_loss(
     target_BTS = jax.lax.pmean(target_BTS, heads_axis)
 
   # The indexer's own distribution over the same keys.
-  similarity_BTMS = jnp.einsum(
+  similarity_BTMS = contraction.einsum(
     "BTMI,BSI->BTMS",
     index.q,
     # Cast from fp32, so that the gradient of a key is summed in fp32.
     index.k.astype(f32).astype(index.q.dtype),
-    preferred_element_type=f32,
   )
-  scores_BTS = jnp.einsum(
+  scores_BTS = contraction.einsum(
     "BTMS,BTM->BTS", jax.nn.relu(similarity_BTMS), index.w.astype(f32)
   )
   dead_BT1 = ~visible_BTS.any(-1, keepdims=True)

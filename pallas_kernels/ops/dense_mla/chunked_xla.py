@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import contraction
 from pallas_kernels import softmax
 from pallas_kernels import tiles
 from pallas_kernels.ops.dense_mla import mask_bits as mask_bits_lib
@@ -44,9 +45,7 @@ def _tile_sizes(q, k, query_tile, key_tile):
 
 def _logits(q, k, start, end, mask_bits, i, scale):
   """Logits [N, bT, bS] of key tile i, -inf where masked."""
-  logits_NTS = scale * jnp.einsum(
-    "TND,SND->NTS", q, k, preferred_element_type=jnp.float32
-  )
+  logits_NTS = scale * contraction.einsum("TND,SND->NTS", q, k)
   key = i * k.shape[0] + jnp.arange(k.shape[0], dtype=start.dtype)[None]
   visible_TS = (key >= start[:, None]) & (key < end[:, None])
   if mask_bits is not None:
@@ -74,11 +73,10 @@ def _vjp_forward(q, k, v, start, end, scale, indices, query_tile, key_tile):
       finite_top = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
       weights = jnp.exp(logits - finite_top)
       keep = jnp.exp(top_NT1 - finite_top)
-      out = jnp.einsum(
+      out = contraction.einsum(
         "NTS,SNU->NTU",
         weights.astype(v.dtype),
         _slice(v, i, bS),
-        preferred_element_type=jnp.float32,
       )
       sum_NT1 = keep * sum_NT1 + jnp.sum(weights, -1, keepdims=True)
       return keep * out_NTU + out, new_top, sum_NT1
@@ -132,15 +130,13 @@ def _vjp_backward(scale, query_tile, key_tile, residuals, cotangents):
       k_tile, v_tile = _slice(k, i, bS), _slice(v, i, bS)
       logits_NTS = _logits(q, k_tile, start, end, mask_bits, i, scale)
       weights_NTS = jnp.exp(logits_NTS - lse_NT1)
-      d_weights_NTS = jnp.einsum(
-        "TNU,SNU->NTS", d_out, v_tile, preferred_element_type=f32
-      )
+      d_weights_NTS = contraction.einsum("TNU,SNU->NTS", d_out, v_tile)
       d_logits_NTS = scale * weights_NTS * (d_weights_NTS - delta_NT1)
       d_logits_NTS = d_logits_NTS.astype(q.dtype)
       weights_NTS = weights_NTS.astype(d_out.dtype)
 
       def product(subscripts, x, y):
-        return jnp.einsum(subscripts, x, y, preferred_element_type=f32)
+        return contraction.einsum(subscripts, x, y)
 
       def add(total, part):
         part = _slice(total, i, bS) + part

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
+
 
 def dense_mla(
   q: Float[Array, "B T N HR"],
@@ -16,9 +18,7 @@ def dense_mla(
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
   """See `api.dense_mla`. Materialises [B, T, N, S] and [B, T, K, S]."""
   f32, S = jnp.float32, k.shape[1]
-  logits_BTNS = scale * jnp.einsum(
-    "BTND,BSND->BTNS", q, k, preferred_element_type=f32
-  )
+  logits_BTNS = scale * contraction.einsum("BTND,BSND->BTNS", q, k)
   key = jnp.arange(S)[None, None]
   visible_BTS = (key >= start[..., None]) & (key < end[..., None])
   if indices is not None:
@@ -30,6 +30,6 @@ def dense_mla(
   lse_BTN = jax.nn.logsumexp(logits_BTNS, axis=-1)
   weights_BTNS = jnp.exp(logits_BTNS - lse_BTN[..., None])
   weights_BTNS = jnp.where(dead_BT11, 0.0, weights_BTNS)
-  out_BTNU = jnp.einsum("BTNS,BSNU->BTNU", weights_BTNS, v.astype(f32))
+  out_BTNU = contraction.einsum("BTNS,BSNU->BTNU", weights_BTNS, v.astype(f32))
   lse_BTN = jnp.where(dead_BT11[..., 0], -jnp.inf, lse_BTN)
   return out_BTNU.astype(q.dtype), lse_BTN

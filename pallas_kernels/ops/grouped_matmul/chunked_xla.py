@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import dispatch
 from pallas_kernels import tiles
 
@@ -97,7 +98,9 @@ def _forward(x, w, sizes, block):
   F = w.shape[2]
 
   def multiply(i, y_PF):
-    y_gbF = jnp.einsum("gbD,gDF->gbF", blocks.rows(x, i), w[blocks.groups(i)])
+    y_gbF = contraction.einsum(
+      "gbD,gDF->gbF", blocks.rows(x, i), w[blocks.groups(i)], dtype=x.dtype
+    )
     y_gF = y_gbF.reshape(-1, F)
     return jax.lax.dynamic_update_slice_in_dim(y_PF, y_gF, i * len(y_gF), 0)
 
@@ -115,17 +118,12 @@ def _backward(block, residuals, d_y):
   f32 = jnp.float32
 
   def add(i, d_w):
-    d_w_gDF = jnp.einsum(
-      "gbD,gbF->gDF",
-      blocks.rows(x, i),
-      blocks.rows(d_y, i),
-      preferred_element_type=f32,
+    d_w_gDF = contraction.einsum(
+      "gbD,gbF->gDF", blocks.rows(x, i), blocks.rows(d_y, i)
     )
     # As a product, not a scatter: in one order, and without atomics.
     mine_Eg = jax.nn.one_hot(blocks.groups(i), len(w), axis=0)
-    return d_w + jnp.einsum(
-      "Eg,gDF->EDF", mine_Eg, d_w_gDF, precision="highest"
-    )
+    return d_w + contraction.einsum("Eg,gDF->EDF", mine_Eg, d_w_gDF)
 
   d_w = jax.lax.fori_loop(0, blocks.rounds, add, jnp.zeros(w.shape, f32))
   in_group_R1 = (jnp.arange(len(x)) < sizes.sum())[:, None]

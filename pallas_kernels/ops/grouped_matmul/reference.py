@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
+
 
 def grouped_matmul(
   x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"]
@@ -13,7 +15,5 @@ def grouped_matmul(
   group_R = jnp.searchsorted(jnp.cumsum(sizes), row_R, side="right")
   # From fp32, so that the gradient of a matrix is summed in fp32.
   w_RDF = w.astype(f32).at[group_R].get(mode="fill", fill_value=0)
-  y_RF = jnp.einsum(
-    "RD,RDF->RF", x, w_RDF.astype(w.dtype), preferred_element_type=f32
-  )
+  y_RF = contraction.einsum("RD,RDF->RF", x, w_RDF.astype(w.dtype))
   return y_RF.astype(x.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels.cases import contract
 from pallas_kernels.cases import data
@@ -139,8 +140,8 @@ def _true_scores(
     (q, q_scale_BTM), (k, k_scale_BS) = fp8.quantize(q), fp8.quantize(k)
     w = w * q_scale_BTM
   q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-  relu = jax.nn.relu(jnp.einsum("BTMI,BSI->BTMS", q, k))
+  relu = jax.nn.relu(contraction.einsum("BTMI,BSI->BTMS", q, k))
   relu = relu * k_scale_BS[:, None, None]
-  scores_BTS = jnp.einsum("BTMS,BTM->BTS", relu, w)
-  largest_BT = jnp.einsum("BTMS,BTM->BTS", relu, jnp.abs(w)).max(-1)
+  scores_BTS = contraction.einsum("BTMS,BTM->BTS", relu, w)
+  largest_BT = contraction.einsum("BTMS,BTM->BTS", relu, jnp.abs(w)).max(-1)
   return scores_BTS, jnp.maximum(largest_BT, jnp.finfo(jnp.float32).tiny)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels import tiles
 from pallas_kernels.ops.indexer_topk import fp8
@@ -101,9 +102,7 @@ def _scores(q, k, w, start, end, bS) -> Float[Array, "T S"]:
 
   def key_tile(i, scores_TS):
     k_tile = jax.lax.dynamic_slice_in_dim(k, i * bS, bS)
-    logits = jnp.einsum(
-      "TMI,SI->TMS", q, k_tile, preferred_element_type=jnp.float32
-    )
+    logits = contraction.einsum("TMI,SI->TMS", q, k_tile)
     tile = jnp.sum(jax.nn.relu(logits) * w[..., None], axis=1)
     # -0.0 is a score of 0: it ties with 0.0.
     tile = jnp.where(tile == 0, 0.0, tile)

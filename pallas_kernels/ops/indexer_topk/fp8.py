@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from pallas_kernels import contraction
+
 LARGEST: Final = 448.0  # of e4m3
 _LEAST: Final = 1e-4  # lower bound of a vector's largest number
 _MANTISSA: Final = 23  # bits, of float32
@@ -61,13 +63,10 @@ def rotate(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
   I = x.shape[-1]
   if I & (I - 1):
     raise ValueError(f"Vectors of {I=} numbers: a rotation takes a power of 2.")
-  rotated = jnp.einsum(
+  rotated = contraction.einsum(
     "...I,IJ->...J",
     x,
     jnp.asarray(_hadamard(I), x.dtype),
-    # Products with 1 and -1 are exact in any dtype that is not split up.
-    precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
   )
   # XLA may leave out a conversion to bfloat16 and back, but not this.
   kind = jnp.finfo(x.dtype)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels.ops.indexer_topk import fp8
 
@@ -24,8 +25,8 @@ def indexer_topk(
   f32, S = jnp.float32, k.shape[1]
   if score_dtype is not None:
     q, k = fp8.rounded(q), fp8.rounded(k)
-  logits_BTMS = jnp.einsum("BTMI,BSI->BTMS", q, k, preferred_element_type=f32)
-  scores_BTS = jnp.einsum(
+  logits_BTMS = contraction.einsum("BTMI,BSI->BTMS", q, k)
+  scores_BTS = contraction.einsum(
     "BTMS,BTM->BTS", jax.nn.relu(logits_BTMS), w.astype(f32)
   )
   key = jnp.arange(S)[None, None]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels.cases import contract
 from pallas_kernels.cases import data
@@ -70,9 +71,7 @@ def _lse(
     q_NX, indices_K = xs
     valid_K = (indices_K >= 0) & (indices_K < kv.shape[1])
     keys_KX = kv[0, jnp.where(valid_K, indices_K, 0)]
-    logits_NK = scale * jnp.einsum(
-      "NX,KX->NK", q_NX, keys_KX, preferred_element_type=jnp.float32
-    )
+    logits_NK = scale * contraction.einsum("NX,KX->NK", q_NX, keys_KX)
     return jax.nn.logsumexp(logits_NK, -1, where=valid_K)
 
   return jax.lax.map(query, (q[0], indices[0]), batch_size=_QUERIES)[None]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels import tiles
 
@@ -47,14 +48,11 @@ def _loss(*args):
 
 def _compare(indices, q_index, w, q, lse, k_index, kv, scale, heads_axis):
   """Computes both distributions of a tile of queries and their inputs."""
-  f32 = jnp.float32
   valid_TK = (indices >= 0) & (indices < kv.shape[0])
   safe_TK = jnp.where(valid_TK, indices, 0)
   take = lambda x: x.at[safe_TK].get(mode="promise_in_bounds")
 
-  logits_TNK = scale * jnp.einsum(
-    "TND,TKD->TNK", q, take(kv), preferred_element_type=f32
-  )
+  logits_TNK = scale * contraction.einsum("TND,TKD->TNK", q, take(kv))
   weights_TNK = jnp.where(
     valid_TK[:, None], jnp.exp(logits_TNK - lse[..., None]), 0.0
   )
@@ -65,10 +63,8 @@ def _compare(indices, q_index, w, q, lse, k_index, kv, scale, heads_axis):
   target_TK = target_TK / jnp.where(mass_T1 > 0, mass_T1, 1.0)
 
   keys_TKI = take(k_index)
-  similarity_TMK = jnp.einsum(
-    "TMI,TKI->TMK", q_index, keys_TKI, preferred_element_type=f32
-  )
-  scores_TK = jnp.einsum("TMK,TM->TK", jax.nn.relu(similarity_TMK), w)
+  similarity_TMK = contraction.einsum("TMI,TKI->TMK", q_index, keys_TKI)
+  scores_TK = contraction.einsum("TMK,TM->TK", jax.nn.relu(similarity_TMK), w)
   scores_TK = jnp.where(valid_TK, scores_TK, -jnp.inf)
   dead_T1 = ~valid_TK.any(-1, keepdims=True)
   log_index_TK = jax.nn.log_softmax(jnp.where(dead_T1, 0.0, scores_TK))
@@ -126,16 +122,14 @@ def _vjp_backward(scale, heads_axis, bT, tile_bytes, inputs, d_loss):
     )
     d_scores_TK = (jnp.exp(log_index_TK) - target_TK) * d_loss[:, None]
     d_scores_TK = jnp.where(valid_TK, d_scores_TK, 0.0)
-    d_w = jnp.einsum("TMK,TK->TM", jax.nn.relu(similarity_TMK), d_scores_TK)
+    d_w = contraction.einsum(
+      "TMK,TK->TM", jax.nn.relu(similarity_TMK), d_scores_TK
+    )
     d_similarity_TMK = jnp.where(
       similarity_TMK > 0, w[..., None] * d_scores_TK[:, None], 0.0
     ).astype(q_index.dtype)
-    d_q = jnp.einsum(
-      "TMK,TKI->TMI", d_similarity_TMK, keys_TKI, preferred_element_type=f32
-    )
-    d_keys_TKI = jnp.einsum(
-      "TMK,TMI->TKI", d_similarity_TMK, q_index, preferred_element_type=f32
-    )
+    d_q = contraction.einsum("TMK,TKI->TMI", d_similarity_TMK, keys_TKI)
+    d_keys_TKI = contraction.einsum("TMK,TMI->TKI", d_similarity_TMK, q_index)
     d_k = d_k.at[safe_TK].add(d_keys_TKI, mode="promise_in_bounds")
     return d_k, (d_q.astype(q_index.dtype), d_w)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 
 
@@ -24,8 +25,8 @@ def sparse_indexer_loss(
   take = jax.vmap(lambda rows, chosen: rows[chosen])
 
   # The target: attention weights summed over heads.
-  logits_BTNK = scale * jnp.einsum(
-    "BTND,BTKD->BTNK", q, take(kv, safe_BTK), preferred_element_type=f32
+  logits_BTNK = scale * contraction.einsum(
+    "BTND,BTKD->BTNK", q, take(kv, safe_BTK)
   )
   weights_BTNK = jnp.where(
     valid_BTK[:, :, None], jnp.exp(logits_BTNK - lse[..., None]), 0.0
@@ -37,14 +38,13 @@ def sparse_indexer_loss(
   target_BTK = target_BTK / jnp.where(mass_BT1 > 0, mass_BT1, 1.0)
 
   # The indexer's own distribution over the same keys.
-  similarity_BTMK = jnp.einsum(
+  similarity_BTMK = contraction.einsum(
     "BTMI,BTKI->BTMK",
     index.q,
     # Cast from fp32, so that the gradient of a key is summed in fp32.
     take(index.k.astype(f32), safe_BTK).astype(index.q.dtype),
-    preferred_element_type=f32,
   )
-  scores_BTK = jnp.einsum(
+  scores_BTK = contraction.einsum(
     "BTMK,BTM->BTK", jax.nn.relu(similarity_BTMK), index.w.astype(f32)
   )
   dead_BT1 = ~valid_BTK.any(-1, keepdims=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import contraction
 from pallas_kernels import softmax
 from pallas_kernels import tiles
 
@@ -53,19 +54,16 @@ def _forward(q, kv, indices, latent_rank, scale, query_tile):
 
   def tile(q, indices, kv):
     kv_TKD, valid_TK, _ = _rows(kv, indices)
-    logits_TNK = scale * jnp.einsum(
-      "TND,TKD->TNK", q, kv_TKD, preferred_element_type=jnp.float32
-    )
+    logits_TNK = scale * contraction.einsum("TND,TKD->TNK", q, kv_TKD)
     logits_TNK = jnp.where(valid_TK[:, None], logits_TNK, -jnp.inf)
     top_TN1 = jnp.max(logits_TNK, -1, keepdims=True)
     top_TN1 = jnp.where(jnp.isneginf(top_TN1), 0.0, top_TN1)  # a dead row
     weights_TNK = jnp.exp(logits_TNK - top_TN1)
     sum_TN1 = jnp.sum(weights_TNK, -1, keepdims=True)
-    out_TNC = jnp.einsum(
+    out_TNC = contraction.einsum(
       "TNK,TKC->TNC",
       weights_TNK.astype(q.dtype),
       kv_TKD[..., :latent_rank],
-      preferred_element_type=jnp.float32,
     )
     out_TNC = out_TNC / jnp.where(sum_TN1 > 0, sum_TN1, 1.0)
     lse_TN = (top_TN1 + jnp.log(sum_TN1))[..., 0]
@@ -98,30 +96,24 @@ def _vjp_backward(latent_rank, scale, query_tile, residuals, cotangents):
   def tile(d_kv, xs, kv):
     q, indices, d_out, lse, delta = xs
     kv_TKD, valid_TK, safe_TK = _rows(kv, indices)
-    logits_TNK = scale * jnp.einsum(
-      "TND,TKD->TNK", q, kv_TKD, preferred_element_type=jnp.float32
-    )
+    logits_TNK = scale * contraction.einsum("TND,TKD->TNK", q, kv_TKD)
     weights_TNK = jnp.where(
       valid_TK[:, None], jnp.exp(logits_TNK - lse[..., None]), 0.0
     )
-    d_weights_TNK = jnp.einsum(
+    d_weights_TNK = contraction.einsum(
       "TNC,TKC->TNK",
       d_out,
       kv_TKD[..., :latent_rank],
-      preferred_element_type=jnp.float32,
     )
     d_logits_TNK = scale * weights_TNK * (d_weights_TNK - delta[..., None])
     d_logits_TNK = d_logits_TNK.astype(q.dtype)
-    d_q = jnp.einsum(
-      "TNK,TKD->TND", d_logits_TNK, kv_TKD, preferred_element_type=jnp.float32
-    )
+    d_q = contraction.einsum("TNK,TKD->TND", d_logits_TNK, kv_TKD)
     # A row is key and value at once: both gradients in one product over 2N.
     rope = [(0, 0), (0, 0), (0, q.shape[-1] - latent_rank)]
-    d_rows_TKD = jnp.einsum(
+    d_rows_TKD = contraction.einsum(
       "TNK,TND->TKD",
       jnp.concatenate([d_logits_TNK, weights_TNK.astype(q.dtype)], 1),
       jnp.concatenate([q, jnp.pad(d_out, rope)], 1),
-      preferred_element_type=jnp.float32,
     )
     d_kv = d_kv.at[safe_TK].add(d_rows_TKD, mode="promise_in_bounds")
     return d_kv, d_q.astype(q.dtype)

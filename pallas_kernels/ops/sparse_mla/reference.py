@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
+
 
 def sparse_mla(
   q: Float[Array, "B T N CR"],
@@ -19,9 +21,7 @@ def sparse_mla(
   take = jax.vmap(lambda rows, chosen: rows[chosen])
   # Cast from fp32, so that the gradient of a key is summed in fp32.
   kv_BTKD = take(kv.astype(f32), safe_BTK).astype(kv.dtype)
-  logits_BTNK = scale * jnp.einsum(
-    "BTND,BTKD->BTNK", q, kv_BTKD, preferred_element_type=f32
-  )
+  logits_BTNK = scale * contraction.einsum("BTND,BTKD->BTNK", q, kv_BTKD)
   logits_BTNK = jnp.where(valid_BTK[:, :, None], logits_BTNK, -jnp.inf)
   dead_BT11 = ~valid_BTK.any(-1)[..., None, None]
   # A finite row in place of a dead one: its softmax has a gradient, of zero.
@@ -29,7 +29,7 @@ def sparse_mla(
   lse_BTN = jax.nn.logsumexp(logits_BTNK, axis=-1)
   weights_BTNK = jnp.exp(logits_BTNK - lse_BTN[..., None])
   weights_BTNK = jnp.where(dead_BT11, 0.0, weights_BTNK)
-  out_BTNC = jnp.einsum(
+  out_BTNC = contraction.einsum(
     "BTNK,BTKC->BTNC", weights_BTNK, kv_BTKD[..., :latent_rank].astype(f32)
   )
   lse_BTN = jnp.where(dead_BT11[..., 0], -jnp.inf, lse_BTN)

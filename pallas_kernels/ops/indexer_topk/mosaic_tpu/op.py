@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels import tiles
 from pallas_kernels.ops.indexer_topk import fp8
@@ -258,12 +259,7 @@ def _scores(q, k, w, indices) -> Float[Array, "B T K"]:
 
   def tile(k, q, w, indices):
     chosen_TKI = k[jnp.maximum(indices, 0)]
-    logits_TMK = jnp.einsum(
-      "TMI,TKI->TMK",
-      *(q, chosen_TKI),
-      precision=products.precision(q.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    logits_TMK = contraction.einsum("TMI,TKI->TMK", q, chosen_TKI)
     scores_TK = jnp.sum(jax.nn.relu(logits_TMK) * w[..., None], axis=1)
     scores_TK = jnp.where(scores_TK == 0, 0.0, scores_TK)  # not -0.0
     return jnp.where(indices < 0, -jnp.inf, scores_TK)
