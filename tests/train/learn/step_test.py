@@ -130,6 +130,14 @@ def gradients(seed):
   )
 
 
+def test_microbatches_are_added_in_fp32():
+  # In bfloat16, the dtype of the parameters, the sum would end at 256.
+  ones = lambda part: {"w": jnp.ones((3,), jnp.bfloat16) * part["x"][0, 0]}
+  total = step_lib._accumulate(ones, {"x": jnp.ones((1001, 1, 1), "bfloat16")})
+  assert total["w"].dtype == jnp.float32
+  np.testing.assert_array_equal(total["w"], 1001)
+
+
 @pytest.mark.parametrize(
   "kind",
   [
