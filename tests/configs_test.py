@@ -24,8 +24,6 @@ def test_a_stage_is_as_in_the_paper(name, paper):
   (stage,) = cfg.stages
   rates = optimizer_lib.rates(cfg.optimizer, stage)
   plateau = stage.steps // 2
-  actual = {
-    part: pytest.approx(float(rate(plateau))) for part, rate in rates.items()
-  }
+  actual = {part: pytest.approx(rate(plateau)) for part, rate in rates.items()}
   assert (actual, stage.steps, stage.batch_size) == paper
   assert stage.seq_len == 131_072

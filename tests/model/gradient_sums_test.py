@@ -159,7 +159,7 @@ def test_devices_add_in_fp32(tmp_path):
     train_step = step_lib.make_train_step(
       model, stage, optimizer, guards.GuardConfig()
     )
-    rows = jax.NamedSharding(mesh, cfg.rules(None, "batch", None))
+    rows = jax.NamedSharding(mesh, cfg.rules(None, "batch", None) or jax.P())
     batch = {
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
       for name, x in step_test.cut(step_test.batch(), 1).items()
