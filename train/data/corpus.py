@@ -82,8 +82,8 @@ class DataConfig:
     names = [source.label for source in self.sources]
     if len(set(names)) < len(names):
       raise DataError(
-        f"data.sources have the names {names}, which must differ: set the name"
-        " of those that are alike."
+        f"data.sources have the names {names}, which must differ: set the name,"
+        " --data.sources.N.name, of those that are alike."
       )
 
 
@@ -252,7 +252,8 @@ class Corpus:
       if min(seq_len, retrieval.min_tokens) < least:
         raise DataError(
           f"{seq_len=} and {retrieval.min_tokens=} must be at least {least}, a"
-          " pair and its question; raise them, or set retrieval.fraction=0."
+          " pair and its question; raise them, or give"
+          " --data.retrieval.fraction=0."
         )
     return self._block_rows(seq_len, batch_size)
 
