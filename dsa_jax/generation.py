@@ -5,15 +5,22 @@ Letters: B batch, T tokens of the prompt, V vocabulary.
 
 import dataclasses
 import functools
+from typing import Annotated
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+import numpy as np
 
 from dsa_jax import cache as cache_lib
 from dsa_jax import frame as frame_lib
+from dsa_jax import ranges
 from dsa_jax import transformer
+
+# The cache grows with them, from the beginning.
+type _NewTokens = Annotated[int, ranges.Interval(1, 2**20)]
+type _Temperature = Annotated[float, ranges.Interval(0, 1e6)]
 
 
 def generate(
@@ -44,18 +51,28 @@ def generate(
     Prompts and continuations, [B, T + max_new_tokens].
 
   Raises:
-    ValueError: An empty prompt, no tokens to make, a negative temperature,
-      sampling without a key, or rules that share a sequence among devices.
+    ValueError: An argument is not of its kind or out of its range; a prompt is
+      empty, or padding alone; an id is not in the vocabulary (seen where the
+      tokens are known: not under `jax.jit`); the temperature samples, but there
+      is no key; or the rules share a sequence among devices.
   """
-  if tokens.shape[1] < 1:
-    raise ValueError("generate: the prompt is empty; give at least one token.")
-  if max_new_tokens < 1:
-    raise ValueError(f"generate: {max_new_tokens=} must be at least 1.")
-  if temperature < 0:
-    raise ValueError(f"generate: {temperature=} must be at least 0.")
-  if temperature > 0 and rng is None:
+  vocab = model.config.vocab_size
+  ranges.require("generate: max_new_tokens", max_new_tokens, _NewTokens)
+  ranges.require("generate: temperature", temperature, _Temperature)
+  ranges.require("generate: attention", attention, frame_lib.Attention)
+  if pad_id is not None:
+    ids = Annotated[int, ranges.Interval(0, vocab - 1)]
+    ranges.require("generate: pad_id", pad_id, ids)
+  _check_prompts(tokens, pad_id, vocab)
+  # What fp32 takes for 0 would be divided by.
+  greedy = temperature < np.finfo(np.float32).tiny
+  if not greedy and rng is None:
     raise ValueError(
       f"generate: {temperature=} samples: give rng=jax.random.key(seed)."
+    )
+  if rng is not None and not _is_key(rng):
+    raise ValueError(
+      f"generate: rng={ranges.shown(rng)} is no key; give jax.random.key(seed)."
     )
   if model.config.rules.shards("seq") > 1:
     raise ValueError(
@@ -72,7 +89,44 @@ def generate(
     jnp.int32(-1 if pad_id is None else pad_id),
     max_new_tokens=max_new_tokens,
     attention=attention,
-    greedy=temperature == 0,
+    greedy=greedy,
+  )
+
+
+def _check_prompts(tokens, pad_id: int | None, vocab: int) -> None:
+  """Refuses what is no array of ids, and a row without a token."""
+  if not isinstance(tokens, jax.Array | np.ndarray) or not jnp.issubdtype(
+    tokens.dtype, jnp.integer
+  ):
+    raise ValueError("generate: the tokens must be an array of whole numbers.")
+  if tokens.ndim != 2 or tokens.size == 0:
+    raise ValueError(
+      f"generate: the prompts have shape {tokens.shape}, which is empty or not "
+      "[B, T]; give at least one token."
+    )
+  if isinstance(tokens, jax.core.Tracer) or (
+    isinstance(tokens, jax.Array) and not tokens.is_fully_addressable
+  ):
+    return  # the ids are not here
+  ids_BT = np.asarray(tokens)
+  for b, t in np.argwhere((ids_BT < 0) | (ids_BT >= vocab)):
+    raise ValueError(
+      f"generate: tokens[{b}, {t}]={ids_BT[b, t]} is no id: the vocabulary has "
+      f"{vocab}, from 0."
+    )
+  if pad_id is not None:
+    for (b,) in np.argwhere((ids_BT == pad_id).all(1)):
+      raise ValueError(
+        f"generate: row {b} of the tokens is padding alone ({pad_id=}); give "
+        "it a token, or leave it out."
+      )
+
+
+def _is_key(rng) -> bool:
+  return (
+    isinstance(rng, jax.Array)
+    and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    and rng.shape == ()
   )
 
 
@@ -104,6 +158,8 @@ def _generate(
   def choose(logits_BV, key):
     if greedy:
       return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+    # The best is 0, however low the temperature: none overflows.
+    logits_BV -= logits_BV.max(-1, keepdims=True)
     return jax.random.categorical(key, logits_BV / temperature).astype(
       jnp.int32
     )

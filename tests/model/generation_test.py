@@ -1,6 +1,7 @@
 """Decoding equals teacher forcing, below and above K tokens."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -105,17 +106,77 @@ def test_compiles_once(caplog):
   assert "jax._src.dispatch" not in {x.name for x in caplog.records}
 
 
+def refuse(named, tokens=None, max_new_tokens=1, **kwargs):
+  """That `generate` refuses these arguments; types that jaxtyping would refuse
+  in tests go past it."""
+  tokens = models.tokens(2, 4) if tokens is None else tokens
+  plain = inspect.unwrap(dsa_jax.generate)
+  with pytest.raises(ValueError, match=named) as error:
+    plain(models.model(), tokens, max_new_tokens, **kwargs)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**20 + 1, 10**12, 1.0, True, "4"])
+def test_refuses_numbers_of_tokens(value):
+  refuse("max_new_tokens=", max_new_tokens=value)
+
+
 @pytest.mark.parametrize(
-  "kwargs, named",
+  "value", [-1.0, np.nan, np.inf, -np.inf, 1e7, None, "hot", True]
+)
+def test_refuses_temperatures(value):
+  refuse("temperature=", temperature=value, rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  "rng", [None, 0, np.zeros(2, np.uint32), jax.random.split(jax.random.key(0))]
+)
+def test_refuses_what_is_no_key(rng):
+  refuse("rng=", temperature=1.0, rng=rng)
+
+
+@pytest.mark.parametrize("bad", [-1, 64, 2**31, -(2**31)])
+def test_refuses_ids_outside_the_vocabulary(bad):
+  tokens = models.tokens(3, 5).astype(np.int64)
+  tokens[1, 3] = bad
+  refuse(rf"tokens\[1, 3\]={bad} is no id: the vocabulary has 64", tokens)
+  refuse("pad_id=", pad_id=bad)
+
+
+@pytest.mark.parametrize("rows", [[0], [2], [1, 2]])
+def test_refuses_padding_alone(rows):
+  tokens = models.tokens(3, 5)
+  tokens = np.where(tokens == 63, 0, tokens)
+  tokens[rows] = 63
+  refuse(f"row {rows[0]} of the tokens is padding alone", tokens, pad_id=63)
+
+
+@pytest.mark.parametrize(
+  "tokens",
   [
-    (dict(max_new_tokens=0), "max_new_tokens"),
-    (dict(max_new_tokens=1, temperature=-1.0), "temperature"),
-    (dict(max_new_tokens=1, temperature=1.0), "rng"),
+    np.ones((1, 4), np.float32),
+    np.ones((1, 4), bool),
+    [[1, 2]],
+    "text",
+    np.ones(4, np.int32),
+    np.ones((1, 1, 4), np.int32),
+    np.ones((0, 4), np.int32),
+    np.ones((1, 0), np.int32),
   ],
 )
-def test_refuses(kwargs, named):
-  with pytest.raises(ValueError, match=named):
-    dsa_jax.generate(models.model(), models.tokens(1, 4), **kwargs)
+def test_refuses_what_are_no_prompts(tokens):
+  refuse("whole numbers|empty or not", tokens)
+
+
+@pytest.mark.slow
+def test_a_temperature_near_0_takes_the_likeliest():
+  """No logit overflows, whatever it is divided by."""
+  model, prompt = models.model(), models.tokens(2, 10)
+  rng = jax.random.key(0)
+  expected = dsa_jax.generate(model, prompt, 4)
+  for temperature in (1e-30, 1e-37, 1e-46):
+    tokens = dsa_jax.generate(model, prompt, 4, temperature, rng)
+    np.testing.assert_array_equal(tokens, expected)
 
 
 def test_refuses_an_empty_prompt():
