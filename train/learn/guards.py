@@ -2,7 +2,8 @@
 
 A step is judged where it is computed, by its loss and by the norm of its
 gradient, and changes nothing if either is not finite or far above those of the
-steps before it. What comes of many in a row, `train/loop.py` decides.
+steps before it, or if the update that they come to is not finite. What comes of
+many in a row, `train/loop.py` decides.
 
 Letters: W steps that are remembered.
 """
@@ -65,9 +66,13 @@ def begin() -> GuardState:
 
 
 def judge(
-  guard: GuardState, watched: Float[Array, "2"], deviations: float
+  guard: GuardState,
+  watched: Float[Array, "2"],
+  update: Float[Array, ""],
+  deviations: float,
 ) -> tuple[Bool[Array, ""], GuardState]:
-  """Whether to believe a step with this loss and this gradient norm.
+  """Whether to believe a step with this loss and this gradient norm, and this
+  norm of its update.
 
   A spike is remembered as if it had just been believed: one does not hide the
   next, yet a loss that stays higher is believed after a while.
@@ -76,7 +81,7 @@ def judge(
   spread = jnp.maximum(spread, _LEAST_DEVIATION * jnp.abs(mean))
   full = guard.seen >= _WINDOW
   bound = jnp.where(full, mean + deviations * spread, jnp.inf)
-  finite = jnp.isfinite(watched).all()
+  finite = jnp.isfinite(watched).all() & jnp.isfinite(update)
   believed = finite & (watched <= bound).all()
   latest = guard.history.at[:, guard.seen % _WINDOW].set(
     jnp.minimum(watched, bound)

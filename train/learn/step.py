@@ -163,6 +163,7 @@ def make_train_step(
     believed, guard_state = guards.judge(
       state.guard,
       jnp.stack([loss, norms["grad_norm"]]),
+      optax.tree.norm(updates),
       guard.spike_deviations,
     )
     trained, opt_state, bias = jax.tree.map(

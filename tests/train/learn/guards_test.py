@@ -23,12 +23,14 @@ STEPS = 160
 POISON = 255
 
 
-def walk(watched, deviations=6.0):
+def walk(watched, deviations=6.0, update=None):
   """Whether each step is believed, and the last state."""
   judge = jax.jit(guards.judge, static_argnames="deviations")
   state, believed = guards.begin(), []
-  for pair in np.asarray(watched, np.float32):
-    fine, state = judge(state, pair, deviations=deviations)
+  update = np.ones(len(watched)) if update is None else update
+  watched, update = (np.asarray(x, np.float32) for x in (watched, update))
+  for pair, norm in zip(watched, update):
+    fine, state = judge(state, pair, norm, deviations=deviations)
     believed.append(bool(fine))
   return np.array(believed), state
 
@@ -49,6 +51,16 @@ def test_what_is_not_usual_is_not_believed(column, bad):
   expected[[200, 201, 250]] = False
   np.testing.assert_array_equal(believed, expected)
   assert (int(state.skipped), int(state.in_a_row)) == (3, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_is_not_believed(bad):
+  """Not at the first step either; nor is its loss remembered."""
+  update = np.ones(150)
+  update[[0, 7, 140]] = bad
+  believed, state = walk(usual(150), update=update)
+  np.testing.assert_array_equal(believed, np.isfinite(update))
+  assert (int(state.skipped), int(state.seen)) == (3, 147)
 
 
 def test_a_spike_is_one_by_the_deviations_before_it():
