@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -21,8 +22,40 @@ import jax
 from train.host import atomic_files
 from train.host import processes
 
-# Variables of the environment that change what is compiled, or how it runs.
-_VARIABLES: Final = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "NCCL_", "CUDA_")
+# Variables of the environment that change what is compiled, or how it runs;
+# besides, those of JAX's own settings. No others: a program may be given its
+# secrets by any name.
+_VARIABLES: Final = frozenset(
+  {
+    "XLA_FLAGS",
+    *(f"XLA_PYTHON_CLIENT_{x}" for x in ("ALLOCATOR", "PREALLOCATE")),
+    *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"),
+    *("LIBTPU_INIT_ARGS", "TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY"),
+    *("TPU_ACCELERATOR_TYPE", "TPU_TOPOLOGY", "TPU_WORKER_ID"),
+    *("TPU_WORKER_HOSTNAMES", "TPU_HOST_BOUNDS", "TPU_PROCESS_BOUNDS"),
+    *("TPU_CHIPS_PER_HOST_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS"),
+    *("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "TPU_MEGACORE"),
+    *("TPU_PREMAPPED_BUFFER_SIZE", "CUDA_VISIBLE_DEVICES"),
+    *("CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING"),
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "NVIDIA_TF32_OVERRIDE"),
+    *(f"NCCL_{x}" for x in ("DEBUG", "ALGO", "PROTO", "P2P_DISABLE")),
+    *(f"NCCL_{x}" for x in ("P2P_LEVEL", "IB_DISABLE", "IB_HCA", "NET")),
+    *(f"NCCL_{x}" for x in ("SOCKET_IFNAME", "NVLS_ENABLE", "BUFFSIZE")),
+    *(f"NCCL_{x}" for x in ("MIN_NCHANNELS", "MAX_NCHANNELS", "TIMEOUT")),
+  }
+)
+
+# A secret in a value, after what tells that it is one: in a URL, of an option,
+# or of a header; or by the shape that its issuer gives it.
+_SECRETS: Final = re.compile(
+  r"(://)[^/\s@]+(?=@)"
+  r"|((?:token|secret|passwd|password|credentials?|signature|[_-]key|apikey"
+  r"|[?&]key|[?&]sig)=)[^&,;\s'\"]+"
+  r"|(\bbearer\s+)\S+"
+  r"|\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abp]-|AKIA|AIza|ya29\.|eyJ)"
+  r"[\w./+=-]{8,}",
+  re.IGNORECASE,
+)
 
 _GIT_SECONDS: Final = 30
 
@@ -57,7 +90,7 @@ def _surroundings() -> dict[str, Any]:
   return {
     "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     "host": socket.gethostname(),
-    "command": shlex.join(sys.orig_argv),
+    "command": _without_secrets(shlex.join(sys.orig_argv)),
     "folder": os.getcwd(),
     "processes": jax.process_count(),
     "devices": {
@@ -67,14 +100,21 @@ def _surroundings() -> dict[str, Any]:
       "runtime": devices[0].client.platform_version,
     },
     "environment": {
-      name: value
+      name: _without_secrets(value)
       for name, value in sorted(os.environ.items())
-      if name.startswith(_VARIABLES)
+      if name in _VARIABLES or name.lower() in jax.config.values
     },
     "python": sys.version,
     "system": platform.platform(),
     "packages": dict(sorted(packages.items(), key=lambda x: x[0].lower())),
   }
+
+
+def _without_secrets(text: str) -> str:
+  """The text, but for what looks like a password or a key in it."""
+  return _SECRETS.sub(
+    lambda found: "".join(x for x in found.groups() if x) + "***", text
+  )
 
 
 def _code(folder: pathlib.Path) -> tuple[dict[str, Any], bytes]:

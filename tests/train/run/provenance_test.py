@@ -68,6 +68,37 @@ def test_tells_what_runs_and_where(run_dir, monkeypatch):
     assert found["packages"][name] == importlib.metadata.version(name)
 
 
+def test_secrets_are_not_written_down(run_dir, monkeypatch):
+  secret = "hunter2hunter2"
+  for name in (
+    *("JAX_SECRET", "JAX_API_TOKEN", "TPU_TOKEN", "TPU_API_KEY", "CUDA_KEY"),
+    *("NCCL_PASSWORD", "XLA_CREDENTIALS", "LIBTPU_X", "HF_TOKEN"),
+  ):
+    monkeypatch.setenv(name, secret)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"s3://me:{secret}@host/a")
+  flags = f"--xla_dump_to=/a --token={secret} --header='Bearer {secret}'"
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  path = f"hf:a/b?name=en&token={secret}&split=train"
+  options = [f"--data.sources.0.path={path}", "--log.sample-tokens=4"]
+  shapes = ["hf_abcdefghijklmnop", f"https://u:{secret}@h/x?sig={secret}&v=1"]
+  monkeypatch.setattr(sys, "orig_argv", ["python", *options, *shapes])
+  provenance.write(run_dir)
+  text = (run_dir / "versions" / "1.json").read_text()
+  assert secret not in text and "hf_abc" not in text
+  found = json.loads(text)
+  assert (
+    found["environment"].items()
+    >= {
+      "JAX_COMPILATION_CACHE_DIR": "s3://***@host/a",
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_dump_to=/a --token=*** --header='Bearer ***",
+    }.items()
+  )
+  assert "token=***&split=train" in found["command"]
+  assert "--log.sample-tokens=4" in found["command"]
+
+
 def test_a_clean_checkout_is_its_commit(checkout, run_dir):
   provenance.write(run_dir)
   head = git(checkout, "rev-parse", "HEAD")
