@@ -15,8 +15,11 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 import types
@@ -31,6 +34,7 @@ from dsa_jax import ranges
 
 # A process that says nothing for so long is dead; the others end as well.
 _SILENCE_SECONDS = 30
+_START_SECONDS = 60  # in which all must have been started
 # The others are waited for as long as they are alive: they may be compiling.
 _MEETING_SECONDS = 3600
 # Flag of XLA that holds the options of one backend.
@@ -49,7 +53,8 @@ class DistributedConfig:
   auto: bool = False
   """Find them as JAX does: on TPU pods, under Slurm, Open MPI or Kubernetes."""
   coordinator: ranges.Text | None = None
-  """Address of the first process, HOST:PORT, in place of `auto`."""
+  """Address of the first process, HOST:PORT, in place of `auto`. It is waited
+  for, and so are the others, for a minute."""
   processes: ranges.Count | None = None
   """How many there are; with `coordinator`."""
   process: ranges.Index | None = None
@@ -68,6 +73,13 @@ class DistributedConfig:
         f"{self.coordinator=}, {self.processes=} and {self.process=} belong "
         "together: give all three, or distributed.auto alone."
       )
+    if self.coordinator is not None:
+      host, _, port = self.coordinator.rpartition(":")
+      is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
+      if not host or not is_port:
+        raise ValueError(
+          f"{self.coordinator=} is no HOST:PORT, such as host0:8476."
+        )
     if self.processes is not None and self.process is not None:
       if self.process >= self.processes:
         raise ValueError(f"{self.process=} must be below {self.processes=}.")
@@ -102,26 +114,50 @@ def start(cfg: DistributedConfig) -> None:
   """Meets the other processes, if there are any, before JAX does anything.
 
   Raises:
-    ValueError: They cannot be found, or do not all come.
+    ValueError: They cannot be found. If they do not all come within a minute,
+      the program ends with a line that says so: JAX, which waits, would abort.
   """
   if not cfg.auto and cfg.coordinator is None:
     return
+  impatience = threading.Timer(_START_SECONDS, _give_up)
+  impatience.daemon = True
+  impatience.start()
   try:
+    if cfg.coordinator is not None:
+      host, _, port = cfg.coordinator.rpartition(":")
+      socket.getaddrinfo(host.strip("[]"), int(port))
+      print(
+        f"waiting for {cfg.processes} processes at {cfg.coordinator}, for"
+        f" {_START_SECONDS} seconds at most",
+        file=sys.stderr,
+      )
     jax.distributed.initialize(
       cfg.coordinator,
       cfg.processes,
       cfg.process,
-      initialization_timeout=60,
+      initialization_timeout=2 * _START_SECONDS,
       heartbeat_timeout_seconds=_SILENCE_SECONDS,
       shutdown_timeout_seconds=_SILENCE_SECONDS,
     )
-  except (ValueError, RuntimeError) as e:
-    reason = str(e).splitlines()[0]
-    raise ValueError(
-      f"The processes of this run do not meet ({reason}). Check that all are "
-      "started, with the same distributed.coordinator and distributed.processes"
-      " and each its own distributed.process, or with distributed.auto."
-    ) from e
+  except (ValueError, RuntimeError, OSError) as e:
+    raise ValueError(_unmet(str(e).splitlines()[0])) from e
+  finally:
+    impatience.cancel()
+
+
+def _give_up() -> None:
+  why = f"not all came within {_START_SECONDS} seconds"
+  print(f"error: {_unmet(why)}", file=sys.stderr, flush=True)
+  os._exit(1)  # the main thread is in JAX, and does not hear
+
+
+def _unmet(why: str) -> str:
+  return (
+    f"The processes of this run do not meet ({why}). Check that all are "
+    "started, with the same --distributed.coordinator and "
+    "--distributed.processes and each its own --distributed.process, or with "
+    "--distributed.auto."
+  )
 
 
 def meet(place: str) -> None:

@@ -53,6 +53,21 @@ sys.argv = ["main", "--config=test", *sys.argv[3:]]
 main.main()
 """
 
+# A process that meets others which do not come, and loses patience soon.
+ALONE = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from train.host import processes
+processes._START_SECONDS = 1
+_, coordinator, number = sys.argv
+processes.start(
+  processes.DistributedConfig(
+    coordinator=coordinator, processes=2, process=int(number)
+  )
+)
+"""
+
 STARTED = []  # processes, to be ended with their test
 HANGS = 1200  # seconds: so long takes nothing, even on a busy machine
 
@@ -240,3 +255,44 @@ def test_one_process_logs(tmp_path, monkeypatch, capsys):
     raise KeyError
   assert capsys.readouterr().out == ""
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_who_waits_in_vain_says_so(number):
+  """Of itself, JAX would abort with a stack trace."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  done = subprocess.run(
+    [sys.executable, "-c", ALONE, f"127.0.0.1:{port}", f"{number}"],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=HANGS,
+  )
+  assert done.returncode == 1
+  *_, last = done.stderr.splitlines()
+  assert last.startswith("error: The processes of this run do not meet")
+  assert f"waiting for 2 processes at 127.0.0.1:{port}" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  "coordinator",
+  [
+    *("host", "host:", ":8476", "host:0", "host:65536", "host:x", "host:-1"),
+    *("host:8476:", "host:٨", "8476", "http://host", "host:8476/x"),
+  ],
+)
+def test_refuses_what_is_no_address(coordinator):
+  with pytest.raises(ValueError, match="is no HOST:PORT"):
+    processes.DistributedConfig(coordinator=coordinator, processes=2, process=0)
+
+
+def test_a_host_without_an_address_is_not_waited_for():
+  cfg = processes.DistributedConfig(
+    coordinator="no.such.host.invalid:8476", processes=2, process=1
+  )
+  with pytest.raises(ValueError, match="do not meet"):
+    processes.start(cfg)
