@@ -5,7 +5,11 @@ may differ in all else.
 """
 
 import dataclasses
+import math
+import re
 from typing import Final
+
+_MOST_CHIPS: Final = 2**14  # of a topology; the largest slices have 9,216
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,3 +185,15 @@ _BY_KIND: Final = {kind: x for x in DEVICES for kind in x.kinds}
 def of(kind: str) -> Device | None:
   """Facts about the devices of exactly this `device_kind`; None if unknown."""
   return _BY_KIND.get(kind)
+
+
+def is_topology(name: str) -> bool:
+  """Whether a name has the form of a TPU slice's: v6e:16x16, v5p:2x2x1.
+
+  To be asked before libtpu is: that dies of a side of 0, and makes as many
+  devices as a name says.
+  """
+  if not re.fullmatch("[a-z0-9]+:[0-9]{1,4}(x[0-9]{1,4}){1,2}", name):
+    return False
+  sides = [int(x) for x in name.partition(":")[2].split("x")]
+  return 0 < math.prod(sides) <= _MOST_CHIPS

@@ -146,6 +146,8 @@ def topology(name: str) -> list[jax.Device]:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   # Nothing runs on a chip, so that several programs may compile at once.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  if not devices_lib.is_topology(name):
+    raise _unknown(name, "it has not two or three sides, of some chips each")
   try:
     described = topologies.get_topology_desc(platform="tpu", topology_name=name)
   except RuntimeError as e:  # JAX's, whatever the reason
@@ -153,11 +155,15 @@ def topology(name: str) -> list[jax.Device]:
       raise ImportError(
         "--compile-only needs TPUs' compiler: pip install libtpu."
       ) from e
-    raise ValueError(
-      f"compile_only={name} is no TPU topology: {str(e).splitlines()[0]}. Give"
-      " one such as v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4."
-    ) from e
+    raise _unknown(name, str(e).splitlines()[0]) from e
   return list(described.devices)
+
+
+def _unknown(name: str, why: str) -> ValueError:
+  return ValueError(
+    f"compile_only={name} is no TPU topology: {why}. Give one such as"
+    " v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4."
+  )
 
 
 def compile_stages(

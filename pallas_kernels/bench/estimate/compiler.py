@@ -15,6 +15,7 @@ import jax
 from jax.experimental import topologies
 import numpy as np
 
+from pallas_kernels import devices as devices_lib
 from pallas_kernels.bench.estimate import schedule
 
 _FLAGS: Final = "LIBTPU_INIT_ARGS"
@@ -55,17 +56,23 @@ def device(topology: str) -> jax.sharding.Mesh:
   Raises:
     ValueError: There is none of this name, or no compiler for it.
   """
+  if not devices_lib.is_topology(topology):
+    raise _unknown(topology, "it has not two or three sides, of some chips")
   try:
     devices = topologies.get_topology_desc(
       platform="tpu", topology_name=topology
     ).devices
   except RuntimeError as e:  # JAX's, whatever is missing
-    raise ValueError(
-      f"{topology=} cannot be compiled for: {str(e).splitlines()[0]}. Names "
-      'are as "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"; the compiler is libtpu: '
-      'pip install "jax[tpu]".'
-    ) from e
+    raise _unknown(topology, str(e).splitlines()[0]) from e
   return jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+
+
+def _unknown(topology: str, why: str) -> ValueError:
+  return ValueError(
+    f"{topology=} cannot be compiled for: {why}. Names are as "
+    '"v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"; the compiler is libtpu: '
+    'pip install "jax[tpu]".'
+  )
 
 
 def kernels(

@@ -76,7 +76,14 @@ ENTRY %main (x: bf16[16,8], y: f32[4]) -> f32[4] {
   assert collectives.moved("") == {}
 
 
-@pytest.mark.parametrize("name", ["v5p:3x5", "v9:2x2", "v5p"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("v5p:3x5", "v9:2x2", "v5p", "v5p:", "v5p:0x0x0", "v6e:0x2", "v5p:2x2x"),
+    *("v5p:-2x2x2", "v5p:1000x1000x1000", "v5p:2x2x٢", "v5p:2x2\n", "2x2x2"),
+    "v5p:4294967297x1x1",
+  ],
+)
 def test_refuses_a_topology_that_does_not_exist(name):
   with pytest.raises(ValueError, match=f"compile_only={name} is no TPU"):
     compile_lib.topology(name)
