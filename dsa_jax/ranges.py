@@ -89,6 +89,12 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
       raise error(f"{field.name}={shown(value)} {wrong}.")
 
 
+def require(name: str, value: Any, kind: Any) -> None:
+  """Raises a ValueError if an argument's value is not what `kind` says."""
+  if wanted := _wanted(kind, value):
+    raise ValueError(f"{name}={shown(value)} must be {wanted}.")
+
+
 def violation(cls: type[Any], name: str, value: Any) -> str | None:
   """Why a value cannot be that of a dataclass's field: "must be above 0"."""
   kinds = {field.name: field.type for field in dataclasses.fields(cls)}
@@ -100,7 +106,7 @@ def shown(value: Any) -> str:
   """A value as an error shows it: on one line, and not too long."""
   if isinstance(value, int) and value.bit_length() > 64:
     return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} or more"
-  text = repr(value)
+  text = repr(value).replace("\n", " ")
   return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

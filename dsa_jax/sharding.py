@@ -150,9 +150,11 @@ def make_mesh(
     devices: The first of them are taken; by default of `jax.devices()`.
 
   Raises:
-    ValueError: There are too few devices.
+    ValueError: A size is below 1, or there are too few devices.
   """
   shape = (data, fsdp, expert, context, tensor)
+  for axis, size_of_axis in zip(MESH_AXES, shape):
+    ranges.require(f"The mesh's axis {axis}", size_of_axis, ranges.Count)
   devices = jax.devices() if devices is None else devices
   needed = math.prod(shape)
   if needed > len(devices):

@@ -6,8 +6,10 @@ refused here, before anything compiles.
 """
 
 import dataclasses
-import importlib.util
 import pathlib
+import re
+import traceback
+import types
 from typing import Annotated
 
 import dsa_jax
@@ -67,9 +69,24 @@ class TrainConfig:
 
   def __post_init__(self):
     ranges.check(self)
-    self.profile_steps  # noqa: B018  (raises)
+    self._check_steps()
     self._check_stages()
     self._check_mesh()
+
+  def _check_steps(self):
+    total, last = self.total_steps, 2**31 - 1  # counted in int32
+    if total > last:
+      raise ValueError(f"The stages have {total} steps, more than {last}.")
+    if self.stop_at is not None and self.stop_at > total:
+      raise ValueError(
+        f"{self.stop_at=} is beyond the last step, {total}; leave it out to "
+        "train to the end."
+      )
+    if self.profile_steps is not None and self.profile_steps[1] > total:
+      raise ValueError(
+        f"{self.profile=} is beyond the last step, {total}; give steps up to "
+        "that."
+      )
 
   def _check_stages(self):
     model, yarn, first = self.model, self.model.yarn, self.stages[0]
@@ -84,43 +101,45 @@ class TrainConfig:
     for i, stage in enumerate(self.stages):
       if stage.trains_indexer and model.top_k > stage.seq_len:
         raise ValueError(
-          f"stages.{i} ({stage.kind}): model.top_k={model.top_k} exceeds "
-          f"seq_len={stage.seq_len}: there would be nothing to choose. Lower "
-          "model.top_k or raise seq_len."
+          f"stages.{i} ({stage.kind}): {model.top_k=} exceeds "
+          f"stages.{i}.seq_len={stage.seq_len}: there would be nothing to "
+          "choose. Lower the one or raise the other."
         )
       if stage.kind == "extend" and yarn.factor == 1:
         raise ValueError(
-          f"stages.{i} (extend) turns YaRN on, but {yarn.factor=} leaves it "
-          "off: set model.yarn.factor above 1, or make it a pretrain stage."
+          f"stages.{i} (extend) turns YaRN on, but {model.yarn.factor=} leaves "
+          "it off: give one above 1, or make it a pretrain stage."
         )
       if stage.kind == "extend" and stage.seq_len > context:
         raise ValueError(
-          f"stages.{i} (extend): seq_len={stage.seq_len} exceeds the {context} "
-          f"tokens of {yarn.factor=} x {yarn.original_context=}; raise "
-          "model.yarn.factor."
+          f"stages.{i}.seq_len={stage.seq_len} (extend) exceeds the {context} "
+          f"tokens of {model.yarn.factor=} x {model.yarn.original_context=}; "
+          "raise model.yarn.factor."
         )
 
   def _check_mesh(self):
-    mesh, model = self.mesh, self.model
+    data, mesh, model = self.data, self.mesh, self.model
     rows = mesh.data * mesh.fsdp * mesh.expert
     for i, stage in enumerate(self.stages):
       part = stage.batch_size // stage.microbatches
       if part % rows:
         raise ValueError(
-          f"stages.{i}: {part} sequences a microbatch (batch_size over "
-          f"microbatches) do not divide among the {rows} devices of "
-          "mesh.data x fsdp x expert."
+          f"stages.{i}.batch_size={stage.batch_size} over "
+          f"stages.{i}.microbatches={stage.microbatches} leaves {part} "
+          f"sequences, which do not divide among the {rows} devices of "
+          "mesh.data x mesh.fsdp x mesh.expert."
         )
-      if part % self.data.shards:
+      if part % data.shards:
         raise ValueError(
-          f"stages.{i}: {part} sequences a microbatch do not divide among "
-          f"data.shards={self.data.shards}."
+          f"stages.{i}.batch_size={stage.batch_size} over "
+          f"stages.{i}.microbatches={stage.microbatches} leaves {part} "
+          f"sequences, which do not divide among {data.shards=}."
         )
       chunks = 2 * mesh.context  # zigzag: two a device
       if mesh.context > 1 and stage.seq_len % chunks:
         raise ValueError(
-          f"stages.{i}: seq_len={stage.seq_len} is not a multiple of {chunks}, "
-          f"two chunks for each of mesh.context={mesh.context} devices."
+          f"stages.{i}.seq_len={stage.seq_len} is not a multiple of {chunks}, "
+          f"two chunks for each of {mesh.context=} devices."
         )
     for name, axis in (
       ("num_heads", "tensor"),
@@ -146,15 +165,14 @@ class TrainConfig:
     """The first and the last step to trace."""
     if self.profile is None:
       return None
-    first, _, last = self.profile.partition(",")
-    if not (first.isdecimal() and last.isdecimal()) or not (
-      1 <= int(first) <= int(last)
-    ):
+    steps = re.fullmatch("([0-9]{1,10}),([0-9]{1,10})", self.profile)
+    first, last = map(int, steps.groups()) if steps else (0, 0)
+    if not 1 <= first <= last:
       raise ValueError(
-        f"profile={self.profile!r} must be two steps, the first and the last, "
-        "such as 10,13."
+        f"profile={ranges.shown(self.profile)} must be two steps, the first "
+        "and the last, such as 10,13."
       )
-    return int(first), int(last)
+    return first, last
 
   @property
   def step_plan(self) -> compile_lib.Plan:
@@ -178,21 +196,64 @@ class TrainConfig:
 
 
 def load(path: str) -> TrainConfig:
-  """Returns what `config()` of a Python file returns.
+  """Runs a Python file, and returns what its `config()` returns.
 
   Raises:
-    ValueError: There is no such file, or no such function in it.
+    ValueError: There is no such file, it or its `config()` fails, or what that
+      returns is no config; the text says in which line.
   """
   file = pathlib.Path(path)
-  if not file.is_file():
-    known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-    hint = f" There are: {', '.join(known)}." if known else ""
-    raise ValueError(f"--config={path}: there is no such file.{hint}")
-  spec = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
-  if spec is None or spec.loader is None:
-    raise ValueError(f"--config={path} is not a Python file.")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "config"):
-    raise ValueError(f"--config={path} must define `config() -> TrainConfig`.")
-  return module.config()
+  try:
+    if not file.is_file():  # a pipe would be waited for
+      raise ValueError(_absent(file))
+    source = file.read_bytes()
+  except OSError as e:
+    reason = e.strerror or str(e)
+    raise ValueError(f"--config={path} cannot be read: {reason}.") from e
+  if file.suffix != ".py":
+    raise ValueError(f"--config={path} is not a Python file, *.py.")
+  module = types.ModuleType(f"configs.{file.stem}")
+  module.__file__ = str(file)
+  try:
+    # Not imported: then what was compiled of an older file could be taken.
+    exec(compile(source, str(file), "exec"), vars(module))
+    if "config" not in vars(module):
+      raise ValueError("it must define `config() -> TrainConfig`")
+    made = module.config()
+  except (Exception, SystemExit) as e:  # the file may do anything
+    raise ValueError(
+      f"--config={path}{_place(e, str(file))}: {_told(e)}"
+    ) from e
+  if not isinstance(made, TrainConfig):
+    raise ValueError(
+      f"--config={path}: config() must return a TrainConfig, and returns "
+      f"{ranges.shown(made)}."
+    )
+  return made
+
+
+def _absent(file: pathlib.Path) -> str:
+  if file.exists():
+    return f"--config={file} is no file but a folder or a device; give a *.py."
+  known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+  hint = f" There are: {', '.join(known)}." if known else ""
+  return f"--config={file}: there is no such file.{hint}"
+
+
+def _place(error: BaseException, file: str) -> str:
+  """The last line of `file` that an error comes from: ", line 12"."""
+  if isinstance(error, SyntaxError) and error.filename == file:
+    return f", line {error.lineno}"
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == file]
+  return f", line {lines[-1]}" if lines else ""
+
+
+def _told(error: BaseException) -> str:
+  """An error in one line; of those that a config raises, only the text."""
+  if isinstance(error, SyntaxError):
+    return f"SyntaxError: {error.msg}"
+  text = " ".join(str(error).split())
+  return (
+    text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+  )

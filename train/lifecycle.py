@@ -207,7 +207,7 @@ def main() -> None:
     if not all(map(_train, runs)):
       return
   except (ValueError, OSError, ImportError, stage_lib.Diverged) as e:
-    sys.exit(f"error: {e}")
+    sys.exit(main_lib.refusal(e))
   text = table(model_rows(cfg), stage_rows(cfg))
   file = pathlib.Path(cfg.run_dir) / "lifecycle.md"
   file.write_text(text, encoding="utf-8")

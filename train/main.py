@@ -1,7 +1,8 @@
 """Trains a model: python -m train.main --config=configs/tiny.py [--OPTION=...].
 
-The config is a Python file that defines `config() -> TrainConfig`; each of its
-fields is an option. With --config=FILE --help, all are listed.
+The config is a Python file that defines `config() -> TrainConfig`. The file is
+run, as any program is: give one that you trust. Each of the config's fields is
+an option; with --config=FILE --help, all are listed.
 """
 
 import pathlib
@@ -10,10 +11,9 @@ import sys
 if __package__ in (None, ""):  # run as `python train/main.py`
   sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
-import tyro  # noqa: E402
-
 from train import config as config_lib  # noqa: E402
 from train import loop  # noqa: E402
+from train import options  # noqa: E402
 from train import preflight  # noqa: E402
 from train import report  # noqa: E402
 from train import stage  # noqa: E402
@@ -25,31 +25,42 @@ from train.run import run_folder  # noqa: E402
 
 
 def parse(
-  args: list[str], program: str = "train.main", doc: str | None = __doc__
+  args: list[str], program: str = "train.main", doc: str = str(__doc__)
 ) -> config_lib.TrainConfig:
-  """The config that the command line asks for; exits where it cannot be had."""
-  path, rest = None, []
+  """The config that the command line asks for.
+
+  Raises:
+    ValueError: It asks for what cannot be.
+    SystemExit: An option is not known, or all there was to do is done.
+  """
+  paths, rest = [], []
   remaining = iter(args)
   for arg in remaining:
     if arg == "--config":
-      path = next(remaining, None)
+      paths.append(next(remaining, ""))
     elif arg.startswith("--config="):
-      path = arg.removeprefix("--config=")
+      paths.append(arg.removeprefix("--config="))
     else:
       rest.append(arg)
-  if path is None:
+  if not paths:
     known = ", ".join(
       sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
     )
     print(f"{doc}\nConfigs here: {known}")
     sys.exit(0 if "--help" in rest or "-h" in rest else 2)
-  return tyro.cli(
-    config_lib.TrainConfig,
-    prog=f"python -m {program} --config={path}",
-    default=config_lib.load(path),
-    args=rest,
-    config=(tyro.conf.AvoidSubcommands, tyro.conf.ConsolidateSubcommandArgs),
+  if len(set(paths)) > 1:
+    raise ValueError(f"--config is given twice, as {' and as '.join(paths)}.")
+  return options.parse(
+    config_lib.load(paths[0]),
+    rest,
+    program=f"python -m {program} --config={paths[0]}",
+    description=doc,
   )
+
+
+def refusal(error: Exception) -> str:
+  """The last words of a program that an error ends."""
+  return f"error: {options.spelled(str(error), config_lib.TrainConfig)}"
 
 
 def main() -> None:
@@ -68,7 +79,7 @@ def main() -> None:
       return
     run = loop.Run(cfg)
   except (ValueError, OSError, ImportError) as e:
-    sys.exit(f"error: {e}")
+    sys.exit(refusal(e))
   try:
     run.train()
     if run.step == cfg.total_steps and processes.is_first():
@@ -81,7 +92,7 @@ def main() -> None:
     run_folder.NotSaved,
     corpus_lib.DataError,
   ) as e:
-    sys.exit(f"error: {e}")
+    sys.exit(refusal(e))
 
 
 if __name__ == "__main__":
