@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Final
 
+_MOST: Final = 2**24  # of any size; no memory holds more
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -31,9 +33,10 @@ class Shape:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 1:
+      size = getattr(self, field.name)
+      if not 1 <= size <= _MOST:
         raise ValueError(
-          f"{field.name}={getattr(self, field.name)} must be at least 1."
+          f"{field.name}={size} must be at least 1 and at most {_MOST}."
         )
     if self.T > self.S:
       raise ValueError(

@@ -21,6 +21,7 @@ import numpy as np
 import tqdm
 import tyro
 
+from dsa_jax import ranges
 from dsa_jax.hf import config_json
 from dsa_jax.hf import files
 from dsa_jax.hf import load
@@ -42,9 +43,9 @@ _ORIGIN: Final = "hf"
 class Conversion:
   """Source, target and options of a conversion."""
 
-  source: tyro.conf.Positional[str]
+  source: tyro.conf.Positional[ranges.Text]
   """A Hugging Face folder, or a run's folder or one checkpoint of it."""
-  target: tyro.conf.Positional[str]
+  target: tyro.conf.Positional[ranges.Text]
   """The folder to write; must not exist."""
   dtype: Literal["bfloat16", "float32"] | None = None
   """Type of the checkpoint's parameters; by default config.json's. A run
@@ -54,11 +55,14 @@ class Conversion:
   V3.1) a new one."""
   format: config_json.Format = "bf16"
   """Type of the Hugging Face folder's weights."""
-  max_shard_size: str = "5GB"
+  max_shard_size: ranges.Text = "5GB"
   """Largest size of a file of it."""
-  like: str | None = None
+  like: ranges.Text | None = None
   """A folder of the model it began as, for the tokenizer, the chat template,
   the rest of config.json, and the FP8 scales of weights that did not change."""
+
+  def __post_init__(self):
+    ranges.check(self)
 
 
 class Journal:

@@ -284,7 +284,7 @@ def parse_size(size: int | str) -> int:
     ValueError: It is neither, or none at all.
   """
   units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-  match = re.fullmatch(r"(\d+) *([KMG]B)?", str(size).upper())
+  match = re.fullmatch(r"([0-9]{1,15}) *([KMG]B)?", str(size).upper())
   if not match or not int(match[1]):
     raise ValueError(
       f"max_shard_size={size!r} is no size; give bytes, or one like 5GB."

@@ -24,6 +24,7 @@ several, a whole layer's on a sequence (T = S).
 """
 
 import dataclasses
+import math
 import pathlib
 import random
 import sys
@@ -106,8 +107,7 @@ class Options:
     Raises:
       ValueError: The options do not fit each other.
     """
-    if self.checked < 1:
-      raise ValueError(f"{self.checked=} must be at least 1.")
+    self._check()
     named = {
       "T": self.queries,
       "S": self.keys,
@@ -127,6 +127,19 @@ class Options:
       measure=self.measure,
       seed=seed,
     )
+
+  def _check(self) -> None:
+    """Refuses what would fail late, or not at all; NaN is in no range."""
+    if self.checked < 1:
+      raise ValueError(f"--checked={self.checked} must be at least 1.")
+    if self.seed is not None and not 0 <= self.seed < 2**32:
+      raise ValueError(f"--seed={self.seed} must be at least 0, below 2^32.")
+    if self.union is not None and not 1 <= self.union < math.inf:
+      raise ValueError(f"--union={self.union} must be at least 1 and finite.")
+    if self.json is not None and (
+      self.json.is_dir() or not self.json.absolute().parent.is_dir()
+    ):
+      raise ValueError(f"--json={self.json} is not in a folder, or is one.")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -151,7 +164,10 @@ def main(args: list[str] | None = None) -> None:
         _measure(entry, options, setting)
       else:
         _estimate(entry, options, setting, options.topology, folder)
-  except (ValueError, NotImplementedError, report_lib.Wrong) as e:
+  except (
+    *(ValueError, NotImplementedError, OSError, report_lib.Wrong),
+    jax.errors.JaxRuntimeError,  # of memory, most of all
+  ) as e:
     sys.exit(f"error: {e}")
 
 

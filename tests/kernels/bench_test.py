@@ -159,7 +159,14 @@ def test_what_is_wrong_is_not_timed():
     (("indexer_topk", "--grad"), "no gradient; leave out --grad"),
     (("sparse_mla", "--queries=98"), "98 queries exceed self.S=97"),
     (("sparse_mla", "--top-k=0"), "K=0 must be at least 1"),
-    (("sparse_mla", "--checked=0"), "checked=0 must be"),
+    (("sparse_mla", "--keys=1000000000000"), "S=1000000000000 must be"),
+    (("sparse_mla", "--checked=0"), "--checked=0 must be"),
+    (("sparse_mla", "--seed=-1"), "--seed=-1 must be"),
+    (("sparse_mla", "--seed=4294967296"), "--seed=4294967296 must be"),
+    (("sparse_mla", "--union=nan"), "--union=nan must be"),
+    (("sparse_mla", "--union=inf"), "--union=inf must be"),
+    (("sparse_mla", "--json=/nowhere/a.json"), "--json=/nowhere/a.json is not"),
+    (("sparse_mla", "--topology=v5p:0x0x0"), "cannot be compiled for"),
   ],
 )
 def test_refuses(options, message):
