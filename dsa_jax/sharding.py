@@ -23,6 +23,13 @@ type MeshAxes = MeshAxis | tuple[MeshAxis, ...] | None
 
 MESH_AXES: Final = ("data", "fsdp", "expert", "context", "tensor")
 
+# Dimensions of one array: of activations, then of weights.
+_TOGETHER: Final = (
+  *(("batch", "seq", x) for x in ("heads", "ffn", "vocab", "index_heads")),
+  *(("embed", "experts", "ffn"), ("embed", "heads"), ("embed", "vocab")),
+  ("rank", "heads"),
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
@@ -42,6 +49,14 @@ class ShardingRules:
 
   def __post_init__(self):
     ranges.check(self)
+    for dimensions in _TOGETHER:
+      names = [n for d in dimensions for n in _names(getattr(self, d))]
+      if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+          f"The rules of {', '.join(dimensions)} name {twice[0]!r} twice, but "
+          "there are arrays with all of these dimensions: a mesh axis shards "
+          "one of them."
+        )
 
   @property
   def keys(self) -> MeshAxes:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import dsa_jax
 from dsa_jax import ranges
+from dsa_jax import sharding
 from train.aot import compile as compile_lib
 from train.data import corpus as corpus_lib
 from train.host import mesh as mesh_lib
@@ -72,6 +73,7 @@ class TrainConfig:
     self._check_steps()
     self._check_stages()
     self._check_mesh()
+    self._check_rules()
 
   def _check_steps(self):
     total, last = self.total_steps, 2**31 - 1  # counted in int32
@@ -159,6 +161,15 @@ class TrainConfig:
           f"model.{name}={getattr(model, name)} does not divide by the "
           f"{mesh.fsdp=} x {mesh.context=} devices that share the weights."
         )
+
+  def _check_rules(self):
+    for name, axes in dataclasses.asdict(self.model.rules).items():
+      for axis in [axes] if isinstance(axes, str) else axes or ():
+        if axis not in sharding.MESH_AXES:
+          raise ValueError(
+            f"model.rules.{name}={axes!r} names no axis of the mesh; there are "
+            f"{', '.join(sharding.MESH_AXES)}."
+          )
 
   @property
   def profile_steps(self) -> tuple[int, int] | None:

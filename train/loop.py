@@ -6,6 +6,7 @@ import pathlib
 import sys
 import time
 import types
+from typing import Final
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from pallas_kernels import dispatch
 from train import config as config_lib
 from train import stage as stage_lib
 from train.data import corpus as corpus_lib
+from train.host import memory
 from train.host import processes
 from train.host import watchdog as watchdog_lib
 from train.learn import batches as batches_lib
@@ -27,6 +29,8 @@ from train.run import origin as origin_lib
 from train.run import provenance
 from train.run import run_folder
 from train.run import tracing as tracing_lib
+
+_TOKEN_BYTES: Final = 20  # five arrays, see `train/data/corpus.py`
 
 
 class Run:
@@ -65,7 +69,33 @@ class Run:
       self.origin = origin_lib.Origin(cfg.init_from, cfg.model)
     with jax.set_mesh(self.mesh):
       _, self._init = step_lib.init(cfg.model, cfg.seed)
+    self._check_memory()
     self.position = stage_lib.Position()
+
+  def _check_memory(self) -> None:
+    """Refuses what this host cannot hold, before it is asked for: a step's
+    batch and two blocks of data; on a CPU, parameters and optimizer."""
+    have, size = memory.total(), metrics_lib.size
+    devices = self.mesh.devices.flat
+    for i, stage in enumerate(self.cfg.stages):
+      batch = 3 * _TOKEN_BYTES * stage.tokens_per_step // jax.process_count()
+      if batch > have:
+        raise ValueError(
+          f"stages.{i}.batch_size={stage.batch_size} x stages.{i}.seq_len="
+          f"{stage.seq_len} take {size(batch)} of memory to read, and this "
+          f"host has {size(have)}; lower one of them."
+        )
+      if devices[0].platform == "cpu":
+        with jax.set_mesh(self.mesh):
+          states = jax.tree.leaves(self.shapes(stage))
+        here = [x.process_index == processes.number() for x in devices]
+        held = sum(_local_bytes(x) for x in states) * sum(here)
+        if held > have:
+          raise ValueError(
+            f"stages.{i}: parameters and optimizer take {size(held)}, "
+            f"and this host has {size(have)} of memory; make model.num_layers, "
+            "or another size of the model, smaller."
+          )
 
   @property
   def step(self) -> int:

@@ -78,7 +78,7 @@ def main() -> None:
       preflight.report(cfg)
       return
     run = loop.Run(cfg)
-  except (ValueError, OSError, ImportError) as e:
+  except (ValueError, OSError, ImportError, MemoryError) as e:
     sys.exit(refusal(e))
   try:
     run.train()

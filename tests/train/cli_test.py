@@ -121,6 +121,19 @@ TINY = "--config=configs/tiny.py"
       ],
       ["--stages.1.seq-len=256", "128 tokens", "--model.yarn.factor"],
     ),
+    (
+      [TINY, "--stages.0.batch-size=1048576", "--stages.0.seq-len=1024"],
+      ["--stages.0.batch-size=1048576", "of memory to read"],
+    ),
+    (
+      [TINY, "--model.vocab-size=16777216", "--model.embed-dim=1048576"],
+      ["parameters and optimizer take", "--model.num-layers"],
+    ),
+    (
+      [TINY, "--model.rules.heads=nonsense"],
+      ["--model.rules.heads='nonsense'", "no axis of the mesh"],
+    ),
+    ([TINY, "--model.rules.heads=data"], ["batch, seq, heads", "'data' twice"]),
     ([TINY, "--data.retrieval.fraction=2"], ["--data.retrieval.fraction=2.0"]),
     (
       [
