@@ -50,13 +50,16 @@ class ShardingRules:
   def __post_init__(self):
     ranges.check(self)
     for dimensions in _TOGETHER:
-      names = [n for d in dimensions for n in _names(getattr(self, d))]
-      if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(
-          f"The rules of {', '.join(dimensions)} name {twice[0]!r} twice, but "
-          "there are arrays with all of these dimensions: a mesh axis shards "
-          "one of them."
-        )
+      seen: set[str] = set()
+      for dimension in dimensions:
+        for name in _names(axes := getattr(self, dimension)):
+          if name in seen:
+            raise ValueError(
+              f"{dimension}={axes!r}: the rules of {', '.join(dimensions)} name "
+              f"{name!r} twice, but there are arrays with all of these "
+              "dimensions: a mesh axis shards one of them."
+            )
+          seen.add(name)
 
   @property
   def keys(self) -> MeshAxes:
