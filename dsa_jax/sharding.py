@@ -55,8 +55,8 @@ class ShardingRules:
         for name in _names(axes := getattr(self, dimension)):
           if name in seen:
             raise ValueError(
-              f"{dimension}={axes!r}: the rules of {', '.join(dimensions)} name "
-              f"{name!r} twice, but there are arrays with all of these "
+              f"{dimension}={axes!r}: the rules of {', '.join(dimensions)} "
+              f"name {name!r} twice, but there are arrays with all of these "
               "dimensions: a mesh axis shards one of them."
             )
           seen.add(name)
