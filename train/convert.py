@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import shutil
 import sys
 from typing import Final, Literal
 
@@ -22,8 +21,10 @@ import tqdm
 import tyro
 
 from dsa_jax import ranges
+from dsa_jax.hf import companions
 from dsa_jax.hf import config_json
 from dsa_jax.hf import files
+from dsa_jax.hf import header
 from dsa_jax.hf import load
 from dsa_jax.hf import prefetch
 from dsa_jax.hf import save
@@ -147,8 +148,8 @@ def convert(conversion: Conversion) -> None:
 
 def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
   stored = files.Folder(source)
-  raw = config_json.read_json(source)
-  cfg = config_json.parse(raw, conversion.dtype, set(stored.entries))
+  cfg = config_json.read(stored, conversion.dtype)
+  beside = companions.find(source)
   wanted = load.wanted(stored, cfg, conversion.stage)
   journal = Journal(conversion, source)
   path = journal.folder / "checkpoints" / "0"
@@ -172,7 +173,7 @@ def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
       journal.add(file.name)
   if not path.exists():
     _write_unread(out, cfg, load.has_indexer(stored))
-    out.finish(cfg, _keep(stored, wanted, journal.folder / _ORIGIN))
+    out.finish(cfg, _keep(stored, wanted, beside, journal.folder / _ORIGIN))
   journal.finish()
 
 
@@ -191,19 +192,20 @@ def _write_unread(out, cfg, has_indexer) -> None:
         out.write(place, np.zeros(place.shape, like.dtype))
 
 
-def _keep(stored, wanted, folder) -> dict[str, int]:
+def _keep(stored, wanted, beside, folder) -> dict[str, int]:
   """Ingredients of a Hugging Face folder besides the parameters' values.
 
   Returns the CRC-32 of each file.
   """
   folder.mkdir(exist_ok=True)
-  save.carry(stored.path, folder)
-  shutil.copyfile(stored.path / "config.json", folder / "config.json")
+  companions.copy(beside, folder)
+  raw = json.dumps(config_json.read_json(stored.path), indent=2)
+  (folder / "config.json").write_text(raw, encoding="utf-8")
   names = [t.name for t in wanted if t.kind == "float32"]
   scales = [t.name + load.SCALE for t in wanted]
   names += [name for name in scales if name in stored.entries]
   specs = [
-    files.Spec(name, files.DTYPES[entry.dtype], entry.shape)
+    files.Spec(name, header.DTYPES[entry.dtype], entry.shape)
     for name, entry in ((name, stored.entries[name]) for name in names)
   ]
   files.write(folder / "model.safetensors", specs, map(stored.read, names))

@@ -5,22 +5,29 @@ A tokenizer turns a string into ids in [0, vocab_size) and knows one id,
 """
 
 from collections.abc import Iterable
-import json
+from collections.abc import Iterator
+import contextlib
+import os
 import pathlib
-from typing import Any, Protocol, runtime_checkable, SupportsIndex
+from typing import Any, Final, Protocol, runtime_checkable, SupportsIndex
 
 from jaxtyping import Int32
 import numpy as np
 
+from dsa_jax import json_file
+from dsa_jax import ranges
+from dsa_jax import regular_file
+
 # What known models call the token that ends a document, for want of a
 # tokenizer_config.json.
-_EOS_NAMES = (
+_EOS_NAMES: Final = (
   "<｜end▁of▁sentence｜>",
   "<|end_of_text|>",
   "<|endoftext|>",
   "</s>",
   "<eos>",
 )
+_MAX_BYTES: Final = 2**26  # twice what the largest tokenizer.json has
 
 
 class TokenizerError(ValueError):
@@ -90,21 +97,20 @@ class HfTokenizer:
         f"tokenizer={path!r} needs the package `tokenizers`:"
         ' pip install "dsa-jax[hf]", or use "bytes".'
       ) from e
-    if not pathlib.Path(path).is_file():
+    if not os.path.lexists(path):
       raise TokenizerError(
         f"tokenizer={path!r} is not a file; give 'bytes' or the path of a"
         " tokenizer.json."
       )
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_file(path)
-    except Exception as e:  # the package raises bare Exceptions
-      raise TokenizerError(
-        f"tokenizer={path!r} is not a tokenizer.json: {e}."
-      ) from e
-    # The file may ask for either; both would silently change the text.
-    self._tokenizer.no_truncation()
-    self._tokenizer.no_padding()
-    vocab = self._tokenizer.get_vocab()
+    self._path = path
+    text, raw = _read(path)
+    with self._told("is not a tokenizer.json"):
+      self._tokenizer = tokenizers.Tokenizer.from_str(text)
+      # The file may ask for either; both would silently change the text.
+      self._tokenizer.no_truncation()
+      self._tokenizer.no_padding()
+      vocab = self._tokenizer.get_vocab()
+    _check_ids(path, raw, vocab)
     eos = self._find_eos(pathlib.Path(path))
     self.eos_id = vocab[eos]
     self.vocab_size = 1 + max(vocab.values())
@@ -114,26 +120,58 @@ class HfTokenizer:
     self._tokenizer.encode_special_tokens = True
 
   def encode(self, text: str) -> Int32[np.ndarray, " N"]:
-    """Returns the ids of `text`, without bos, eos or any special token."""
-    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    """Returns the ids of `text`, without bos, eos or any special token.
+
+    Raises:
+      TokenizerError: The file's rules fail at this text.
+    """
+    with self._told("cannot encode a text"):
+      encoding = self._tokenizer.encode(text, add_special_tokens=False)
     return np.array(encoding.ids, np.int32)
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
-    """Returns the text of `ids`; special tokens are left out."""
-    return self._tokenizer.decode([int(i) for i in ids])
+    """Returns the text of `ids`; special tokens are left out.
+
+    Raises:
+      TokenizerError: The file's rules fail at these ids.
+    """
+    with self._told("cannot decode ids"):
+      return self._tokenizer.decode([int(i) for i in ids])
+
+  @contextlib.contextmanager
+  def _told(self, what: str) -> Iterator[None]:
+    """Says of any error of the package which file it is about."""
+    try:
+      yield
+    except BaseException as e:
+      # It raises bare Exceptions, and where it panics, no Exception at all.
+      panics = type(e).__name__ == "PanicException"
+      if not (panics or isinstance(e, Exception)):
+        raise
+      text = " ".join(str(e).split())
+      raise TokenizerError(
+        f"tokenizer={self._path!r} {what}: {type(e).__name__}: {text[:200]}."
+      ) from e
 
   def _find_eos(self, path: pathlib.Path) -> str:
     config_path = path.with_name("tokenizer_config.json")
-    if config_path.is_file():
-      config: dict[str, Any] = json.loads(config_path.read_text("utf-8"))
-      token = config.get("eos_token")
+    if os.path.lexists(config_path):
+      try:
+        token = json_file.read(config_path).get("eos_token")
+      except (ValueError, OSError) as e:
+        raise TokenizerError(str(e)) from e
       # Either "</s>" or {"content": "</s>", "lstrip": false, ...}.
-      name = token["content"] if isinstance(token, dict) else token
+      name = token.get("content") if isinstance(token, dict) else token
+      if token is not None and not isinstance(name, str):
+        raise TokenizerError(
+          f"{config_path}: eos_token={ranges.shown(token)} must be a token, or"
+          " an object with its content."
+        )
       if name is not None:
         if self._tokenizer.token_to_id(name) is None:
           raise TokenizerError(
-            f"eos_token={name!r} of {config_path} is not in {path}; the two"
-            " files must be of one model."
+            f"eos_token={ranges.shown(name)} of {config_path} is not in"
+            f" {path}; the two files must be of one model."
           )
         return name
     added = self._tokenizer.get_added_tokens_decoder().values()
@@ -146,6 +184,39 @@ class HfTokenizer:
       f" {special}); put a tokenizer_config.json with"
       ' {"eos_token": "..."} beside it.'
     )
+
+
+def _read(path: str) -> tuple[str, dict[str, Any]]:
+  """The text of a tokenizer.json, and what it says."""
+  try:
+    text = regular_file.read(pathlib.Path(path), _MAX_BYTES)
+    return text.decode("utf-8-sig"), json_file.parse(text, path)
+  except (ValueError, OSError) as e:
+    raise TokenizerError(
+      f"tokenizer={path!r} is not a tokenizer.json: {e}"
+    ) from e
+
+
+def _check_ids(path: str, raw: dict[str, Any], vocab: dict[str, int]) -> None:
+  """Each token has the id that the file says, and no two have the same.
+
+  An added token whose id does not continue the vocabulary gets another one by
+  the package, which says so in its log alone.
+  """
+  for token in raw.get("added_tokens") or []:
+    name, given = token["content"], vocab.get(token["content"])
+    if given != token["id"]:
+      raise TokenizerError(
+        f"tokenizer={path!r}: added_tokens gives {ranges.shown(name)} the id"
+        f" {token['id']}, but it is {given}."
+      )
+  by_id = {i: name for name, i in vocab.items()}
+  for name, i in vocab.items():
+    if by_id[i] != name or i >= 2**31:
+      raise TokenizerError(
+        f"tokenizer={path!r}: the id {i} of {ranges.shown(name)} must be below"
+        " 2^31, and no other token's."
+      )
 
 
 def load_tokenizer(name: str) -> Tokenizer:

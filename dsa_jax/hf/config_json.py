@@ -1,8 +1,8 @@
 """config.json of a released model <-> ModelConfig."""
 
 import dataclasses
-import json
 import pathlib
+import re
 from typing import Any, Final, Literal
 import warnings
 
@@ -10,8 +10,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsa_jax import config as config_lib
+from dsa_jax import json_file
+from dsa_jax import ranges
 from dsa_jax.hf import files
 from dsa_jax.hf import fp8
+from dsa_jax.hf import rope_json
+from dsa_jax.hf import section as section_lib
 
 type Format = Literal["bf16", "fp8", "float32"]
 
@@ -65,17 +69,13 @@ _MODEL_TYPES: Final = {
   "deepseek_v32": "DeepseekV32ForCausalLM",
   "glm_moe_dsa": "GlmMoeDsaForCausalLM",
 }
-# Read elsewhere here, or without a bearing on the model's numbers.
-_NO_MATTER: Final = frozenset(
-  """architectures auto_map aux_loss_alpha bos_token_id dtype eos_token_id
-  ep_size head_dim index_share_for_mtp_iteration index_skip_topk_offset
-  index_topk_freq index_topk_pattern indexer_rope_interleave indexer_types
-  layer_types max_position_embeddings mlp_layer_types model_type
-  moe_router_dtype num_key_value_heads num_nextn_predict_layers
-  output_router_logits pad_token_id pretraining_tp qk_head_dim
-  quantization_config rope_parameters rope_scaling rope_theta
-  router_aux_loss_coef seq_aux torch_dtype transformers_version
-  use_cache""".split()
+# Without a bearing on the model's numbers, or what the tensors say themselves.
+_NO_MATTER: Final = (
+  *("architectures", "auto_map", "aux_loss_alpha", "bos_token_id"),
+  *("eos_token_id", "ep_size", "index_share_for_mtp_iteration"),
+  *("max_position_embeddings", "moe_router_dtype", "output_router_logits"),
+  *("pad_token_id", "pretraining_tp", "router_aux_loss_coef", "seq_aux"),
+  *("transformers_version", "use_cache"),
 )
 _QUANTISED: Final = {
   "activation_scheme": "dynamic",
@@ -84,6 +84,25 @@ _QUANTISED: Final = {
   "scale_fmt": "ue8m0",
   "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
 }
+_DTYPES: Final = ("float32", "bfloat16")
+_LETTERS: Final = {"F": "full", "S": "shared"}
+# Our words in an error of ModelConfig, and theirs.
+_THEIRS: Final = {ours: key for key, ours in _SAME.items()}
+_OURS: Final = re.compile(rf"\b(?:self\.)?({'|'.join(_THEIRS)})\b")
+_TOLD: Final = 20  # unknown keys that a warning names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kinds:
+  """What keys may be that are no fields of ModelConfig."""
+
+  model_type: Literal["deepseek_v3", "deepseek_v32", "glm_moe_dsa"]
+  dtype: str
+  num_nextn_predict_layers: Literal[0, 1]
+  layer_types: tuple[str, ...]
+  index_topk_pattern: str
+  index_topk_freq: ranges.Index
+  index_skip_topk_offset: ranges.Index
 
 
 def read_model_config(
@@ -100,10 +119,28 @@ def read_model_config(
 
   Raises:
     FileNotFoundError: No config.json or no safetensors there.
-    ValueError: The config asks for what is not supported here; names the key.
+    ValueError: The config asks for what is not supported here, or for more
+      than the folder has tensors of; names file and key.
   """
-  folder = pathlib.Path(folder)
-  return parse(read_json(folder), dtype, set(files.Folder(folder).entries))
+  return read(files.Folder(pathlib.Path(folder)), dtype)
+
+
+def read(
+  stored: files.Folder, dtype: DTypeLike | None
+) -> config_lib.ModelConfig:
+  """As `read_model_config`, of a folder whose headers were read."""
+  file = stored.path / "config.json"
+  raw = read_json(stored.path)
+  cfg = parse(raw, dtype, set(stored.entries), str(file))
+  # Before anything is made of a size that only these numbers say.
+  least = 3 * cfg.num_moe_layers * cfg.num_experts + 7 * cfg.num_layers
+  if least > len(stored.entries):
+    raise ValueError(
+      f"{file}: num_hidden_layers={cfg.num_layers} and"
+      f" n_routed_experts={cfg.num_experts} make {least:,} tensors or more; the"
+      f" folder has {len(stored.entries):,}."
+    )
+  return cfg
 
 
 def read_json(folder: pathlib.Path) -> dict[str, Any]:
@@ -114,19 +151,17 @@ def read_json(folder: pathlib.Path) -> dict[str, Any]:
     ValueError: It is no JSON object.
   """
   file = folder / "config.json"
-  if not file.exists():
-    raise FileNotFoundError(f"{file} is missing.")
   try:
-    raw = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as e:
-    raise ValueError(f"{file} is no JSON: {e}.") from e
-  if not isinstance(raw, dict):
-    raise ValueError(f"{file} is no JSON object.")
-  return raw
+    return json_file.read(file)
+  except FileNotFoundError as e:
+    raise FileNotFoundError(f"{file} is missing.") from e
 
 
 def parse(
-  raw: dict[str, Any], dtype: DTypeLike | None, names: set[str]
+  raw: dict[str, Any],
+  dtype: DTypeLike | None,
+  names: set[str],
+  file: str = "config.json",
 ) -> config_lib.ModelConfig:
   """Their config in our words; refuses what would give other numbers.
 
@@ -134,57 +169,32 @@ def parse(
     raw: config.json.
     dtype: For parameters and activations; by default the config's.
     names: Of the folder's tensors.
+    file: How errors and warnings call it.
 
   Raises:
-    ValueError: A key is missing, or has a value that is not supported.
+    ValueError: A key is missing, or has a value that is not supported; names
+      file and key.
   """
-  kind = raw.get("model_type", "deepseek_v32")
-  if kind not in _MODEL_TYPES:
-    _refuse("model_type", kind, f"one of {', '.join(_MODEL_TYPES)}")
-  if kind == "deepseek_v3":
-    raw = _V32_INDEXER | raw
-  for key in _SAME:
-    if key not in raw:
-      raise ValueError(f"config.json lacks the key {key}.")
-  _check(raw)
-  unknown = sorted(raw.keys() - _SAME.keys() - _MUST_BE.keys() - _NO_MATTER)
-  if unknown:
+  section = section_lib.Section(raw, file)
+  cfg = _parse(section, dtype)
+  key = "num_nextn_predict_layers"
+  said = section.get(key, _Kinds, default=None)
+  if unread := section.unread():
     warnings.warn(
-      f"config.json has keys that are unknown here: {', '.join(unknown)}. They"
-      " are ignored.",
-      stacklevel=3,
+      f"{file} has keys that are unknown here: {_listed(unread)}. They are"
+      " ignored.",
+      stacklevel=4,
     )
-  asked: Any = dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-  name = jnp.dtype(asked).name
-  if name not in ("float32", "bfloat16"):
-    raise ValueError(
-      f"{name} is no dtype for a model; take float32 or bfloat16."
-    )
-  layers = raw["num_hidden_layers"]
-  has_mtp = any(n.startswith(f"model.layers.{layers}.") for n in names)
-  if raw.get("num_nextn_predict_layers", 0) and not has_mtp:
+  mtp = f"model.layers.{cfg.num_layers}."
+  has_mtp = any(name.startswith(mtp) for name in names)
+  if said is not None and bool(said) != has_mtp:
+    has, reads = ("tensors", "with") if has_mtp else ("no tensor", "without")
     warnings.warn(
-      f"config.json: num_nextn_predict_layers="
-      f"{raw['num_nextn_predict_layers']}, but the folder has no tensor of"
-      f" layer {layers}: the model is read without MTP.",
-      stacklevel=3,
+      f"{file}: {key}={said}, but the folder has {has} of layer"
+      f" {cfg.num_layers}: the model is read {reads} MTP.",
+      stacklevel=4,
     )
-  values: dict[str, Any] = {ours: raw[key] for key, ours in _SAME.items()}
-  for ours in ("routed_scale", "norm_eps", "init_std"):
-    values[ours] = float(values[ours])
-  theta, yarn = _rope(raw)
-  return config_lib.ModelConfig(
-    **values,
-    index_rope_interleaved=bool(
-      raw.get("indexer_rope_interleave", kind == "glm_moe_dsa")
-    ),
-    indexer_types=_indexer_types(raw),
-    num_mtp_layers=1 if has_mtp else 0,
-    rope_theta=theta,
-    yarn=yarn,
-    dtype=name,
-    param_dtype=name,
-  )
+  return dataclasses.replace(cfg, num_mtp_layers=1 if has_mtp else 0)
 
 
 def to_json(
@@ -196,21 +206,21 @@ def to_json(
     cfg: Of the model.
     form: What its weights are written as.
     like: A config.json to take over what says nothing of the model's numbers.
+      What is unknown here is left out, by a warning.
 
   Raises:
-    ValueError: Read again, it would be another model.
+    ValueError: `like` is not supported; or what is written, read again, would
+      be another model.
   """
+  kept, rope = _kept(like)
   interleaved = cfg.index_rope_interleaved
   kind = "glm_moe_dsa" if interleaved or cfg.indexer_types else "deepseek_v32"
-  same = {key: getattr(cfg, ours) for key, ours in _SAME.items()}
-  context = round(cfg.yarn.original_context * cfg.yarn.factor)
   raw: dict[str, Any] = {
-    "max_position_embeddings": context,
     "num_key_value_heads": cfg.num_heads,
     "use_cache": True,
     **_MUST_BE,
-    **(like or {}),
-    **same,
+    **kept,
+    **{key: getattr(cfg, ours) for key, ours in _SAME.items()},
     "architectures": [_MODEL_TYPES[kind]],
     "model_type": kind,
     "num_nextn_predict_layers": cfg.num_mtp_layers,
@@ -225,15 +235,37 @@ def to_json(
       raw.pop(key, None)
   if "dtype" in raw:  # as newer versions spell it
     raw["dtype"] = raw.pop("torch_dtype")
-  raw.pop("quantization_config", None)
+  quantised = raw.pop("quantization_config", None)
   if form == "fp8":
-    raw["quantization_config"] = (like or {}).get(
-      "quantization_config", _QUANTISED
-    )
-  if like is None or _rope(like) != (cfg.rope_theta, cfg.yarn):
+    raw["quantization_config"] = quantised or _QUANTISED
+  if rope != (cfg.rope_theta, cfg.yarn):
     raw.pop("rope_parameters", None)
-    raw["rope_theta"] = cfg.rope_theta
-    raw["rope_scaling"] = _rope_scaling(cfg.yarn)
+    raw |= rope_json.write(cfg.rope_theta, cfg.yarn)
+    raw["max_position_embeddings"] = round(
+      cfg.yarn.original_context * cfg.yarn.factor
+    )
+  _check_says(raw, cfg)
+  return raw
+
+
+def _kept(like: dict[str, Any] | None) -> tuple[dict[str, Any], Any]:
+  """What a config.json says that is known here, and its RoPE."""
+  if like is None:
+    return {}, None
+  section = section_lib.Section(like, "config.json")
+  was = _parse(section, None)
+  section.skip("num_nextn_predict_layers")
+  if unread := section.unread():
+    warnings.warn(
+      "config.json is written without keys that are unknown here:"
+      f" {_listed(unread)}.",
+      stacklevel=5,
+    )
+  return section.kept(), (was.rope_theta, was.yarn)
+
+
+def _check_says(raw: dict[str, Any], cfg: config_lib.ModelConfig) -> None:
+  """What is to be written is read as this model."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # told when it was read
     names = {f"model.layers.{cfg.num_layers}."} if cfg.num_mtp_layers else set()
@@ -247,94 +279,131 @@ def to_json(
         f"config.json cannot say that {field.name}={was!r}; it would be read"
         f" as {now!r}."
       )
-  return raw
 
 
-def _check(raw: dict[str, Any]) -> None:
-  for key, value in _MUST_BE.items():
-    if raw.get(key, value) != value:
-      _refuse(key, raw[key], repr(value))
-  layers, dense = raw["num_hidden_layers"], raw["first_k_dense_replace"]
-  heads = raw["num_attention_heads"]
-  width = raw["qk_nope_head_dim"] + raw["qk_rope_head_dim"]
-  mlps = ["dense"] * dense + ["sparse"] * (layers - dense)
-  for key, value in (
-    ("num_key_value_heads", heads),
-    ("qk_head_dim", width),
-    ("mlp_layer_types", mlps),
-  ):
-    if raw.get(key) not in (None, value):
-      _refuse(key, raw[key], repr(value))
-  sparse = {"indexed_attention", "deepseek_sparse_attention"}
-  others = sorted(set(raw.get("layer_types") or ()) - sparse)
-  if others and raw.get("model_type") != "deepseek_v3":
-    _refuse("layer_types", others[0], " or ".join(sorted(sparse)))
-  if raw.get("num_nextn_predict_layers", 0) not in (0, 1):
-    _refuse(
-      "num_nextn_predict_layers", raw["num_nextn_predict_layers"], "0 or 1"
+def _parse(
+  section: section_lib.Section, dtype: DTypeLike | None
+) -> config_lib.ModelConfig:
+  """The config without MTP, which the tensors tell of."""
+  if section.is_null("q_lora_rank"):
+    raise section.error(
+      "q_lora_rank is null: models whose queries have no latent (Moonlight,"
+      " DeepSeek-V2-Lite) are not supported."
     )
-  quantised = raw.get("quantization_config") or {}
-  for key, value in _QUANTISED.items():
-    if quantised.get(key, value) not in (value, None):
-      _refuse(f"quantization_config.{key}", quantised[key], repr(value))
-
-
-def _refuse(key: str, value: Any, supported: str) -> None:
-  raise ValueError(
-    f"config.json: {key}={value!r} is not supported; it must be {supported}."
-  )
-
-
-def _rope(raw: dict[str, Any]) -> tuple[float, config_lib.YarnConfig]:
-  """Base and YaRN, in either spelling."""
-  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind not in ("default", "yarn"):
-    _refuse("rope_scaling.type", kind, "yarn")
-  if kind == "default":
-    return theta, config_lib.YarnConfig()
-  for key in ("factor", "original_max_position_embeddings"):
-    if key not in rope:
-      raise ValueError(f"config.json: rope_scaling lacks the key {key}.")
-  return theta, config_lib.YarnConfig(
-    factor=float(rope["factor"]),
-    original_context=rope["original_max_position_embeddings"],
-    beta_fast=float(rope.get("beta_fast", 32)),
-    beta_slow=float(rope.get("beta_slow", 1)),
-    mscale=float(rope.get("mscale", 1.0)),
-    mscale_all_dim=float(rope.get("mscale_all_dim", 0.0)),
-  )
-
-
-def _rope_scaling(yarn: config_lib.YarnConfig) -> dict[str, Any] | None:
-  if yarn == config_lib.YarnConfig():
-    return None
-  return {
-    "type": "yarn",
-    "factor": yarn.factor,
-    "original_max_position_embeddings": yarn.original_context,
-    "beta_fast": yarn.beta_fast,
-    "beta_slow": yarn.beta_slow,
-    "mscale": yarn.mscale,
-    "mscale_all_dim": yarn.mscale_all_dim,
+  kind = section.get("model_type", _Kinds, default="deepseek_v32")
+  given = _V32_INDEXER if kind == "deepseek_v3" else {}
+  values: dict[str, Any] = {
+    ours: section.get(
+      key, config_lib.ModelConfig, ours, given.get(key, section_lib.REQUIRED)
+    )
+    for key, ours in _SAME.items()
   }
+  for ours in ("routed_scale", "norm_eps", "init_std"):
+    values[ours] = float(values[ours])
+  for key, value in _MUST_BE.items():
+    section.expect(key, value)
+  if quantised := section.section("quantization_config"):
+    for key, value in _QUANTISED.items():
+      quantised.expect(key, value)
+  section.skip(*_NO_MATTER)
+  interleaved = "index_rope_interleaved"
+  values[interleaved] = section.get(
+    "indexer_rope_interleave",
+    config_lib.ModelConfig,
+    interleaved,
+    kind == "glm_moe_dsa",
+  )
+  values["indexer_types"] = _indexer_types(section, values["num_layers"])
+  values["rope_theta"], values["yarn"] = rope_json.read(section)
+  values["dtype"] = values["param_dtype"] = _dtype(section, dtype)
+  try:
+    cfg = config_lib.ModelConfig(**values)
+  except ValueError as e:
+    raise section.error(_OURS.sub(lambda m: _THEIRS[m[1]], str(e))) from e
+  _check_derived(section, cfg, kind)
+  return cfg
 
 
-def _indexer_types(raw: dict[str, Any]) -> tuple[Any, ...]:
+def _check_derived(
+  section: section_lib.Section, cfg: config_lib.ModelConfig, kind: str
+) -> None:
+  """What follows from other keys is said no other way."""
+  rope, width = cfg.rope_head_dim, cfg.nope_head_dim + cfg.rope_head_dim
+  heads = "num_attention_heads"
+  section.expect("num_key_value_heads", cfg.num_heads, None, by=heads)
+  widths = "qk_nope_head_dim and qk_rope_head_dim"
+  section.expect("qk_head_dim", width, None, by=widths)
+  section.expect("head_dim", rope, width, None, by=widths)
+  mlps = ["dense"] * cfg.num_dense_layers + ["sparse"] * cfg.num_moe_layers
+  depths = "num_hidden_layers and first_k_dense_replace"
+  section.expect("mlp_layer_types", mlps, None, by=depths)
+  if kind == "deepseek_v3":
+    section.skip("layer_types")
+    return
+  sparse = ("indexed_attention", "deepseek_sparse_attention")
+  layers = section.get("layer_types", _Kinds, default=None)
+  if layers is not None and (
+    len(layers) != cfg.num_layers or set(layers) - set(sparse)
+  ):
+    section.refuse(
+      "layer_types",
+      f"must be {' or '.join(sparse)} for each of num_hidden_layers",
+    )
+
+
+def _dtype(section: section_lib.Section, asked: DTypeLike | None) -> str:
+  """The dtype that was asked for, or else the config's."""
+  new = section.get("dtype", _Kinds, default=None)
+  old = section.get("torch_dtype", _Kinds, "dtype", default=None)
+  if None not in (new, old) and new != old:
+    raise section.error(f"dtype={new!r}, but torch_dtype={old!r}; keep one.")
+  if asked is not None:
+    name = jnp.dtype(asked).name
+    if name not in _DTYPES:
+      raise ValueError(f"dtype={name} must be {' or '.join(_DTYPES)}.")
+    return name
+  name = next((x for x in (new, old) if x is not None), "bfloat16")
+  if name not in _DTYPES:
+    section.refuse(
+      "torch_dtype" if new is None else "dtype",
+      f"must be {' or '.join(_DTYPES)}, or another dtype be asked for",
+    )
+  return name
+
+
+def _indexer_types(
+  section: section_lib.Section, layers: int
+) -> tuple[str, ...]:
   """Which layers have an indexer; () if all do.
 
   GLM says it by a list, a pattern of F and S, or a period and its offset.
   """
-  layers = raw["num_hidden_layers"]
-  types = raw.get("indexer_types")
-  if types is None and (pattern := raw.get("index_topk_pattern")):
-    types = ["full" if letter == "F" else "shared" for letter in pattern]
-  if types is None:
-    period = raw.get("index_topk_freq") or 1
-    offset = raw.get("index_skip_topk_offset", 2)
-    types = [
-      "shared" if max(layer - offset + 1, 0) % period else "full"
+  said: dict[str, tuple[str, ...]] = {}
+  types = section.get("indexer_types", config_lib.ModelConfig, default=None)
+  if types is not None:
+    said["indexer_types"] = types
+  pattern = section.get("index_topk_pattern", _Kinds, default=None)
+  if pattern is not None:
+    if set(pattern) - set(_LETTERS):
+      section.refuse("index_topk_pattern", "must be of F and S alone")
+    said["index_topk_pattern"] = tuple(_LETTERS[x] for x in pattern)
+  period = section.get("index_topk_freq", _Kinds, default=None)
+  offset = section.get("index_skip_topk_offset", _Kinds, default=2)
+  if period is not None:
+    said["index_topk_freq"] = tuple(
+      "shared" if max(layer - offset + 1, 0) % max(period, 1) else "full"
       for layer in range(layers)
-    ]
-  return tuple(types) if "shared" in types else ()
+    )
+  first = next(iter(said), "")
+  for key, found in said.items():
+    if len(found) != layers:
+      section.refuse(key, f"must have num_hidden_layers={layers} entries")
+    if found != said[first]:
+      raise section.error(f"{first} and {key} contradict each other; keep one.")
+  return said[first] if "shared" in said.get(first, ()) else ()
+
+
+def _listed(keys: list[str]) -> str:
+  """Keys on one line, however odd and many they are."""
+  shown = [json_file.dotted([key]) for key in keys[:_TOLD]]
+  return ", ".join(shown) + ", ..." * (len(keys) > _TOLD)

@@ -1,8 +1,6 @@
 """Safetensors files: read by tensor, FP8 included, and written as a stream.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON:
-of each tensor its dtype, shape and place), and the tensors' bytes. A folder of
-several files has an index that names the file of each tensor.
+A folder of several files has an index that names the file of each tensor.
 """
 
 from collections.abc import Iterable
@@ -17,39 +15,21 @@ import re
 from typing import Any, Final
 import zlib
 
-import ml_dtypes
 import numpy as np
+
+from dsa_jax import json_file
+from dsa_jax import ranges
+from dsa_jax.hf import header as header_lib
 
 INDEX: Final = "model.safetensors.index.json"
 
-DTYPES: Final = {
-  "F32": np.dtype(np.float32),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-  "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-# A header of 100 MB is more than any model has; a larger one is no header.
-_MAX_HEADER: Final = 100 * 2**20
+_NAMES: Final = {dtype: name for name, dtype in header_lib.DTYPES.items()}
 _PIECE: Final = 2**24  # bytes that are read or written at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """Where a tensor lies."""
-
-  file: pathlib.Path
-  dtype: str
-  """As the file has it: F32, BF16, F8_E4M3, ..."""
-  shape: tuple[int, ...]
-  begin: int
-  """Place of its bytes in the file."""
-  end: int
-
-  @property
-  def size(self) -> int:
-    """Bytes."""
-    return self.end - self.begin
+# Follows from config.json; some releases carry it in each layer.
+_DERIVED: Final = "rotary_emb.inv_freq"
+_ALONE: Final = "model.safetensors"
+_PART: Final = re.compile(r"model-(\d{1,9})-of-(\d{1,9})\.safetensors")
+_FILE: Final = re.compile(r"[\w-][\w. -]*\.safetensors")
 
 
 class Folder:
@@ -64,23 +44,9 @@ class Folder:
         the files disagree; names file and tensor.
     """
     self.path = path
-    index = path / INDEX
-    if index.exists():
-      where = _json(index).get("weight_map", {})
-      files = sorted({path / name for name in where.values()})
-    else:
-      where = {}
-      files = sorted(path.glob("model*.safetensors"))
-    if not files:
-      raise FileNotFoundError(
-        f"{path} has no model.safetensors or model-*-of-*.safetensors."
-      )
-    numbered = re.search(r"-of-(\d+)\.safetensors$", files[0].name)
-    if not where and numbered and int(numbered[1]) != len(files):
-      raise FileNotFoundError(
-        f"{path} has {len(files)} of the {int(numbered[1])} files of the model."
-      )
-    self.entries: dict[str, Entry] = {}
+    where = _weight_map(path)
+    files = sorted({path / file for file in where.values()}) or _numbered(path)
+    self.entries: dict[str, header_lib.Entry] = {}
     for file in files:
       if not file.exists():
         named = [name for name, at in where.items() if path / at == file]
@@ -88,17 +54,26 @@ class Folder:
           f"{file} is missing; {INDEX} says that it holds {named[0]} and"
           f" {len(named) - 1} more tensors."
         )
-      self.entries |= _header(file)
+      for name, entry in header_lib.read(file).items():
+        if name.endswith(_DERIVED):
+          continue
+        if name in self.entries:
+          other = self.entries[name].file
+          raise ValueError(f"{name} is both in {other} and in {file}.")
+        self.entries[name] = entry
     for name, file in where.items():
       if name not in self.entries or self.entries[name].file != path / file:
         raise ValueError(f"{path / file} has no {name}, but {INDEX} says so.")
+    for name, entry in self.entries.items():
+      if where and name not in where:
+        raise ValueError(f"{entry.file} has {name}, which {INDEX} does not.")
 
   def read(self, name: str) -> np.ndarray:
     """The tensor of this name, in the dtype it is stored in.
 
     Raises:
-      ValueError: There is none, its dtype is none of `DTYPES`, or the file has
-        been cut short.
+      ValueError: There is none, its dtype is none of `header.DTYPES`, or the
+        file has been cut short.
     """
     if name not in self.entries:
       raise ValueError(
@@ -120,15 +95,15 @@ class Folder:
     """Storage type of a tensor.
 
     Raises:
-      ValueError: It is none of `DTYPES`.
+      ValueError: It is none of `header.DTYPES`.
     """
     entry = self.entries[name]
-    if entry.dtype not in DTYPES:
+    if entry.dtype not in header_lib.DTYPES:
       raise ValueError(
         f"{name} in {entry.file} is {entry.dtype}; what is read is"
-        f" {', '.join(DTYPES)}."
+        f" {', '.join(header_lib.DTYPES)}."
       )
-    return DTYPES[entry.dtype]
+    return header_lib.DTYPES[entry.dtype]
 
   def same(self, one: str, other: str) -> bool:
     """Whether two tensors have the same dtype, shape and bits."""
@@ -235,36 +210,54 @@ def _put(out, raw, checksum: int) -> int:
   return checksum
 
 
-def _header(file: pathlib.Path) -> dict[str, Entry]:
-  size = file.stat().st_size
-  with open(file, "rb") as opened:
-    length = int.from_bytes(opened.read(8), "little")
-    if not 2 <= length <= min(_MAX_HEADER, size - 8):
-      raise ValueError(f"{file} is cut short, or no safetensors file.")
-    try:
-      header: dict[str, Any] = json.loads(opened.read(length))
-    except ValueError as e:
-      raise ValueError(f"{file} has a broken header: {e}.") from e
-  header.pop("__metadata__", None)
-  entries = {}
-  for name, entry in header.items():
-    begin, end = (8 + length + x for x in entry["data_offsets"])
-    if end > size:
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+  """The file of each tensor, as the index says it; none without an index.
+
+  A name is that of a file in the folder: it leads to no other folder, though
+  the file may be a link, as in the cache of Hugging Face's hub.
+  """
+  index = path / INDEX
+  if not os.path.lexists(index):
+    return {}
+  where = json_file.read(index).get("weight_map")
+  if not isinstance(where, dict) or not where:
+    raise ValueError(f"{index}: weight_map must name the file of each tensor.")
+  for name, file in where.items():
+    if not header_lib.is_name(name):
+      raise ValueError(f"{index}: {ranges.shown(name)} is no name of a tensor.")
+    if not isinstance(file, str) or not _FILE.fullmatch(file):
       raise ValueError(
-        f"{file} is cut short: {name} ends at byte {end:,}, the file at"
-        f" {size:,}."
+        f"{index}: weight_map puts {ranges.shown(name)} into"
+        f" {ranges.shown(file)}, which is no name of a safetensors file."
       )
-    shape, dtype = tuple(entry["shape"]), entry["dtype"]
-    if dtype in DTYPES and end - begin != Spec(name, DTYPES[dtype], shape).size:
-      raise ValueError(
-        f"{file}: {name} is {dtype}{list(shape)}, but has {end - begin} bytes."
-      )
-    entries[name] = Entry(file, dtype, shape, begin, end)
-  return entries
+  if _ALONE not in where.values() and os.path.lexists(path / _ALONE):
+    raise ValueError(
+      f"{index} names other files than {_ALONE}, which is there, too: remove"
+      " one of them."
+    )
+  return {k: v for k, v in where.items() if not k.endswith(_DERIVED)}
 
 
-def _json(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as e:
-    raise ValueError(f"{file} is no JSON: {e}.") from e
+def _numbered(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a folder without an index."""
+  files = sorted(path.glob("model*.safetensors"))
+  if not files:
+    raise FileNotFoundError(
+      f"{path} has no {_ALONE} or model-*-of-*.safetensors."
+    )
+  if [file.name for file in files] == [_ALONE]:
+    return files
+  found = [_PART.fullmatch(file.name) for file in files]
+  parts = {int(part[1]) for part in found if part}
+  totals = {int(part[2]) for part in found if part}
+  if len(parts) < len(files) or len(totals) > 1 or 0 in parts:
+    raise ValueError(
+      f"{path} has no {INDEX}, and the names of its {len(files)} safetensors"
+      f" files do not say how they belong together: {files[0].name} ..."
+    )
+  (total,) = totals
+  if len(parts) < total or max(parts) > total:
+    raise FileNotFoundError(
+      f"{path} has {len(files)} of the {total} files of the model."
+    )
+  return files

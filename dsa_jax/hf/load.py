@@ -16,7 +16,9 @@ from dsa_jax import config as config_lib
 from dsa_jax import transformer
 from dsa_jax.hf import config_json
 from dsa_jax.hf import files
+from dsa_jax.hf import finite
 from dsa_jax.hf import fp8
+from dsa_jax.hf import header as header_lib
 from dsa_jax.hf import prefetch
 from dsa_jax.hf import tensors as tensors_lib
 
@@ -52,14 +54,14 @@ def load_hf(
 
   Raises:
     FileNotFoundError: A file is missing.
-    ValueError: The config asks for what is not supported here, or the tensors
-      are not exactly those of the model; names the key, or file and tensor.
+    ValueError: The config asks for what is not supported here, the tensors are
+      not exactly those of the model, or one of them holds a NaN or an infinity;
+      names the key, or file and tensor.
   """
   folder = pathlib.Path(folder)
   stored = files.Folder(folder)
-  cfg = config_json.parse(
-    config_json.read_json(folder), dtype, set(stored.entries)
-  )
+  cfg = config_json.read(stored, dtype)
+  tensors = wanted(stored, cfg, stage)  # checked before memory is taken
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
     model = nnx.eval_shape(
       lambda: transformer.Transformer(cfg, rngs=nnx.Rngs(0))
@@ -70,7 +72,7 @@ def load_hf(
     filled = {name: _Leaf(leaf) for name, (_, leaf) in zip(names, leaves)}
     needed = [
       tensor
-      for tensor in wanted(stored, cfg, stage)
+      for tensor in tensors
       if any(filled[p.leaf].needs(p.index) for p in tensor.places)
     ]
     with jax.set_mesh(_NO_MESH):  # each device is filled by itself
@@ -111,10 +113,18 @@ def wanted(
 def read(
   stored: files.Folder, tensor: tensors_lib.Tensor
 ) -> list[tuple[tensors_lib.Place, np.ndarray]]:
-  """Values of a tensor; float32 if it was FP8, else its own dtype."""
+  """Values of a tensor; float32 if it was FP8, else its own dtype.
+
+  Raises:
+    ValueError: Some value is not finite, or a scale not positive; names it.
+  """
   array = stored.read(tensor.name)
-  if array.dtype == files.DTYPES["F8_E4M3"]:
-    array = fp8.dequantise(array, stored.read(tensor.name + SCALE))
+  finite.check(array, f"{tensor.name} in {stored.entries[tensor.name].file}")
+  if array.dtype == header_lib.DTYPES["F8_E4M3"]:
+    name = tensor.name + SCALE
+    scale = stored.read(name)
+    finite.check_scale(scale, f"{name} in {stored.entries[name].file}")
+    array = fp8.dequantise(array, scale)
   return list(zip(tensor.places, tensor.split(array)))
 
 

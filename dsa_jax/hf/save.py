@@ -6,7 +6,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import shutil
 from typing import Any, Final
 import warnings
 
@@ -16,28 +15,20 @@ import numpy as np
 
 from dsa_jax import config as config_lib
 from dsa_jax import transformer
+from dsa_jax.hf import companions
 from dsa_jax.hf import config_json
 from dsa_jax.hf import files
+from dsa_jax.hf import finite
 from dsa_jax.hf import fp8
+from dsa_jax.hf import header
 from dsa_jax.hf import load
 from dsa_jax.hf import prefetch
 from dsa_jax.hf import tensors as tensors_lib
 
 type Fetch = Callable[[tensors_lib.Place], np.ndarray]
 
-_F32: Final = files.DTYPES["F32"]
-_BF16: Final = files.DTYPES["BF16"]
-# What belongs to a model besides its weights, where a folder has it.
-_CARRIED: Final = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "generation_config.json",
-  "chat_template.jinja",
-  "chat_template.json",
-  "LICENSE",
-  "encoding/*.py",
-)
+_F32: Final = header.DTYPES["F32"]
+_BF16: Final = header.DTYPES["BF16"]
 
 
 def save_hf(
@@ -66,7 +57,7 @@ def save_hf(
 
   Raises:
     ValueError: The folder is not empty, another process holds a part of the
-      model, or an argument is not understood.
+      model, a weight is not finite, or an argument is not understood.
     OSError: It cannot be written; names file and tensor. What is left has no
       config.json.
   """
@@ -99,15 +90,6 @@ def save_hf(
   out.finish()
 
 
-def carry(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies what belongs to a model besides weights and config.json."""
-  for pattern in _CARRIED:
-    for file in source.glob(pattern):
-      to = target / file.relative_to(source)
-      to.parent.mkdir(parents=True, exist_ok=True)
-      shutil.copyfile(file, to)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Unit:
   """A tensor and what is written of it: itself, perhaps its scale."""
@@ -130,18 +112,20 @@ class Export:
     """Checks everything that can be wrong before anything is written.
 
     Raises:
-      ValueError: `form` is unknown, `like` is another model, or config.json
-        cannot say what the model is.
+      ValueError: `form` is unknown, `like` is another model or has a file that
+        is not to be copied, or config.json cannot say what the model is.
     """
     if form not in ("bf16", "fp8", "float32"):
       raise ValueError(f"format={form!r} must be bf16, fp8 or float32.")
     self._cfg, self._folder, self._form = cfg, folder, form
     self._max_size = max_size
-    self._like = self._entries = raw = None
+    self._entries = raw = None
+    self._companions: list[companions.Companion] = []
     if like is not None:
-      self._like = pathlib.Path(like)
-      raw = config_json.read_json(self._like)
-      self._stored = files.Folder(self._like)
+      like = pathlib.Path(like)
+      raw = config_json.read_json(like)
+      self._companions = companions.find(like)
+      self._stored = files.Folder(like)
       self._entries = self._stored.entries
     self._json = config_json.to_json(cfg, form, raw)
     self._files: list[list[_Unit]] = []
@@ -159,12 +143,19 @@ class Export:
     return [spec for unit in self._files[i] for spec in unit.specs]
 
   def write(self, i: int, fetch: Fetch) -> int:
-    """Writes file `i`, whole or not at all; its CRC-32."""
+    """Writes file `i`, whole or not at all; its CRC-32.
+
+    Raises:
+      ValueError: A weight is not finite; names tensor and place.
+      OSError: The file cannot be written; names file and tensor.
+    """
     self._folder.mkdir(parents=True, exist_ok=True)
 
     def make(unit):
       parts = [fetch(place) for place in unit.tensor.places]
-      return self._made(unit, in_order(unit.tensor.join(parts)))
+      array = in_order(unit.tensor.join(parts))
+      finite.check(array, f"{unit.tensor.name}, which is to be written,")
+      return self._made(unit, array)
 
     arrays = (
       x for made in prefetch.prefetch(make, self._files[i]) for x in made
@@ -182,8 +173,7 @@ class Export:
       size = sum(s.size for i in range(len(self._files)) for s in self.specs(i))
       index = {"metadata": {"total_size": size}, "weight_map": where}
       _put_json(self._folder / files.INDEX, index)
-    if self._like is not None:
-      carry(self._like, self._folder)
+    companions.copy(self._companions, self._folder)
     _put_json(self._folder / "config.json", self._json)
 
   def _name(self, i: int) -> str:
@@ -199,7 +189,7 @@ class Export:
       dtype = self._exact(tensor, fetch)
     if tensor.kind != "linear" or self._form != "fp8":
       return _Unit(tensor, (files.Spec(name, dtype, shape),))
-    weight = files.Spec(name, files.DTYPES["F8_E4M3"], shape)
+    weight = files.Spec(name, header.DTYPES["F8_E4M3"], shape)
     name += load.SCALE
     known = self._entries.get(name) if self._entries else None
     scale = known.dtype if known else "F32"
@@ -207,7 +197,7 @@ class Export:
       tensor,
       (
         weight,
-        files.Spec(name, files.DTYPES[scale], fp8.scale_shape(shape)),
+        files.Spec(name, header.DTYPES[scale], fp8.scale_shape(shape)),
       ),
     )
 

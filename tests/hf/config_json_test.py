@@ -52,6 +52,19 @@ def test_unknown_keys_are_told():
     ("mlp_layer_types", ["sparse", "dense", "sparse"]),
     ("layer_types", ["indexed_attention", "full_attention"]),
     ("num_nextn_predict_layers", 2),
+    ("num_nextn_predict_layers", True),
+    ("attention_bias", 0),
+    ("moe_layer_freq", True),
+    ("hidden_act", None),
+    ("head_dim", 40),
+    ("partial_rotary_factor", 0.5),
+    ("torch_dtype", "float16"),
+    ("torch_dtype", ""),
+    ("routed_scaling_factor", True),
+    ("hidden_size", 160.0),
+    ("n_routed_experts", 10**12),
+    ("norm_topk_prob", 1),
+    ("quantization_config", "fp8"),
   ],
 )
 def test_refuses_what_it_cannot_honour(key, value):
@@ -71,6 +84,41 @@ def test_refuses_what_it_cannot_honour(key, value):
 def test_refuses_other_quantisations(key, value):
   with pytest.raises(ValueError, match=f"quantization_config.{key}="):
     parse(quantization_config=folders.FP8 | {key: value})
+
+
+def test_unknown_keys_are_told_at_any_depth():
+  rope = folders.ROPE_SCALING | {"long_factor": [1.0], "low_freq_factor": 1}
+  fp8 = folders.FP8 | {"modules_to_not_convert": ["lm_head"]}
+  told = (
+    "unknown here: original_max_position_embeddings,"
+    " quantization_config.modules_to_not_convert, rope_scaling.long_factor,"
+    " rope_scaling.low_freq_factor"
+  )
+  with pytest.warns(UserWarning, match=told):
+    parse(
+      rope_scaling=rope,
+      quantization_config=fp8,
+      original_max_position_embeddings=4,
+    )
+
+
+def test_models_without_a_query_latent_are_refused():
+  """Moonlight is of V3's type, DeepSeek-V2-Lite of its own."""
+  for kind in ("deepseek_v3", "deepseek_v2"):
+    with pytest.raises(ValueError, match="q_lora_rank is null: .*Moonlight"):
+      parse(model_type=kind, q_lora_rank=None)
+
+
+@pytest.mark.parametrize(
+  ("said", "told"),
+  [
+    (dict(num_nextn_predict_layers=0), "=0, but the folder has tensors of"),
+    (dict(num_hidden_layers=2), "=1, but the folder has no tensor of layer 2"),
+  ],
+)
+def test_an_mtp_layer_that_config_and_tensors_disagree_on(said, told):
+  with pytest.warns(UserWarning, match=told):
+    parse(**said)
 
 
 @pytest.mark.parametrize("key", ["kv_lora_rank", "index_topk"])
@@ -120,6 +168,21 @@ class TestGlm:
     assert cfg.indexer_types == self.FULL
     assert cfg.index_rope_interleaved
 
+  @pytest.mark.parametrize(
+    "said",
+    [
+      dict(indexer_types=list(FULL), index_topk_pattern="FFFFFFFF"),
+      dict(indexer_types=list(FULL), index_topk_freq=2),
+      dict(index_topk_pattern="FFFSSSFS", index_topk_freq=1),
+      dict(indexer_types=list(FULL[:7])),
+      dict(index_topk_pattern="FFFSSSFX"),
+      dict(index_topk_freq=True),
+    ],
+  )
+  def test_what_contradicts_itself(self, said):
+    with pytest.raises(ValueError, match=f"config.json: .*{[*said][-1]}"):
+      parse(**self.GLM, **said)
+
   def test_by_default_each_has_one(self):
     cfg = parse(**self.GLM, indexer_rope_interleave=False)
     assert cfg.indexer_types == ()
@@ -149,13 +212,26 @@ class TestWritten:
     assert config_json.parse(raw, None, names) == cfg
     assert raw["quantization_config"] == folders.FP8
 
-  def test_keeps_what_it_does_not_know(self):
-    like = folders.CONFIG | {"chat": "yes", "quantization_config": folders.FP8}
+  def test_keeps_what_has_no_bearing(self):
+    like = folders.CONFIG | {"quantization_config": folders.FP8}
     cfg = parse()
     raw = config_json.to_json(cfg, "bf16", like)
-    assert raw["chat"] == "yes" and raw["bos_token_id"] == 0
+    assert raw["bos_token_id"] == 0
     assert raw["rope_scaling"] == folders.CONFIG["rope_scaling"]
     assert "quantization_config" not in raw
+
+  def test_leaves_out_what_is_unknown_here(self):
+    """At any depth: another reader would take it for what the model is."""
+    rope = folders.ROPE_SCALING | {"short_factor": [1.0]}
+    fp8 = folders.FP8 | {"ignored_layers": ["lm_head"]}
+    like = folders.CONFIG | {"chat": "yes", "rope_scaling": rope}
+    like |= {"quantization_config": fp8}
+    told = "without .*: chat, quantization_config.ignored_layers, rope_scaling"
+    with pytest.warns(UserWarning, match=told):
+      raw = config_json.to_json(parse(), "fp8", like)
+    assert "chat" not in raw
+    assert raw["rope_scaling"] == folders.ROPE_SCALING
+    assert raw["quantization_config"] == folders.FP8
 
   def test_longer_contexts_replace_the_old(self):
     cfg = parse()
@@ -163,3 +239,4 @@ class TestWritten:
     cfg = dataclasses.replace(cfg, yarn=yarn)
     raw = config_json.to_json(cfg, "bf16", folders.CONFIG)
     assert raw["rope_scaling"]["factor"] == 8.0
+    assert raw["max_position_embeddings"] == 512

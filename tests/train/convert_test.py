@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -322,3 +323,62 @@ def test_bad_commands(tmp_path, monkeypatch, capsys, options, says):
   printed = capsys.readouterr()
   assert says in f"{ended.value.code} {printed.out} {printed.err}"
   assert not list(tmp_path.glob("out*"))
+
+
+def damage_config(folder, **keys):
+  file = folder / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def damage_weights(folder):
+  found = folders.read(folder)
+  found["model.norm.weight"][7] = float("nan")
+  folders.write(folder, found)
+
+
+def damage_shard(folder):
+  shard = folder / "model-00002-of-00003.safetensors"
+  shard.unlink()
+  os.mkfifo(shard)
+
+
+def damage_index(folder):
+  file = folder / "model.safetensors.index.json"
+  file.write_text(file.read_text().replace("model-00002", "../in/model-00002"))
+
+
+@pytest.mark.parametrize(
+  ("damage", "says"),
+  [
+    (lambda x: (x / "config.json").write_bytes(b""), "config.json is empty."),
+    (lambda x: damage_config(x, q_lora_rank=None), "q_lora_rank is null"),
+    (lambda x: damage_config(x, n_routed_experts=10**12), "n_routed_experts="),
+    (
+      lambda x: damage_config(
+        x, num_hidden_layers=16000, num_nextn_predict_layers=0
+      ),
+      "num_hidden_layers=16000 and n_routed_experts=4 make 303,988 tensors",
+    ),
+    (lambda x: damage_config(x, hidden_size=2**20), "it must be|needs"),
+    (lambda x: damage_config(x, rms_norm_eps=float("nan")), "rms_norm_eps"),
+    (
+      lambda x: (x / "LICENSE").symlink_to("/etc/hostname"),
+      "LICENSE is a link",
+    ),
+    (damage_weights, r"model.norm.weight in .* has nan at \[7\]"),
+    (damage_shard, "model-00002-of-00003.safetensors is no regular file"),
+    (damage_index, "weight_map puts .* into '../in/model-00002"),
+  ],
+)
+def test_bad_folders(tmp_path, monkeypatch, damage, says):
+  """One line, at once, and nothing where the result would be."""
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  damage(tmp_path / "in")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", ["convert", "in", "out"])
+  with pytest.raises(SystemExit) as ended:
+    convert.main()
+  line = str(ended.value.code)
+  assert line.startswith("error: ") and "\n" not in line
+  assert re.search(says, line), line
+  assert not (tmp_path / "out").exists()
