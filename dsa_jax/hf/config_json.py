@@ -212,7 +212,7 @@ def to_json(
     ValueError: `like` is not supported; or what is written, read again, would
       be another model.
   """
-  kept, rope = _kept(like)
+  kept, was = _kept(like, cfg.dtype)
   interleaved = cfg.index_rope_interleaved
   kind = "glm_moe_dsa" if interleaved or cfg.indexer_types else "deepseek_v32"
   raw: dict[str, Any] = {
@@ -238,22 +238,34 @@ def to_json(
   quantised = raw.pop("quantization_config", None)
   if form == "fp8":
     raw["quantization_config"] = quantised or _QUANTISED
-  if rope != (cfg.rope_theta, cfg.yarn):
+  if was is None or was.indexer_types != _shared(cfg):
+    for key in ("index_topk_pattern", "index_topk_freq"):
+      raw.pop(key, None)
+  if was is None or (was.rope_theta, was.yarn) != (cfg.rope_theta, cfg.yarn):
     raw.pop("rope_parameters", None)
     raw |= rope_json.write(cfg.rope_theta, cfg.yarn)
-    raw["max_position_embeddings"] = round(
-      cfg.yarn.original_context * cfg.yarn.factor
-    )
+  if was is None or was.yarn != cfg.yarn:
+    context = round(cfg.yarn.original_context * cfg.yarn.factor)
+    raw["max_position_embeddings"] = context
   _check_says(raw, cfg)
   return raw
 
 
-def _kept(like: dict[str, Any] | None) -> tuple[dict[str, Any], Any]:
-  """What a config.json says that is known here, and its RoPE."""
+def _shared(
+  cfg: config_lib.ModelConfig,
+) -> tuple[Literal["full", "shared"], ...]:
+  """Kinds of layers as they are read: none where all have an indexer."""
+  return cfg.indexer_types if cfg.shares_index else ()
+
+
+def _kept(
+  like: dict[str, Any] | None, dtype: DTypeLike
+) -> tuple[dict[str, Any], config_lib.ModelConfig | None]:
+  """What a config.json says that is known here, and its model."""
   if like is None:
     return {}, None
   section = section_lib.Section(like, "config.json")
-  was = _parse(section, None)
+  was = _parse(section, dtype)
   section.skip("num_nextn_predict_layers")
   if unread := section.unread():
     warnings.warn(
@@ -261,7 +273,7 @@ def _kept(like: dict[str, Any] | None) -> tuple[dict[str, Any], Any]:
       f" {_listed(unread)}.",
       stacklevel=5,
     )
-  return section.kept(), (was.rope_theta, was.yarn)
+  return section.kept(), was
 
 
 def _check_says(raw: dict[str, Any], cfg: config_lib.ModelConfig) -> None:
@@ -270,8 +282,9 @@ def _check_says(raw: dict[str, Any], cfg: config_lib.ModelConfig) -> None:
     warnings.simplefilter("ignore")  # told when it was read
     names = {f"model.layers.{cfg.num_layers}."} if cfg.num_mtp_layers else set()
     again = parse(raw, cfg.dtype, names)
+  cfg = dataclasses.replace(cfg, indexer_types=_shared(cfg))
   for field in dataclasses.fields(cfg):
-    if field.name in ("param_dtype", "remat", "rules", "indexer_types"):
+    if field.name in ("param_dtype", "remat", "rules"):
       continue
     was, now = getattr(cfg, field.name), getattr(again, field.name)
     if was != now:

@@ -233,6 +233,21 @@ class TestWritten:
     assert raw["rope_scaling"] == folders.ROPE_SCALING
     assert raw["quantization_config"] == folders.FP8
 
+  @pytest.mark.parametrize("interleaved", [True, False])
+  def test_other_indexers_replace_the_old(self, interleaved):
+    said = dict(index_topk_freq=2, index_skip_topk_offset=1)
+    like = folders.CONFIG | said | dict(model_type="glm_moe_dsa")
+    cfg = parse(**said, model_type="glm_moe_dsa")
+    raw = config_json.to_json(cfg, "bf16", like)
+    assert raw["indexer_types"] == ["full", "shared", "full"]
+    assert raw["index_topk_freq"] == 2
+    cfg = dataclasses.replace(
+      cfg, indexer_types=(), index_rope_interleaved=interleaved
+    )
+    raw = config_json.to_json(cfg, "bf16", like)
+    assert "index_topk_freq" not in raw
+    assert config_json.parse(raw, None, MTP) == cfg
+
   def test_longer_contexts_replace_the_old(self):
     cfg = parse()
     yarn = dataclasses.replace(cfg.yarn, factor=8.0)
