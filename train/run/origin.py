@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 import dsa_jax
 from train.learn import step as step_lib
