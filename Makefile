@@ -10,7 +10,7 @@ PYTHONS ?= python3.13 python3.12 python3
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train demo test test-slow test-long test-tpus faults soak lint format clean
+.PHONY: help setup train demo test test-slow test-long test-tpus faults io owners soak lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' \
@@ -47,6 +47,12 @@ test-long: $(READY)  ## run the tests that do not fit into CI's hour
 
 faults: $(READY)  ## kill runs at random moments; they must come out the same
 	$(PYTHON) -m tests.faults.kills $(ARGS)
+
+io: $(READY)  ## make system calls of short runs fail; they must come out the same
+	$(PYTHON) -m tests.faults.io $(ARGS)
+
+owners: $(READY)  ## start two programs on one run; one of them must train
+	$(PYTHON) -m tests.faults.owners $(ARGS)
 
 soak: $(READY)  ## keep a run alive for half an hour, a fault a minute
 	$(PYTHON) -m tests.faults.soak $(ARGS)

@@ -9,12 +9,18 @@ it stops, the same command goes on where it was; TARGET appears when all is
 done.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
 import sys
 from typing import Final, Literal
+
+from train.host import program
+
+if __name__ == "__main__":
+  program.begin()  # before the imports that take seconds
 
 import numpy as np
 import tqdm
@@ -31,6 +37,7 @@ from dsa_jax.hf import save
 from dsa_jax.hf import tensors as tensors_lib
 from train.host import atomic_files
 from train.host import json_files
+from train.host import ownership
 from train.run import arrays as arrays_lib
 from train.run import origin as origin_lib
 from train.run import record as record_lib
@@ -96,9 +103,14 @@ class Journal:
         )
       self._done = set(done)
 
-  def begin(self) -> None:
-    """Makes the folder, and writes down what is known so far."""
-    self.folder.mkdir(parents=True, exist_ok=True)
+  def begin(self, held: contextlib.ExitStack) -> None:
+    """Makes the folder, owns it while held, and writes down what is known.
+
+    Raises:
+      Owned: Another process converts to there; says which.
+    """
+    self._claim = ownership.Claim(self.folder)
+    held.callback(self._claim.close)
     lines = [self._options, *sorted(self._done)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     atomic_files.write(self._file, text)
@@ -115,6 +127,7 @@ class Journal:
 
   def finish(self) -> None:
     """Moves the result into its place."""
+    self._claim.dissolve()
     self._file.unlink()
     atomic_files.sync_all(self.folder)
     self.folder.rename(self.target)
@@ -135,7 +148,8 @@ def convert(conversion: Conversion) -> None:
   if (source / "config.json").exists() and (
     "model_type" in config_json.read_json(source)
   ):
-    _to_orbax(conversion, source)
+    with contextlib.ExitStack() as held:
+      _to_orbax(conversion, source, held)
     return
   found = origin_lib.find(source)
   if found is None:
@@ -143,18 +157,21 @@ def convert(conversion: Conversion) -> None:
       f"{source} is neither a Hugging Face folder (config.json with model_type)"
       " nor a run's folder or a checkpoint."
     )
-  _to_hf(conversion, found)
+  with contextlib.ExitStack() as held:
+    _to_hf(conversion, found, held)
 
 
-def _to_orbax(conversion: Conversion, source: pathlib.Path) -> None:
+def _to_orbax(
+  conversion: Conversion, source: pathlib.Path, held: contextlib.ExitStack
+) -> None:
   stored = files.Folder(source)
   cfg = config_json.read(stored, conversion.dtype)
   beside = companions.find(source)
   wanted = load.wanted(stored, cfg, conversion.stage)
   journal = Journal(conversion, source)
   path = journal.folder / "checkpoints" / "0"
+  journal.begin(held)
   out = arrays_lib.NewArrays(path, tensors_lib.leaf_shapes(cfg))
-  journal.begin()
 
   def write(tensor):
     for place, part in load.read(stored, tensor):
@@ -237,7 +254,9 @@ def _kept(stored: arrays_lib.Arrays, folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _to_hf(conversion: Conversion, source: pathlib.Path) -> None:
+def _to_hf(
+  conversion: Conversion, source: pathlib.Path, held: contextlib.ExitStack
+) -> None:
   stored = arrays_lib.Arrays(source)
   like = conversion.like
   origin = source.parent.parent / _ORIGIN
@@ -252,7 +271,7 @@ def _to_hf(conversion: Conversion, source: pathlib.Path) -> None:
     like,
   )
   names = out.plan(stored.read)
-  journal.begin()
+  journal.begin(held)
   sizes = [sum(spec.size for spec in out.specs(i)) for i in range(len(names))]
 
   def written():
@@ -285,9 +304,9 @@ def main() -> None:
     convert(
       tyro.cli(Conversion, prog="python -m train.convert", description=__doc__)
     )
-  except (ValueError, OSError) as e:
+  except (ValueError, OSError, ownership.Owned) as e:
     sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
-  main()
+  program.run(main)

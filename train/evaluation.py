@@ -13,6 +13,8 @@ from dsa_jax import frame as frame_lib
 from dsa_jax import recall
 from train.data import corpus as corpus_lib
 from train.data import retrieval as retrieval_lib
+from train.host import atomic_files
+from train.host import outputs
 from train.host import processes
 from train.learn import batches as batches_lib
 from train.learn import stages as stages_lib
@@ -146,14 +148,18 @@ class Evaluation:
     if not processes.is_first():
       return
     file = self._metrics.file.parent / "selections" / f"{step}.npz"
-    file.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-      file,
-      queries=queries[0],
-      indices=indices[:, :, 0],
-      starts=queries[0] - place[0],  # of its document
-      length=self._stage.seq_len,
-    )
+    # zipfile says ValueError where it cannot end a file it could not write.
+    with outputs.Output(str(file)).attempt(ValueError):
+      file.parent.mkdir(exist_ok=True)
+      with atomic_files.partial(file).open("wb") as out:
+        np.savez_compressed(
+          out,
+          queries=queries[0],
+          indices=indices[:, :, 0],
+          starts=queries[0] - place[0],  # of its document
+          length=self._stage.seq_len,
+        )
+      atomic_files.replace(file)
 
 
 @functools.lru_cache  # stages of one model share what is compiled

@@ -8,17 +8,23 @@ data and at the same rate as the sparse stage. A table of both is printed and
 written to RUN_DIR/lifecycle.md. After an interruption, run the same command.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
 from typing import Any
+
+from train.host import program
+
+if __name__ == "__main__":
+  program.begin()  # before the imports that take seconds
 
 import numpy as np
 
 from train import config as config_lib
 from train import loop
 from train import main as main_lib
-from train import stage as stage_lib
+from train.host import atomic_files
 from train.host import processes
 from train.run import read_run
 
@@ -191,10 +197,14 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
   return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def _train(cfg: config_lib.TrainConfig) -> bool:
-  """Trains to the end, resuming if begun; False if stopped before."""
+def _train(cfg: config_lib.TrainConfig, held: contextlib.ExitStack) -> bool:
+  """Trains to the end, resuming if begun; False if stopped before.
+
+  The folder stays this program's until `held` is closed.
+  """
   begun = (pathlib.Path(cfg.run_dir) / "config.json").exists()
   run = loop.Run(dataclasses.replace(cfg, resume=begun))
+  held.enter_context(run.own())
   run.train()
   return run.step == cfg.total_steps
 
@@ -203,16 +213,17 @@ def main() -> None:
   processes.configure_platform()
   try:
     cfg = main_lib.parse(sys.argv[1:], "train.lifecycle", __doc__)
-    runs = cfg, control(cfg)
-    if not all(map(_train, runs)):
-      return
-  except (ValueError, OSError, ImportError, stage_lib.Diverged) as e:
+    with contextlib.ExitStack() as held:
+      if not all(_train(part, held) for part in (cfg, control(cfg))):
+        return
+      text = table(model_rows(cfg), stage_rows(cfg))
+      print(f"\n{text}")
+      file = pathlib.Path(cfg.run_dir) / "lifecycle.md"
+      atomic_files.write(file, text)
+      print(f"written to {file}")
+  except (ValueError, ImportError, *loop.ENDS) as e:
     sys.exit(main_lib.refusal(e))
-  text = table(model_rows(cfg), stage_rows(cfg))
-  file = pathlib.Path(cfg.run_dir) / "lifecycle.md"
-  file.write_text(text, encoding="utf-8")
-  print(f"\n{text}\nwritten to {file}")
 
 
 if __name__ == "__main__":
-  main()
+  program.run(main)

@@ -1,11 +1,10 @@
 """A run: opened and checked, then trained stage after stage."""
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import pathlib
-import sys
 import time
-import types
 from typing import Final
 
 import jax
@@ -17,13 +16,17 @@ from train import config as config_lib
 from train import stage as stage_lib
 from train.data import corpus as corpus_lib
 from train.host import memory
+from train.host import outputs
+from train.host import ownership
 from train.host import processes
+from train.host import signals
 from train.host import watchdog as watchdog_lib
 from train.learn import batches as batches_lib
 from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 from train.run import checkpoint as checkpoint_lib
 from train.run import goodput
+from train.run import lines as lines_lib
 from train.run import metrics as metrics_lib
 from train.run import origin as origin_lib
 from train.run import provenance
@@ -31,6 +34,15 @@ from train.run import run_folder
 from train.run import tracing as tracing_lib
 
 _TOKEN_BYTES: Final = 20  # five arrays, see `train/data/corpus.py`
+# What may end `Run.train`; each says all that a person needs.
+ENDS: Final = (
+  checkpoint_lib.Broken,
+  corpus_lib.DataError,
+  lines_lib.Malformed,
+  ownership.Owned,
+  stage_lib.Diverged,
+  OSError,  # NotSaved, and what else of a disk
+)
 
 
 class Run:
@@ -102,21 +114,51 @@ class Run:
     """The last step done, over all stages."""
     return self.position.step
 
+  @contextlib.contextmanager
+  def own(self) -> Iterator[ownership.Claim]:
+    """Inside, no other program writes in the run's folder.
+
+    Raises:
+      Owned: Another does; nothing was changed.
+      NotSaved: The folder cannot be written to, or another run has begun there
+        meanwhile.
+    """
+    cfg = self.cfg
+    try:
+      claim = ownership.Claim(cfg.run_dir)
+    except OSError as e:
+      raise run_folder.NotSaved(
+        f"run_dir={cfg.run_dir} cannot be written to ({e.strerror}): a run "
+        "keeps its checkpoints and metrics there. Give another --run-dir."
+      ) from e
+    with contextlib.closing(claim):
+      try:  # again: it may have been another's a moment ago
+        run_folder.check(
+          cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume
+        )
+      except ValueError as e:
+        raise run_folder.NotSaved(str(e)) from e
+      yield claim
+
   def train(self) -> None:
     """Trains to the end, or until stopped; both save.
 
     Raises:
+      Owned: Another program trains there.
       Diverged: Too many steps had to be skipped.
       Broken: There are checkpoints to go on from, and none is whole.
       NotSaved: The folder cannot be written to, or the last checkpoint was not.
       DataError: The data end, or cannot be read any more.
     """
     cfg = self.cfg
-    self.checkpoints = open_checkpoints(cfg)
     with contextlib.ExitStack() as stack:
+      stack.enter_context(signals.asking(self._stop))
+      claim = stack.enter_context(self.own())
       run_dir = pathlib.Path(cfg.run_dir)
       stack.enter_context(processes.log_to(run_dir / "log.txt"))
-      provenance.write(run_dir)
+      self.checkpoints = open_checkpoints(cfg)
+      with outputs.Output(f"{run_dir}/versions").attempt():
+        provenance.write(run_dir)
       watchdog = stack.enter_context(
         contextlib.closing(
           watchdog_lib.Watchdog(cfg.guard.stall_seconds, run_dir / "stalls")
@@ -125,7 +167,6 @@ class Run:
       stack.enter_context(contextlib.closing(self.checkpoints))
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(dispatch.kernels(cfg.kernels))
-      stack.enter_context(processes.signals(self._ask_to_stop))
       processes.say(self.summary())
       state = self._start()
       self.clock = goodput.Clock(cfg.run_dir, self.step, began=self._began)
@@ -148,6 +189,7 @@ class Run:
         self.checkpoints,
         self.metrics,
         self.clock,
+        claim,
         watchdog,
         tracing,
       )
@@ -236,8 +278,9 @@ class Run:
     """The last lines: what came of it, where it lies, and what to do next."""
     cfg, step = self.cfg, int(state.step)
     if step < cfg.total_steps:
+      saved = "saved" if step in self.checkpoints.steps else "nothing to save"
       processes.say(
-        f"stopped after step {step} of {cfg.total_steps}; saved. Go on with "
+        f"stopped after step {step} of {cfg.total_steps}; {saved}. Go on with "
         "the same command and --resume."
       )
       return
@@ -254,11 +297,7 @@ class Run:
       "train on your own text."
     )
 
-  def _ask_to_stop(self, signum: int, frame: types.FrameType | None) -> None:
-    del frame
-    if self.position.stopping:
-      sys.exit(128 + signum)
-    print("stopping after this step (again: at once)", file=sys.stderr)
+  def _stop(self) -> None:
     self.position.stopping = True
 
 

@@ -11,17 +11,19 @@ import sys
 if __package__ in (None, ""):  # run as `python train/main.py`
   sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
+from train.host import program  # noqa: E402
+
+if __name__ == "__main__":
+  program.begin()  # before the imports that take seconds
+
 from train import config as config_lib  # noqa: E402
 from train import loop  # noqa: E402
 from train import options  # noqa: E402
 from train import preflight  # noqa: E402
 from train import report  # noqa: E402
-from train import stage  # noqa: E402
 from train.aot import compile as compile_lib  # noqa: E402
-from train.data import corpus as corpus_lib  # noqa: E402
+from train.host import outputs  # noqa: E402
 from train.host import processes  # noqa: E402
-from train.run import checkpoint as checkpoint_lib  # noqa: E402
-from train.run import run_folder  # noqa: E402
 
 
 def parse(
@@ -82,18 +84,20 @@ def main() -> None:
     sys.exit(refusal(e))
   try:
     run.train()
-    if run.step == cfg.total_steps and processes.is_first():
-      report.report(pathlib.Path(cfg.run_dir))
-  except ImportError as e:  # all is there but the pictures
-    print(e)
-  except (
-    stage.Diverged,
-    checkpoint_lib.Broken,
-    run_folder.NotSaved,
-    corpus_lib.DataError,
-  ) as e:
+  except loop.ENDS as e:
     sys.exit(refusal(e))
+  if run.step == cfg.total_steps and processes.is_first():
+    draw(pathlib.Path(cfg.run_dir))
+
+
+def draw(run_dir: pathlib.Path) -> None:
+  """Writes the pictures of a finished run, if that can be."""
+  try:
+    with outputs.Output(f"{run_dir}/report").attempt(ValueError):
+      report.report(run_dir)
+  except ImportError as e:
+    print(e)
 
 
 if __name__ == "__main__":
-  main()
+  program.run(main)

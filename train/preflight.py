@@ -11,6 +11,7 @@ import numpy as np
 from train import config as config_lib
 from train import loop
 from train.data import corpus as corpus_lib
+from train.host import ownership
 from train.host import processes
 from train.learn import batches as batches_lib
 from train.learn import step as step_lib
@@ -40,6 +41,8 @@ def report(cfg: config_lib.TrainConfig) -> None:
   processes.say(_memory(states, run.mesh))
   processes.say(_disk(cfg, [_size(state) for state in states]))
   processes.say(_origin(cfg, run))
+  if owner := ownership.find(cfg.run_dir):
+    processes.say(f"owned    by {owner}: it would have to end first")
   processes.say("ok")
 
 

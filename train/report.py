@@ -16,6 +16,11 @@ import pathlib
 import sys
 from typing import Annotated, Any, Final
 
+from train.host import program
+
+if __name__ == "__main__":
+  program.begin()  # before the imports that take seconds
+
 import numpy as np
 import tyro
 
@@ -352,4 +357,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  program.run(main)

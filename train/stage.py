@@ -14,6 +14,7 @@ from pallas_kernels import dispatch
 from train import config as config_lib
 from train import evaluation
 from train.data import corpus as corpus_lib
+from train.host import ownership
 from train.host import processes
 from train.host import watchdog as watchdog_lib
 from train.learn import batches as batches_lib
@@ -56,6 +57,7 @@ class Services:
   checkpoints: checkpoint_lib.Checkpoints
   metrics: metrics_lib.Writer
   clock: goodput.Clock
+  claim: ownership.Claim
   watchdog: watchdog_lib.Watchdog
   tracing: tracing_lib.Tracing
 
@@ -169,6 +171,8 @@ class Stage:
         return state
       batch = self._read()
       train_step = self._compile(state, batch)
+      if position.stopping:  # meanwhile; all that was trained is saved
+        return state
       self._log.restart_clock()
       while batch is not None:
         state, batch = self._advance(train_step, state, batch)
@@ -231,6 +235,7 @@ class Stage:
       The state and the next batch; None where the stage ends here.
     """
     position, services = self._position, self._services
+    services.claim.confirm()
     services.tracing.before(position.step + 1)
     state, metrics = train_step(state, batch)
     position.step = step = position.step + 1
@@ -301,6 +306,8 @@ class Stage:
   ) -> None:
     step, progress = self._position.step, self._position.progress
     services = self._services
+    services.claim.confirm()
+    services.metrics.sync()  # a checkpoint never has more behind it than they
     with services.clock.spend("checkpoint"):
       progress.data = self._batches.get_state()
       progress.tokens = dict(self._log.tokens)
@@ -342,10 +349,12 @@ class Stage:
       f"steps {first} to {self._log.step} had to be skipped, one after the "
       f"other ({self._log.trouble})"
     )
-    part = "peak" if self._stage.trains_model else "indexer"
+    part, rate = "indexer", cfg.optimizer.indexer_lr
+    if self._stage.trains_model:
+      part, rate = "peak", cfg.optimizer.peak_lr
     remedy = (
-      f"Lower --optimizer.{part}-lr; the checkpoints before these steps are "
-      "kept."
+      "The checkpoints before these steps are kept: go on from them with "
+      f"--resume and a lower rate, such as --optimizer.{part}-lr={rate / 2:g}."
     )
     if progress.rollbacks >= guard.rollbacks:
       raise Diverged(
@@ -416,5 +425,5 @@ class Stage:
     )
     text = tokenizer.decode(processes.fetch(tokens)[0])
     self._services.metrics.write(step, "sample", {"text": text})
-    framed = "\n".join(f"  | {line}" for line in text.splitlines())
+    framed = "\n".join(f"  | {line}" for line in text.split("\n"))
     processes.say(f"sample after step {step}:\n{framed}")

@@ -24,6 +24,7 @@ several, a whole layer's on a sequence (T = S).
 """
 
 import dataclasses
+import io
 import math
 import pathlib
 import random
@@ -243,4 +244,7 @@ def _measure(
 
 
 if __name__ == "__main__":
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # of whatever encoding
+      stream.reconfigure(errors="backslashreplace")
   main()

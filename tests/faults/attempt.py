@@ -113,6 +113,14 @@ class Attempt:
     self.seconds = self.age
     return [process.wait() for process in self.processes]
 
+  def said(self) -> list[str]:
+    """All lines of all processes."""
+    texts = (
+      file.read_text(encoding="utf-8", errors="replace")
+      for file in self._outputs
+    )
+    return [line for text in texts for line in text.splitlines()]
+
   def tail(self) -> str:
     """The last lines of each process, to show."""
     texts = (

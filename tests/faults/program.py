@@ -13,6 +13,11 @@ import pathlib
 import sys
 import zlib
 
+from train.host import program
+
+if __name__ == "__main__":
+  program.begin()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,9 +101,8 @@ def embed_poison() -> None:
   embed.Embed.__call__ = poisonous
 
 
-if __name__ == "__main__":
-  work, batches = map(pathlib.Path, sys.argv[1:3])
-  kinds = sys.argv[3].split(",")
+def prepare(work: pathlib.Path, kinds: list[str]) -> None:
+  """Has train.main compile fast, and train what `config` gives."""
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 1)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -106,8 +110,13 @@ if __name__ == "__main__":
   jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  config_lib.load = lambda path: config(work, kinds)
+
+
+if __name__ == "__main__":
+  work, batches = map(pathlib.Path, sys.argv[1:3])
+  prepare(work, sys.argv[3].split(","))
   note_batches(work, batches)
   embed_poison()
-  config_lib.load = lambda path: config(work, kinds)
   sys.argv = ["train.main", "--config=tiny", *sys.argv[4:]]
-  main.main()
+  program.run(main.main)

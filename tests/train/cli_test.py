@@ -12,6 +12,7 @@ from tests.train import runs
 from train import config as config_lib
 from train import loop
 from train import main
+from train.host import ownership
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -195,10 +196,55 @@ class TestRunFolder:
       cfg,
       resume=True,
       seed=3,
-      optimizer=dataclasses.replace(cfg.optimizer, peak_lr=0.5),
+      optimizer=dataclasses.replace(cfg.optimizer, beta2=0.5),
     )
-    with pytest.raises(ValueError, match="optimizer.peak_lr is 0.5, was 0.01"):
+    with pytest.raises(ValueError, match="beta2 is 0.5, was .*; seed is 3"):
       loop.Run(other)
+
+  def test_another_rate_goes_on_and_is_told(self, cfg, capsys):
+    for name in ("peak_lr", "indexer_lr"):
+      optimizer = dataclasses.replace(cfg.optimizer, **{name: 0.5})
+      other = dataclasses.replace(cfg, resume=True, optimizer=optimizer)
+      loop.Run(other)
+      loop.open_checkpoints(other)
+      assert f"optimizer.{name} is 0.5, was 0.01" in capsys.readouterr().out
+      loop.open_checkpoints(dataclasses.replace(cfg, resume=True))
+
+  def test_more_steps_are_those_of_a_new_run(self, cfg):
+    stage = dataclasses.replace(cfg.stages[-1], steps=50)
+    other = dataclasses.replace(
+      cfg, resume=True, stages=(*cfg.stages[:-1], stage)
+    )
+    for step in ("2", "10"):
+      (pathlib.Path(cfg.run_dir) / "checkpoints" / step).mkdir(parents=True)
+    newest = f"{cfg.run_dir}/checkpoints/10"
+    with pytest.raises(ValueError, match=f"steps is 50.*--init-from={newest}"):
+      loop.Run(other)
+
+  def test_what_belongs_to_another_program_is_refused_in_a_line(
+    self, cfg, monkeypatch, capsys
+  ):
+    """And nothing there is changed; a check of it says whose it is."""
+    folder = pathlib.Path(cfg.run_dir)
+    (folder / "owners").mkdir()
+    file = folder / "owners" / "1.json"
+    ownership._write(file)
+    owner = json.loads(file.read_text()) | {"token": "another's"}
+    file.write_text(json.dumps(owner))
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    said = ""
+    for asked in (cfg, dataclasses.replace(cfg, resume=True)):
+      monkeypatch.setattr(main, "parse", lambda *_, asked=asked: asked)
+      with pytest.raises(SystemExit) as error:
+        main.main()
+      said = str(error.value)
+      assert said.startswith("error: ") and "\n" not in said
+    assert f"process {owner['pid']} on {owner['host']}, since" in said
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    asked = dataclasses.replace(cfg, resume=True, check=True)
+    monkeypatch.setattr(main, "parse", lambda *_: asked)
+    main.main()
+    assert f"owned    by process {owner['pid']}" in capsys.readouterr().out
 
   def test_other_logging_does(self, cfg):
     other = dataclasses.replace(

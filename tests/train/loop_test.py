@@ -123,7 +123,7 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
 
   def interrupt(self):
     if next(batches) == 1:
-      signal.raise_signal(signal.SIGTERM)
+      signal.raise_signal(signal.SIGHUP)
     return read(self)
 
   with monkeypatch.context() as patch:
@@ -136,6 +136,30 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
   assert 0 < stopped < 4
   loop.Run(dataclasses.replace(cfg, resume=True)).train()
   assert losses(runs.lines(cfg.run_dir, "train")) == losses(unbroken[1][:4])
+
+
+@pytest.mark.parametrize(
+  "kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda x: x.name
+)
+def test_a_run_that_is_stopped_early_saves_nothing_and_says_so(
+  folder, monkeypatch, capsys, kind
+):
+  """As it opens its folder: nothing was trained yet, and nothing is saved."""
+  cfg = runs.config(folder, f"early_{kind.name}", runs.ONE_LAYER)
+  provenance = loop.provenance.write
+
+  def interrupted(run_dir):
+    signal.raise_signal(kind)
+    provenance(run_dir)
+
+  monkeypatch.setattr(loop.provenance, "write", interrupted)
+  run = loop.Run(cfg)
+  run.train()
+  assert "stopped after step 0 of 8; nothing to save. Go on with the same" in (
+    capsys.readouterr().out
+  )
+  assert list(pathlib.Path(cfg.run_dir, "checkpoints").iterdir()) == []
+  loop.Run(dataclasses.replace(cfg, resume=True))
 
 
 @pytest.mark.slow

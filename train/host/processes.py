@@ -4,7 +4,6 @@ The first of them alone writes the log, the metrics and what else a person
 reads; checkpoints are written by all, together.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -16,14 +15,12 @@ import json
 import os
 import pathlib
 import re
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-import types
-from typing import Any
+from typing import Any, Final
 
 import jax
 from jax.experimental import multihost_utils
@@ -42,8 +39,22 @@ _CPU_OPTIONS = "xla_backend_extra_options"
 # How often all have met. No meeting has the name of another.
 _meetings = itertools.count()
 
-# Where what is said goes too, see `log_to`.
+# Where what is said goes too, see `log_to`; and whether it did the last time.
 _log: pathlib.Path | None = None
+_logs = True
+# What a terminal obeys rather than shows, and half characters; lines stay.
+_CONTROLS: Final = {
+  i: f"\\x{i:02x}"
+  for i in (*range(32), *range(127, 160))
+  if chr(i) not in "\n\t"
+} | {
+  i: f"\\u{i:04x}"
+  for i in (
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,9 +209,18 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def visible(text: str) -> str:
+  """The text with what a terminal would obey, such as ESC, as \\xNN."""
+  return text.translate(_CONTROLS)
+
+
 def say(text: str) -> None:
-  """Prints, in the first process, and writes to the log if there is one."""
+  """Prints, in the first process, and writes to the log if there is one.
+
+  Whatever is in the text, a terminal shows it and obeys none of it.
+  """
   if is_first():
+    text = visible(text)
     print(text, flush=True)
     _write(text)
 
@@ -217,13 +237,14 @@ def log_to(file: str | pathlib.Path) -> Iterator[None]:
     yield
   except BaseException:
     if is_first():
-      _write(traceback.format_exc())
+      _write(visible(traceback.format_exc()))
     raise
   finally:
     _log = before
 
 
 def _write(text: str) -> None:
+  global _logs
   if _log is None:
     return
   now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -232,27 +253,11 @@ def _write(text: str) -> None:
     # Closed each time: a mounted bucket shows what is in closed files only.
     with _log.open("a", encoding="utf-8") as out:
       out.write("".join(lines))
+    _logs = True
   except OSError as e:  # no reason to end a run, and it is printed
-    print(f"{_log} could not be written: {e}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def signals(
-  handler: Callable[[int, types.FrameType | None], None],
-) -> Iterator[None]:
-  """Inside, SIGINT and SIGTERM call `handler`.
-
-  Not so in one of several processes: there, JAX hears SIGTERM, and makes them
-  all agree on a step (`asked_to_stop`), which a handler would undo.
-  """
-  alone = jax.process_count() == 1
-  kinds = (signal.SIGINT, signal.SIGTERM) if alone else ()
-  before = {kind: signal.signal(kind, handler) for kind in kinds}
-  try:
-    yield
-  finally:
-    for kind, former in before.items():
-      signal.signal(kind, former)
+    if _logs:
+      print(f"{_log} could not be written: {e}", file=sys.stderr)
+    _logs = False
 
 
 def fetch[Tree](tree: Tree) -> Tree:

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 import time
 from typing import Final, Literal
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from train.host import atomic_files
 from train.host import json_files
+from train.host import outputs
 from train.host import processes
 from train.run import metrics as metrics_lib
 
@@ -126,8 +126,8 @@ class Clock:
     self._file = None
     if processes.is_first():
       folder = pathlib.Path(run_dir) / "attempts"
-      folder.mkdir(exist_ok=True)
       self._file = folder / f"{1 + max(_files(folder), default=0)}.json"
+    self._output = outputs.Output(str(self._file))
     self._write()
 
   @contextlib.contextmanager
@@ -199,10 +199,9 @@ class Clock:
     if self._file is None:
       return
     text = json.dumps(dataclasses.asdict(self._attempt()))
-    try:
+    with self._output.attempt():
+      self._file.parent.mkdir(exist_ok=True)
       atomic_files.write(self._file, text)
-    except OSError as e:  # no reason to end a run: the next note may succeed
-      print(f"{self._file} could not be written: {e}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,17 @@ import math
 import pathlib
 import secrets
 import sys
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import jax
-import tensorboardX
 
 from dsa_jax import ranges
 from pallas_kernels import devices
 from train.host import atomic_files
+from train.host import outputs
 from train.host import processes
+from train.run import lines as lines_lib
+from train.run import tensorboard as tensorboard_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,16 +98,18 @@ class Writer:
       wandb: The project at Weights & Biases, if numbers go there.
 
     Raises:
-      ValueError: A line in the file is malformed, and not the last one.
+      Malformed: A line in the file is, and not the last one.
+      OSError: The file cannot be read.
     """
-    self._out: TextIO | None = None
-    self._board: tensorboardX.SummaryWriter | None = None
+    self._lines: lines_lib.Lines | None = None
+    self._board: tensorboard_lib.Board | None = None
     self._wandb = None
     self.file = pathlib.Path(run_dir) / "metrics.jsonl"
     self._board_dir = None
     if tensorboard:
-      self._board_dir = str(pathlib.Path(run_dir) / "tensorboard")
+      self._board_dir = pathlib.Path(run_dir) / "tensorboard"
     if processes.is_first():
+      self._lines = lines_lib.Lines(self.file)
       self.go_back(first_step, again=again)
       if wandb is not None:
         self._wandb = _Wandb(pathlib.Path(run_dir), wandb)
@@ -115,16 +119,17 @@ class Writer:
 
     With `again`, so will all of the step before but its training.
     """
-    if not processes.is_first():
+    if self._lines is None:
       return
-    self._close_files()
-    if self.file.exists():
-      _keep(self.file, first_step, again)
-    self._out = self.file.open("a", encoding="utf-8", buffering=1)
-    if self._board_dir is not None:
-      self._board = tensorboardX.SummaryWriter(
-        self._board_dir, purge_step=first_step
+    self._lines.keep(
+      lambda line: (
+        line["step"] < first_step - (again and line["kind"] != "train")
       )
+    )
+    if self._board is not None:
+      self._board.close()
+    if self._board_dir is not None:
+      self._board = tensorboard_lib.Board(self._board_dir, first_step)
 
   def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
     """Writes what was measured after `step`.
@@ -134,51 +139,27 @@ class Writer:
       kind: "train", "eval", "retrieval", "sample", "goodput" or "incident".
       values: Numbers or texts by name; None where a number is not finite.
     """
-    if self._out is None:
+    if self._lines is None:
       return
-    line = {"step": step, "kind": kind, **values}
-    self._out.write(json.dumps(line) + "\n")
+    self._lines.add({"step": step, "kind": kind, **values})
     if self._board is not None:
-      for name, value in values.items():
-        if isinstance(value, (int, float)):
-          self._board.add_scalar(f"{kind}/{name}", value, step)
-        elif value is not None:
-          self._board.add_text(f"{kind}/{name}", str(value), step)
+      self._board.write(step, kind, values)
     if self._wandb is not None:
       self._wandb.write(step, kind, values)
 
-  def close(self) -> None:
-    self._close_files()
-    if self._wandb is not None:
-      self._wandb.close()
+  def sync(self) -> None:
+    """Has the lines survive a power cut."""
+    if self._lines is not None:
+      self._lines.sync()
 
-  def _close_files(self) -> None:
-    if self._out is not None:
-      self._out.close()
+  def close(self) -> None:
+    """Ends the files."""
+    if self._lines is not None:
+      self._lines.close()
     if self._board is not None:
       self._board.close()
-
-
-def _keep(file: pathlib.Path, first_step: int, again: bool) -> None:
-  """Leaves the lines of steps before `first_step` in the file, see `go_back`.
-
-  Half a line at its end, as a killed process leaves it, goes.
-  """
-  partial = atomic_files.partial(file)
-  with file.open("rb") as old, partial.open("wb") as new:  # may be large
-    for number, line in enumerate(old, start=1):
-      try:
-        said = json.loads(line)
-        step, trains = said["step"], said["kind"] == "train"
-      except (ValueError, KeyError, TypeError) as e:
-        if not line.endswith(b"\n"):  # hence the last one
-          break
-        raise ValueError(
-          f"{file}, line {number} is malformed: {e!r}. Delete it to go on."
-        ) from e
-      if step < first_step - (again and not trains):
-        new.write(line.removesuffix(b"\n") + b"\n")
-  atomic_files.replace(file)
+    if self._wandb is not None:
+      self._wandb.close()
 
 
 def check_wandb(project: str | None) -> None:
@@ -207,7 +188,8 @@ class _Wandb:
     known = file.read_text(encoding="utf-8") if file.exists() else ""
     if not known:
       known = secrets.token_hex(8)
-      file.write_text(known, encoding="utf-8")
+      with outputs.Output(str(file)).attempt():
+        atomic_files.write(file, known)
     self._run = None
     try:
       self._run = wandb.init(

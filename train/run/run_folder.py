@@ -7,11 +7,14 @@ from typing import Any, Final
 
 from train.host import atomic_files
 from train.host import json_files
+from train.host import ownership
 from train.host import processes
 from train.run import goodput
 
+_RATES: Final = ("optimizer.peak_lr", "optimizer.indexer_lr")
 # What may differ between a run and its continuation: where things lie, what is
-# logged, saved and guarded, and which devices compute, by what.
+# logged, saved and guarded, which devices compute, by what, and how fast it
+# learns.
 _FREE = (
   "run_dir",
   "mesh",
@@ -20,6 +23,7 @@ _FREE = (
   "checkpoint",
   "data.max_bad_share",
   "data.allow_changed",
+  *_RATES,
   "guard",
   "log",
   "resume",
@@ -76,7 +80,7 @@ def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"run_dir={run_dir} is a file; give another --run-dir.")
   # A run that was killed as it began may have left half of its config.
-  unfinished = (atomic_files.partial(file).name, _PROBE)
+  unfinished = (atomic_files.partial(file).name, _PROBE, ownership.FOLDER)
   if not folder.exists() or all(
     path.name.startswith(unfinished) for path in folder.iterdir()
   ):
@@ -121,18 +125,17 @@ def _salvage(folder: pathlib.Path) -> str:
 def _compare(
   run_dir: str, before: dict[str, Any], run_config: dict[str, Any]
 ) -> None:
-  saved, now = _flat(before), _flat(json.loads(json.dumps(run_config)))
-  changed = [
-    f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
-    for name in sorted(saved | now)
-    if saved.get(name) != now.get(name)
-    and not f"{name}.".startswith(tuple(f"{free}." for free in _FREE))
-  ]
+  changed = {
+    name: text
+    for name, text in _changes(before, run_config).items()
+    if not f"{name}.".startswith(tuple(f"{free}." for free in _FREE))
+  }
   if changed:
+    more = _other_stages(pathlib.Path(run_dir), changed)
     raise ValueError(
       f"--resume: the run in {run_dir} has another config: "
-      f"{'; '.join(changed)}. Give the same values, or another --run-dir to "
-      "begin a new run."
+      f"{'; '.join(changed.values())}. Give the same values, or another "
+      f"--run-dir to begin a new run{more}."
     )
 
 
@@ -159,6 +162,29 @@ def _check_checkpoints(folder: pathlib.Path) -> None:
     )
 
 
+def _other_stages(folder: pathlib.Path, changed: dict[str, str]) -> str:
+  """How to train on for more steps than a run has."""
+  saved = checkpoints(folder)
+  if not saved or not any(name.startswith("stages.") for name in changed):
+    return ""
+  return (
+    ", which may train what this one has come to for more steps: "
+    f"--init-from={saved[max(saved)]}"
+  )
+
+
+def _changes(
+  before: dict[str, Any], run_config: dict[str, Any]
+) -> dict[str, str]:
+  """What differs from the config before, by name, as a text."""
+  saved, now = _flat(before), _flat(json.loads(json.dumps(run_config)))
+  return {
+    name: f"{name} is {now.get(name)!r}, was {saved.get(name)!r}"
+    for name in sorted(saved | now)
+    if saved.get(name) != now.get(name)
+  }
+
+
 def open_(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
   """Makes the folder this run's; all processes call it.
 
@@ -176,6 +202,11 @@ def open_(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
   processes.meet("checked")  # before anyone writes what another would find
   _make_writable(folder)
   if processes.is_first():
+    if (folder / "config.json").exists():
+      before = _saved_config(folder / "config.json")
+      changes = _changes(before, run_config)
+      for name in changes.keys() & set(_RATES):
+        processes.say(f"learns   otherwise from now on: {changes[name]}")
     text = json.dumps(run_config, indent=2)
     atomic_files.write(folder / "config.json", text + "\n")
   processes.meet("run_dir")  # before anyone writes anything else there

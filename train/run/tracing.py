@@ -5,6 +5,7 @@ from types import TracebackType
 
 import jax
 
+from train.host import outputs
 from train.host import processes
 
 
@@ -14,6 +15,7 @@ class Tracing:
   def __init__(self, run_dir: str, steps: tuple[int, int] | None):
     """Takes the first and the last step to trace; None traces nothing."""
     self._folder, self._steps, self._active = f"{run_dir}/profile", steps, False
+    self._output = outputs.Output(self._folder)
 
   def __enter__(self) -> "Tracing":
     return self
@@ -30,8 +32,9 @@ class Tracing:
   def before(self, step: int) -> None:
     """Starts the trace if `step` is the first to be traced."""
     if self._steps and step == self._steps[0]:
-      jax.profiler.start_trace(self._folder)
-      self._active = True
+      with self._output.attempt(RuntimeError):
+        jax.profiler.start_trace(self._folder)
+        self._active = True
 
   def ends(self, step: int) -> bool:
     """Returns whether `step` is the last that is traced."""
@@ -41,10 +44,11 @@ class Tracing:
     """Writes the trace if `step` is the last, or nothing comes after it."""
     if not self.ends(step) or self._steps is None:
       return
-    jax.profiler.stop_trace()
     self._active = False
     first, last = self._steps
-    processes.say(
-      f"traced   steps {first},{last}, to {self._folder}: for xprof "
-      "(tensorboard --logdir), or the trace in it for Perfetto"
-    )
+    with self._output.attempt(RuntimeError):
+      jax.profiler.stop_trace()
+      processes.say(
+        f"traced   steps {first},{last}, to {self._folder}: for xprof "
+        "(tensorboard --logdir), or the trace in it for Perfetto"
+      )

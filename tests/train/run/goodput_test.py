@@ -205,8 +205,8 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, capfd):
     patch.setattr(pathlib.Path, "write_text", full)
     clock.note(2)
   assert file.read_text() == before
-  err = capfd.readouterr().err
-  assert str(file) in err and "No space left" in err
+  out = capfd.readouterr().out
+  assert str(file) in out and "No space left" in out
   clock.note(3)
   assert json.loads(file.read_text())["step"] == 3
 

@@ -1,0 +1,210 @@
+"""Of programs that would write in one folder, one does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from train.host import ownership
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """Time passes only as it is slept; what happens meanwhile."""
+  now, happens = [0.0], []
+
+  def sleep(seconds):
+    now[0] += seconds
+    if happens:
+      happens.pop(0)()
+
+  monkeypatch.setattr(ownership.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(ownership.time, "sleep", sleep)
+  return now, happens
+
+
+@pytest.fixture
+def ended(monkeypatch):
+  codes = []
+  monkeypatch.setattr(ownership.os, "_exit", codes.append)
+  return codes
+
+
+def own(folder, number=4, **changes):
+  """Has another program own a folder: as this process, but for `changes`."""
+  owners = folder / "owners"
+  owners.mkdir(parents=True, exist_ok=True)
+  file = owners / f"{number}.json"
+  ownership._write(file)
+  owner = json.loads(file.read_text()) | {"token": "another's"} | changes
+  file.write_text(json.dumps(owner))
+  return file
+
+
+def files(folder):
+  return {
+    path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+def test_a_second_program_is_told_who_owns_the_folder(tmp_path):
+  own(tmp_path, host="here", since="2026-01-02")
+  before = files(tmp_path)
+  with pytest.raises(
+    ownership.Owned, match=f"process {os.getpid()} on here, since 2026-01-02"
+  ):
+    ownership.Claim(tmp_path)
+  assert files(tmp_path) == before
+  assert ownership.find(tmp_path) is not None
+
+
+def dead():
+  """The pid of a process that ended."""
+  process = subprocess.Popen([sys.executable, "-c", ""])
+  process.wait()
+  return process.pid
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    lambda: {"pid": dead()},
+    lambda: {"born": "1"},  # its number is another's now, as 1 in a container
+    lambda: {"pid": 1, "born": "1"},
+  ],
+)
+def test_an_owner_that_is_gone_is_followed_at_once(tmp_path, clock, changes):
+  own(tmp_path, **changes())
+  assert ownership.find(tmp_path) is None
+  claim = ownership.Claim(tmp_path)
+  assert clock[0] == [0.0]
+  assert [x.name for x in (tmp_path / "owners").iterdir()] == ["5.json"]
+  claim.close()
+  assert [x.name for x in (tmp_path / "owners").iterdir()] == ["5.free"]
+  ownership.Claim(tmp_path).close()
+  assert [x.name for x in (tmp_path / "owners").iterdir()] == ["6.free"]
+
+
+def test_a_zombie_owns_nothing(tmp_path):
+  with subprocess.Popen([sys.executable, "-c", ""]) as process:
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    own(tmp_path, pid=process.pid, born="7")
+    file = tmp_path / "owners" / "4.json"
+    born = ownership._born(process.pid)
+    file.write_text(
+      json.dumps(json.loads(file.read_text()) | {"born": born or "7"})
+    )
+    assert born == "dead"
+  ownership.Claim(tmp_path).close()
+
+
+ELSEWHERE = {"place": "another machine", "host": "far"}
+
+
+def test_an_owner_elsewhere_is_followed_once_it_is_silent(tmp_path, clock):
+  now, happens = clock
+  own(tmp_path, **ELSEWHERE)
+  ownership.Claim(tmp_path).close()
+  assert 90 <= now[0] < 100
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"host": 1}'])
+def test_who_cannot_be_read_is_waited_for_too(tmp_path, clock, content):
+  own(tmp_path).write_bytes(content)
+  ownership.Claim(tmp_path).close()
+  assert clock[0][0] >= 90
+
+
+def test_an_owner_elsewhere_that_lives_is_told_of(tmp_path, clock):
+  now, happens = clock
+  file = own(tmp_path, **ELSEWHERE)
+  happens += [lambda: None, lambda: None, lambda: os.utime(file)]
+  with pytest.raises(ownership.Owned, match="on far, since"):
+    ownership.Claim(tmp_path)
+  assert now[0] < 10
+  assert file.exists()
+
+
+def test_an_owner_elsewhere_may_free_it_meanwhile(tmp_path, clock):
+  file = own(tmp_path, **ELSEWHERE)
+  clock[1].append(lambda: file.rename(file.with_suffix(".free")))
+  ownership.Claim(tmp_path).close()
+  assert clock[0][0] < 10
+
+
+def test_one_of_two_that_come_at_once_owns_it(tmp_path, monkeypatch):
+  """Both have seen that the one before is gone."""
+  own(tmp_path, pid=dead())
+  write = ownership._write
+
+  def late(file):
+    monkeypatch.setattr(ownership, "_write", write)
+    own(tmp_path, 5)  # the other was faster
+    write(file)
+
+  monkeypatch.setattr(ownership, "_write", late)
+  with pytest.raises(ownership.Owned):
+    ownership.Claim(tmp_path)
+
+
+def test_a_number_whose_time_is_over_owns_nothing(tmp_path, monkeypatch):
+  own(tmp_path, pid=dead())
+  write = ownership._write
+
+  def later(file):
+    monkeypatch.setattr(ownership, "_write", write)
+    # Others came and went, and one is there now.
+    own(tmp_path, 9)
+    write(file)
+
+  monkeypatch.setattr(ownership, "_write", later)
+  with pytest.raises(ownership.Owned):
+    ownership.Claim(tmp_path)
+
+
+def test_who_was_taken_for_dead_ends(tmp_path, clock, ended, capfd):
+  claim = ownership.Claim(tmp_path)
+  claim.confirm()
+  own(tmp_path, 2, host="far")
+  claim.confirm()  # a moment later: nobody could have taken it for dead yet
+  assert ended == []
+  clock[0][0] += 60
+  claim.confirm()
+  claim.close()
+  assert ended == [1]
+  assert "on far, since" in capfd.readouterr().err
+
+
+def test_the_owner_shows_that_it_lives(tmp_path, clock, ended):
+  claim = ownership.Claim(tmp_path)
+  file = tmp_path / "owners" / "1.json"
+  os.utime(file, (1, 1))
+  clock[0][0] += 60
+  claim.confirm()
+  assert file.stat().st_mtime > 1 and ended == []
+  claim.close()
+
+
+def test_a_process_may_claim_what_it_owns(tmp_path):
+  claim = ownership.Claim(tmp_path)
+  ownership.Claim(tmp_path).close()
+  assert ownership.find(tmp_path) is not None
+  claim.close()
+  assert ownership.find(tmp_path) is None
+  ownership.Claim(tmp_path).dissolve()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_half_claim(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ownership.json, "dumps", full)
+    with pytest.raises(OSError, match="No space"):
+      ownership.Claim(tmp_path)
+  ownership.Claim(tmp_path).close()
