@@ -130,22 +130,27 @@ def test_mtp_predicts_the_token_after_the_next():
 @pytest.mark.slow
 def test_computes_in_bfloat16_where_asked():
   cfg = dataclasses.replace(
-    models.CONFIG, dtype="bfloat16", init_std=0.05, num_mtp_layers=0
+    models.CONFIG,
+    dtype="bfloat16",
+    init_std=0.05,
+    num_mtp_layers=0,
+    # A token goes through both experts: of more, rounding may choose others.
+    num_experts=2,
+    expert_groups=1,
+    groups_per_token=1,
   )
   exact = dataclasses.replace(cfg, dtype="float32")
 
-  # With others than these parameters, a token's experts may be so close that
-  # rounding takes another one.
   def run(cfg, key):
     model = dsa_jax.Transformer(cfg, rngs=nnx.Rngs(key))
     return model(TOKENS, attention="dense")
 
   logits, expected = (
-    jax.jit(run, static_argnums=0)(c, jax.random.key(3)) for c in (cfg, exact)
+    jax.jit(run, static_argnums=0)(c, jax.random.key(0)) for c in (cfg, exact)
   )
   assert logits.dtype == jnp.float32
   error = np.abs(logits - expected).max(-1) / np.abs(expected).max(-1)
-  assert error.max() < 0.1
+  assert error.max() < 0.05
   assert error.max() > 1e-4
 
 
