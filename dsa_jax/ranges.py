@@ -136,7 +136,7 @@ def _wanted_of_tuple(part: Any, value: Any) -> str | None:
     return "a tuple"
   for i, entry in enumerate(value):
     if wanted := _wanted(part, entry):
-      return f"a tuple, and its entry {i}, {shown(entry)}, {wanted}"
+      return f"a tuple of {wanted}; its entry {i} is {shown(entry)}"
   return None
 
 

@@ -174,7 +174,7 @@ class Example:
     ("kind", 1, '"a" or "b"'),
     ("parts", [1], "a tuple"),
     ("parts", (), "1 to 2 entries long"),
-    ("parts", (1, -1), "its entry 1, -1, at least 0"),
+    ("parts", (1, -1), "a tuple of at least 0"),
   ],
 )
 def test_says_what_must_be(name, value, says):
