@@ -1,4 +1,4 @@
-"""Files of JSON, whole or by the line; what is damaged is named."""
+"""Files of JSON that programs here wrote, whole or by the line."""
 
 from collections.abc import Iterator
 import json

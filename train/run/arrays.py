@@ -78,23 +78,14 @@ class Arrays:
     saved = self.record.arrays
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     names = [fingerprint.name(path) for path, _ in leaves]
+    loaded: list[jax.Array] = []
     try:
-      as_saved = [
-        x.update(dtype=jnp.dtype(saved[name].dtype))
-        for name, (_, x) in zip(names, leaves)
-      ]
-      context = ocp.Context()
-      context.pytree.loading.partial_load = True
-      with context:
-        whole: Any = ocp.load_checkpointables(
-          str(self._path), {"state": tree.unflatten(as_saved)}
-        )
-      loaded, why = jax.tree.leaves(whole.pop("state")), None
-      if not all(isinstance(x, jax.Array) for x in loaded):
-        raise TypeError("its tree lacks arrays")
-    # A damaged file may end in any error of Orbax, TensorStore or JSON.
+      for name, (_, x) in zip(names, leaves):
+        loaded.append(self._on_devices(name, x))
+      why = None
+    # A damaged file may end in any error of TensorStore or JSON.
     except Exception as e:
-      loaded, why = [], f"{type(e).__name__}: {_first_line(e)}"
+      why = f"{type(e).__name__}: {_first_line(e)}"
     if not processes.all_agree(why is None):
       why = why or "another process cannot read it"
       raise record_lib.Broken(f"{self._path}: {why}")
@@ -113,33 +104,39 @@ class Arrays:
       Broken: It cannot be read, or is not what was saved; names it.
     """
     with _told(self._state, place):
-      if place.leaf not in self._open:
-        self._open[place.leaf] = self._array(place.leaf)
-      part = self._open[place.leaf][place.index].read().result()
-      saved = self.record.arrays[_stored_name(place.leaf)]
+      name = _stored_name(place.leaf)
+      part = self._array(name)[place.index].read().result()
+      saved = self.record.arrays[name]
       number = _number(place.index, saved.shape)
       if fingerprint.of_part(part) != saved.mark(number):
         raise ValueError("it is not what was saved")
     return part
 
-  def _array(self, leaf: str) -> Any:
-    name = _stored_name(leaf)
+  def _on_devices(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array as it was saved, each device's part read for itself."""
+    array = self._array(name)
+    if array.shape != like.shape:
+      raise ValueError(f"{name} is {[*array.shape]} there")
+    read = lambda index: array[index].read().result()
+    return jax.make_array_from_callback(like.shape, like.sharding, read)
+
+  def _array(self, name: str) -> Any:
+    if name in self._open:
+      return self._open[name]
     tree = json_files.read(self._state / "_METADATA")
-    kvstore: dict[str, Any] = {
-      "driver": "file",
-      "path": f"{self._state}/{name}/",
-    }
+    folder = {"driver": "file", "path": f"{self._state}/{name}/"}
     if tree["use_ocdbt"]:
-      base = f"file://{self._state}/"
-      kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+      base = {"driver": "file", "path": f"{self._state}/"}
+      folder = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     array = ts.open(
-      {"driver": "zarr3" if tree["use_zarr3"] else "zarr", "kvstore": kvstore},
+      {"driver": "zarr3" if tree["use_zarr3"] else "zarr", "kvstore": folder},
       context=self._context,
       read=True,
     ).result()
     saved = self.record.arrays[name]
     if ([*array.shape], array.dtype.name) != (saved.shape, saved.dtype):
-      raise ValueError(f"it is {array.dtype.name}{[*array.shape]} there")
+      raise ValueError(f"{name} is {array.dtype.name}{[*array.shape]} there")
+    self._open[name] = array
     return array
 
 
