@@ -89,8 +89,9 @@ class Worker:
 
   def end(self) -> str:
     """Ends the process; why it should not have ended so, or ""."""
-    assert self._process.stdin is not None
-    self._process.stdin.close()
+    said, heard = self._process.stdin, self._process.stdout
+    assert said is not None and heard is not None
+    said.close()
     try:
       code = self._process.wait(_END_SECONDS)
       return f"the process ended with {code}" if code else ""
@@ -99,6 +100,7 @@ class Worker:
     finally:
       self._process.kill()
       self._process.wait()
+      heard.close()
       self._log.close()
 
   def __enter__(self) -> Self:
