@@ -15,6 +15,7 @@ from pallas_kernels import dispatch
 from train import config as config_lib
 from train import stage as stage_lib
 from train.data import corpus as corpus_lib
+from train.host import json_files
 from train.host import memory
 from train.host import outputs
 from train.host import ownership
@@ -26,7 +27,6 @@ from train.learn import stages as stages_lib
 from train.learn import step as step_lib
 from train.run import checkpoint as checkpoint_lib
 from train.run import goodput
-from train.run import lines as lines_lib
 from train.run import metrics as metrics_lib
 from train.run import origin as origin_lib
 from train.run import provenance
@@ -38,7 +38,7 @@ _TOKEN_BYTES: Final = 20  # five arrays, see `train/data/corpus.py`
 ENDS: Final = (
   checkpoint_lib.Broken,
   corpus_lib.DataError,
-  lines_lib.Malformed,
+  json_files.Damaged,
   ownership.Owned,
   stage_lib.Diverged,
   OSError,  # NotSaved, and what else of a disk

@@ -18,8 +18,9 @@ import shutil
 import socket
 import threading
 import time
-from typing import Final
+from typing import Annotated, Final
 
+from dsa_jax import ranges
 from train.host import processes
 from train.host import program
 
@@ -40,7 +41,7 @@ class Owner:
   """A process that owns a folder."""
 
   host: str
-  pid: int
+  pid: Annotated[int, ranges.Interval(1, 2**31 - 1)]
   since: str
   """UTC."""
   place: str
@@ -48,6 +49,9 @@ class Owner:
   born: str
   """When the process began, as its kernel says it."""
   token: str
+
+  def __post_init__(self):
+    ranges.check(self)  # a file may say anything: 0 would be all of a group
 
   def __str__(self) -> str:
     return f"process {self.pid} on {self.host}, since {self.since}"

@@ -7,12 +7,9 @@ import os
 import pathlib
 from typing import Any
 
+from train.host import json_files
 from train.host import outputs
 from train.host import processes
-
-
-class Malformed(ValueError):
-  """A file of lines holds something else; says where."""
 
 
 class Lines:
@@ -22,19 +19,19 @@ class Lines:
   metrics), and is tried again with each line after it.
   """
 
-  def __init__(self, file: pathlib.Path):
-    """Reads the file, if there is one, and drops half a line at its end.
+  def __init__(
+    self, file: pathlib.Path, stays: Callable[[dict[str, Any]], bool]
+  ):
+    """Reads the file, if there is one, and drops all lines but those that stay.
 
-    Raises:
-      Malformed: A line is, and not the last one.
-      OSError: The file cannot be read.
+    See `keep` for what it raises.
     """
     self._file, self._output = file, outputs.Output(str(file))
     self._out: int | None = None  # its descriptor
     self._size: int | None = None  # bytes that are there and right, if known
     self._longer = True  # something else may follow them
     self._owed = b""  # what comes after them
-    self.keep(lambda line: True)
+    self.keep(stays)
 
   def add(self, line: dict[str, Any]) -> None:
     """Writes a line, after those that are owed."""
@@ -42,28 +39,32 @@ class Lines:
     self._write()
 
   def keep(self, stays: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops all lines but those that stay; see `__init__` for what it raises.
+    """Drops all lines but those that stay.
 
     The file is cut at the first line that goes, and not copied: a full disk
-    would not allow that.
+    would not allow that. What is no line, after the last one that stays, goes
+    too: a killed process leaves half of one, and a power cut may leave zeros.
+
+    Raises:
+      Damaged: What is no line stands before one that stays.
+      OSError: The file cannot be read.
     """
-    size, after, cut = 0, [], False
+    size, after, cut, wrong = 0, [], False, None
     for number, text in enumerate(self._texts(), start=1):
       try:
         line = json.loads(text)
         kept = isinstance(line["kind"], str) and stays(line)
       except (ValueError, KeyError, TypeError) as e:
-        if not text.endswith(b"\n"):  # hence the last one
-          break
-        raise Malformed(
-          f"{self._file}, line {number} is malformed: {e!r}. Delete it to go "
-          "on."
-        ) from e
+        kept, wrong = False, wrong or f"line {number} is malformed: {e!r}"
+      if kept and wrong:
+        raise json_files.Damaged(f"{self._file}, {wrong}. Delete it to go on.")
       cut = cut or not kept or not text.endswith(b"\n")
       if not cut:
         size += len(text)
       elif kept:
         after.append(text.removesuffix(b"\n") + b"\n")
+    if wrong:
+      processes.say(f"{self._file}, {wrong}; it is left out.")
     there = size if self._size is None else min(size, self._size)
     owed = self._owed[: size - there] if size > there else b""
     self._size, self._owed, self._longer = there, owed + b"".join(after), True

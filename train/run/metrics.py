@@ -1,5 +1,6 @@
 """Numbers of a run: to the terminal, to JSONL, TensorBoard and wandb."""
 
+from collections.abc import Callable
 import dataclasses
 import importlib
 import json
@@ -87,7 +88,7 @@ class Writer:
     tensorboard: bool,
     wandb: str | None,
   ):
-    """Goes on from `first_step`, see `go_back`.
+    """Goes on from `first_step`: drops what was written of it and later.
 
     Args:
       run_dir: The run's folder.
@@ -98,7 +99,7 @@ class Writer:
       wandb: The project at Weights & Biases, if numbers go there.
 
     Raises:
-      Malformed: A line in the file is, and not the last one.
+      Damaged: What is no line stands in the file before one that stays.
       OSError: The file cannot be read.
     """
     self._lines: lines_lib.Lines | None = None
@@ -109,23 +110,19 @@ class Writer:
     if tensorboard:
       self._board_dir = pathlib.Path(run_dir) / "tensorboard"
     if processes.is_first():
-      self._lines = lines_lib.Lines(self.file)
-      self.go_back(first_step, again=again)
+      self._lines = lines_lib.Lines(self.file, _before(first_step, again))
+      self._open_board(first_step)
       if wandb is not None:
         self._wandb = _Wandb(pathlib.Path(run_dir), wandb)
 
-  def go_back(self, first_step: int, *, again: bool = False) -> None:
-    """Drops what was written of `first_step` and later: it will come again.
-
-    With `again`, so will all of the step before but its training.
-    """
+  def go_back(self, first_step: int) -> None:
+    """Drops what was written of `first_step` and later: it will come again."""
     if self._lines is None:
       return
-    self._lines.keep(
-      lambda line: (
-        line["step"] < first_step - (again and line["kind"] != "train")
-      )
-    )
+    self._lines.keep(_before(first_step, again=False))
+    self._open_board(first_step)
+
+  def _open_board(self, first_step: int) -> None:
     if self._board is not None:
       self._board.close()
     if self._board_dir is not None:
@@ -160,6 +157,16 @@ class Writer:
       self._board.close()
     if self._wandb is not None:
       self._wandb.close()
+
+
+def _before(first_step: int, again: bool) -> Callable[[dict[str, Any]], bool]:
+  """Tells lines that stay from those that will come again.
+
+  With `again`, all of the step before will, but its training.
+  """
+  return lambda line: (
+    line["step"] < first_step - (again and line["kind"] != "train")
+  )
 
 
 def check_wandb(project: str | None) -> None:

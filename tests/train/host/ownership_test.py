@@ -119,6 +119,15 @@ def test_who_cannot_be_read_is_waited_for_too(tmp_path, clock, content):
   assert clock[0][0] >= 90
 
 
+@pytest.mark.parametrize("pid", [0, -1, 2**80, "1", None, 1.5, True])
+def test_no_process_is_asked_by_a_number_that_is_none(tmp_path, clock, pid):
+  """To signal 0, or -1, is to signal many."""
+  own(tmp_path, pid=pid)
+  assert ownership.find(tmp_path) is None
+  ownership.Claim(tmp_path).close()
+  assert clock[0][0] >= 90
+
+
 def test_an_owner_elsewhere_that_lives_is_told_of(tmp_path, clock):
   now, happens = clock
   file = own(tmp_path, **ELSEWHERE)

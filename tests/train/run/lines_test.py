@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from train.host import json_files
 from train.run import lines as lines_lib
 
 
@@ -30,6 +31,10 @@ def disk(monkeypatch):
   return plan
 
 
+def opened(file):
+  return lines_lib.Lines(file, lambda line: True)
+
+
 def saved(file):
   return [json.loads(text) for text in file.read_text().splitlines()]
 
@@ -42,7 +47,7 @@ def test_what_a_full_disk_does_not_take_is_written_later(
   tmp_path, disk, capsys
 ):
   file = tmp_path / "metrics.jsonl"
-  lines = lines_lib.Lines(file)
+  lines = opened(file)
   lines.add(line(1))
   disk += ["pwrite", "pwrite", "pwrite"]
   for step in (2, 3, 4):
@@ -55,7 +60,7 @@ def test_what_a_full_disk_does_not_take_is_written_later(
 
 
 def test_lines_that_nothing_takes_are_told(tmp_path, disk, capsys):
-  lines = lines_lib.Lines(tmp_path / "metrics.jsonl")
+  lines = opened(tmp_path / "metrics.jsonl")
   disk += ["pwrite"] * 9
   lines.add(line(1))
   lines.add(line(2))
@@ -67,7 +72,7 @@ def test_lines_that_nothing_takes_are_told(tmp_path, disk, capsys):
 def test_lines_are_those_of_a_list(tmp_path, disk, seed):
   """Random additions and cuts, any of which may fail; at last all is well."""
   file, rng = tmp_path / "metrics.jsonl", random.Random(seed)
-  lines, expected, step = lines_lib.Lines(file), [], 0
+  lines, expected, step = opened(file), [], 0
   for _ in range(40):
     disk[:] = [rng.choice(("", "", "fails")) for _ in range(3)]
     match rng.randrange(5):
@@ -81,7 +86,7 @@ def test_lines_are_those_of_a_list(tmp_path, disk, seed):
       case 2:  # the process ends, and another goes on
         disk.clear()
         lines.close()
-        lines = lines_lib.Lines(file)
+        lines = opened(file)
       case _:
         step += 1
         new = line(step, rng.choice(("train", "eval")))
@@ -95,11 +100,11 @@ def test_lines_are_those_of_a_list(tmp_path, disk, seed):
 def test_half_a_line_goes_and_a_whole_one_gets_its_end(tmp_path):
   file = tmp_path / "metrics.jsonl"
   file.write_text(json.dumps(line(1)) + "\n" + json.dumps(line(2)))
-  with contextlib.closing(lines_lib.Lines(file)) as lines:
+  with contextlib.closing(opened(file)) as lines:
     lines.add(line(3))
   assert saved(file) == [line(1), line(2), line(3)]
   file.write_text(json.dumps(line(1)) + '\n{"step": 2, "ki')
-  with contextlib.closing(lines_lib.Lines(file)) as lines:
+  with contextlib.closing(opened(file)) as lines:
     lines.add(line(3))
   assert saved(file) == [line(1), line(3)]
 
@@ -109,6 +114,18 @@ def test_a_malformed_line_is_named(tmp_path, text):
   file = tmp_path / "metrics.jsonl"
   file.write_text(json.dumps(line(1)) + f"\n{text}\n" + json.dumps(line(2)))
   before = file.read_bytes()
-  with pytest.raises(lines_lib.Malformed, match=r"metrics\.jsonl, line 2"):
-    lines_lib.Lines(file)
+  with pytest.raises(json_files.Damaged, match=r"metrics\.jsonl, line 2"):
+    opened(file)
   assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("garbage", [b"{", b"\0" * 99, b"\xff\n[]\n{", b"3\n"])
+def test_garbage_goes_with_the_lines_that_come_again(tmp_path, garbage, capsys):
+  """A power cut may leave zeros, and old blocks, after what was synced."""
+  file = tmp_path / "metrics.jsonl"
+  lines = [json.dumps(line(step)).encode() + b"\n" for step in (1, 2, 3)]
+  file.write_bytes(lines[0] + lines[1] + garbage + b"\n" + lines[2])
+  with contextlib.closing(lines_lib.Lines(file, lambda x: x["step"] < 3)) as x:
+    x.add(line(3))
+  assert saved(file) == [line(1), line(2), line(3)]
+  assert "metrics.jsonl, line 3 is malformed" in capsys.readouterr().out
