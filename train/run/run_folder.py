@@ -86,6 +86,11 @@ def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
   ):
     return
   if not resume:
+    if owner := ownership.find(folder):
+      raise ValueError(
+        f"run_dir={run_dir} is owned by {owner}, which writes there: give "
+        "another --run-dir, or, once it has ended, go on with --resume."
+      )
     raise ValueError(
       f"run_dir={run_dir} is not empty: go on with the run in it by "
       "--resume, or give another --run-dir."

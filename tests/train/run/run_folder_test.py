@@ -9,6 +9,7 @@ import pytest
 
 from dsa_jax import config as model_lib
 from train import convert
+from train.host import ownership
 from train.run import goodput
 from train.run import origin as origin_lib
 from train.run import run_folder
@@ -151,3 +152,12 @@ def test_the_steps_that_are_there(run_dir):
     step: inner / str(step) for step in (4, 10, 13)
   }
   assert run_folder.checkpoints(pathlib.Path("nowhere")) == {}
+
+
+def test_a_folder_that_is_owned_is_told_of_by_its_owner(run_dir):
+  claim = ownership.Claim(run_dir)
+  with pytest.raises(ValueError, match=r"owned by process \d+ on .*--resume"):
+    run_folder.check(str(run_dir), CONFIG, resume=False)
+  claim.close()
+  with pytest.raises(ValueError, match="not empty: go on"):
+    run_folder.check(str(run_dir), CONFIG, resume=False)
