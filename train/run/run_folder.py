@@ -80,7 +80,10 @@ def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"run_dir={run_dir} is a file; give another --run-dir.")
   # A run that was killed as it began may have left half of its config.
-  unfinished = (atomic_files.partial(file).name, _PROBE, ownership.FOLDER)
+  unfinished = (
+    *(atomic_files.partial(file).name, "log.txt"),
+    *(_PROBE, ownership.FOLDER),
+  )
   if not folder.exists() or all(
     path.name.startswith(unfinished) for path in folder.iterdir()
   ):

@@ -161,3 +161,11 @@ def test_a_folder_that_is_owned_is_told_of_by_its_owner(run_dir):
   claim.close()
   with pytest.raises(ValueError, match="not empty: go on"):
     run_folder.check(str(run_dir), CONFIG, resume=False)
+
+
+def test_a_run_that_could_not_begin_leaves_a_folder_to_begin_in(tmp_path):
+  """Its disk was full: it has said so in its log."""
+  (tmp_path / "log.txt").write_text("NotSaved\n")
+  ownership.Claim(tmp_path).close()
+  run_folder.open_(str(tmp_path), CONFIG, resume=False)
+  assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
