@@ -36,12 +36,11 @@ from train.run import tracing as tracing_lib
 _TOKEN_BYTES: Final = 20  # five arrays, see `train/data/corpus.py`
 # What may end `Run.train`; each says all that a person needs.
 ENDS: Final = (
-  checkpoint_lib.Broken,
   corpus_lib.DataError,
   json_files.Damaged,
   ownership.Owned,
   stage_lib.Diverged,
-  OSError,  # NotSaved, and what else of a disk
+  OSError,  # Broken, NotSaved, and what else of a disk
 )
 
 

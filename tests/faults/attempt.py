@@ -1,12 +1,15 @@
 """A launch of the tiny run: one process, or two as one."""
 
+from collections.abc import Callable
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Final
 
@@ -28,6 +31,26 @@ def make_work(work: pathlib.Path) -> None:
   for i in range(12):
     text = " ".join(rng.choice(words) for _ in range(20))
     (work / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
+
+
+def judge(
+  work: pathlib.Path | None, prove: Callable[[pathlib.Path], list[str]]
+) -> None:
+  """Proves something, says what went wrong, and exits with 1 if anything did.
+
+  Args:
+    work: Where runs go, and stay; None takes a temporary folder, which stays
+      where something failed.
+    prove: Returns what went wrong there.
+  """
+  folder = work or pathlib.Path(tempfile.mkdtemp(prefix="faults_"))
+  failures = prove(folder)
+  for failure in failures:
+    print(f"FAILED {failure}")
+  if failures:
+    sys.exit(f"Something failed; all of it is in {folder}.")
+  if work is None:
+    shutil.rmtree(folder)
 
 
 class Attempt:

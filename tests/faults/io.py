@@ -17,7 +17,6 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from typing import Any, Final, Self
 
@@ -55,7 +54,8 @@ class Worker:
   """A process that trains run after run, see `io_program`."""
 
   def __init__(self, work: pathlib.Path):
-    self._log = (work / "log.txt").open("ab")
+    self._said = work / "log.txt"
+    self._log = self._said.open("ab")
     self._process = subprocess.Popen(
       [sys.executable, "-m", "tests.faults.io_program", str(work)],
       cwd=attempt_lib.ROOT,
@@ -72,8 +72,12 @@ class Worker:
     fault: failing_calls.Fault | None = None,
     *options: str,
   ) -> dict[str, Any]:
-    """What a run ends with; code -1 where it hangs, or takes all down."""
+    """What a run ends with; code -1 where it hangs, or takes all down.
+
+    "printed" is what it said, which a log that fails does not have.
+    """
     self.runs += 1
+    before = self._said.stat().st_size
     calls = None if fault is None else dataclasses.asdict(fault)
     job = {"run": str(run), "options": options, "fault": calls}
     said, heard = self._process.stdin, self._process.stdout
@@ -84,8 +88,9 @@ class Worker:
     line = heard.readline() if ready else b""
     if not line:
       why = "ended" if ready else f"hung for {_PATIENCE_SECONDS} s"
-      return {"code": -1, "said": f"the process {why}"}
-    return json.loads(line)
+      return {"code": -1, "said": f"the process {why}", "printed": ""}
+    printed = self._said.read_bytes()[before:].decode(errors="replace")
+    return json.loads(line) | {"printed": printed}
 
   def end(self) -> str:
     """Ends the process; why it should not have ended so, or ""."""
@@ -136,6 +141,7 @@ def wrong(
 ) -> list[str]:
   """What should not be, of a run in which calls fail."""
   result = worker.train(run, fault)
+  printed = result["printed"]
   if result["code"] == 1:
     said = result["said"]
     if not said.startswith("error: ") or "\n" in said:
@@ -148,16 +154,12 @@ def wrong(
   return [
     text
     for text in comparison.differences(run, unbroken)
-    if not _told(text, run, fault)
+    if not _told(text, printed, fault)
   ]
 
 
-def _told(
-  difference: str, run: pathlib.Path, fault: failing_calls.Fault
-) -> bool:
+def _told(difference: str, said: str, fault: failing_calls.Fault) -> bool:
   """Whether a difference is what the run said, and could not help."""
-  log = run / "log.txt"
-  said = log.read_text("utf-8") if log.exists() else ""
   if difference.endswith(" is missing"):  # a save that failed
     step = difference.removesuffix(" is missing")
     return f"the {step.replace(' ', ' of step ')} was NOT written" in said
@@ -212,14 +214,9 @@ def prove(
 def main() -> None:
   args = tyro.cli(Places, description=__doc__)
   jax.config.update("jax_platforms", "cpu")
-  work = args.work or pathlib.Path(tempfile.mkdtemp(prefix="io_"))
-  failures = prove(work, args.places, args.seed, args.only)
-  for failure in failures:
-    print(f"FAILED {failure}")
-  if failures:
-    sys.exit(f"Something failed; all of it is in {work}.")
-  if not args.work:
-    shutil.rmtree(work)
+  attempt_lib.judge(
+    args.work, lambda work: prove(work, args.places, args.seed, args.only)
+  )
 
 
 if __name__ == "__main__":

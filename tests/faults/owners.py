@@ -13,8 +13,6 @@ import pathlib
 import shutil
 import signal
 import socket
-import sys
-import tempfile
 import time
 from typing import Final, Literal
 
@@ -102,14 +100,7 @@ def prove(work: pathlib.Path, times: int) -> list[str]:
 def main() -> None:
   args = tyro.cli(Owners, description=__doc__)
   jax.config.update("jax_platforms", "cpu")
-  work = args.work or pathlib.Path(tempfile.mkdtemp(prefix="owners_"))
-  failures = prove(work, args.times)
-  for failure in failures:
-    print(f"FAILED {failure}")
-  if failures:
-    sys.exit(f"Something failed; all of it is in {work}.")
-  if not args.work:
-    shutil.rmtree(work)
+  attempt_lib.judge(args.work, lambda work: prove(work, args.times))
 
 
 if __name__ == "__main__":

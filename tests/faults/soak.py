@@ -15,10 +15,7 @@ import itertools
 import json
 import pathlib
 import random
-import shutil
 import signal
-import sys
-import tempfile
 import time
 from typing import Final, Literal
 
@@ -255,14 +252,7 @@ def _watch(
 
 def main() -> None:
   args = tyro.cli(Soak, description=__doc__)
-  work = args.work or pathlib.Path(tempfile.mkdtemp(prefix="soak_"))
-  failures = soak(args, work)
-  for failure in failures:
-    print(f"FAILED {failure}")
-  if failures:
-    sys.exit(f"Something failed; all of it is in {work}.")
-  if not args.work:
-    shutil.rmtree(work)
+  attempt_lib.judge(args.work, lambda work: soak(args, work))
 
 
 if __name__ == "__main__":

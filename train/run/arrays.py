@@ -38,6 +38,13 @@ _CODECS: Final = (
   {"name": "crc32c"},  # checked whenever a chunk is read
 )
 
+# What a damaged file ends in: errors of TensorStore, of JSON, and of what is
+# not in it.
+_DAMAGES: Final = (
+  *(ValueError, TypeError, LookupError),
+  *(OSError, NotImplementedError),
+)
+
 
 class Arrays:
   """The arrays of a finished checkpoint. What is read is what was saved.
@@ -83,9 +90,9 @@ class Arrays:
       for name, (_, x) in zip(names, leaves):
         loaded.append(self._on_devices(name, x))
       why = None
-    # A damaged file may end in any error of TensorStore or JSON.
-    except Exception as e:
-      why = f"{type(e).__name__}: {_first_line(e)}"
+    # Not what devices raise: memory that runs out is no damage.
+    except _DAMAGES as e:
+      why = f"{type(e).__name__}: {record_lib.reason(e)}"
     if not processes.all_agree(why is None):
       why = why or "another process cannot read it"
       raise record_lib.Broken(f"{self._path}: {why}")
@@ -296,16 +303,12 @@ def _number(index: tuple[int, ...], shape: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def _told(folder: pathlib.Path, place: tensors_lib.Place) -> Iterator[None]:
-  """TensorStore raises ValueError, whatever the reason."""
+  """Names the part that an error is of."""
   try:
     yield
-  except (ValueError, KeyError, IndexError, TypeError) as e:
+  except _DAMAGES as e:
     name = f"{place.leaf}{list(place.index)}"
-    raise record_lib.Broken(f"{folder}: {name}: {_first_line(e)}") from e
-
-
-def _first_line(e: Exception) -> str:
-  return next(iter(str(e).splitlines()), type(e).__name__)
+    raise record_lib.Broken(f"{folder}: {name}: {record_lib.reason(e)}") from e
 
 
 def _stored_name(leaf: str) -> str:

@@ -138,7 +138,7 @@ class Checkpoints:
       )
     except Exception as e:  # whatever a file system may say
       raise run_folder.NotSaved(
-        f"{self._dir} cannot be opened: {_first_line(e)}"
+        f"{self._dir} cannot be opened: {record_lib.reason(e)}"
       ) from e
 
   def prepare(self, state: step_lib.TrainState) -> None:
@@ -210,7 +210,7 @@ class Checkpoints:
       arrays = arrays_lib.Arrays(self._dir / str(step))
       progress = Progress(**json.loads(arrays.record.progress or ""))
     except (OSError, ValueError, TypeError) as e:
-      why = _first_line(e)
+      why = record_lib.reason(e)
     if not processes.all_agree(why is None):
       raise Broken(why or "another process cannot read it")
     assert arrays is not None and progress is not None
@@ -296,7 +296,7 @@ class Checkpoints:
     free = metrics_lib.size(shutil.disk_usage(self._run_dir).free)
     said = (
       f"the checkpoint of step {self._unsaved} was NOT written: "
-      f"{_first_line(why)} ({free} are free in {self._run_dir})."
+      f"{record_lib.reason(why)} ({free} are free in {self._run_dir})."
     )
     if not self.steps:
       raise run_folder.NotSaved(
@@ -398,7 +398,3 @@ class _Unlisted(ocp.path.step.NameFormat):
 
   def find_step(self, base_path, step):
     raise ValueError(f"{step} is not looked for.")
-
-
-def _first_line(e: Exception) -> str:
-  return next(iter(str(e).splitlines()), type(e).__name__)

@@ -22,6 +22,11 @@ class Broken(OSError):
   """A checkpoint is not what was saved; says which one, and why."""
 
 
+def reason(e: Exception) -> str:
+  """What an error says, on one line."""
+  return next(iter(str(e).splitlines()), type(e).__name__)
+
+
 @dataclasses.dataclass(frozen=True)
 class SavedArray:
   """An array as it was when it was saved."""

@@ -79,7 +79,8 @@ def check(run_dir: str, run_config: dict[str, Any], *, resume: bool) -> None:
   file = folder / "config.json"
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"run_dir={run_dir} is a file; give another --run-dir.")
-  # A run that was killed as it began may have left half of its config.
+  # A run that was killed as it began may have left half of its config,
+  # and its log.
   unfinished = (
     *(atomic_files.partial(file).name, "log.txt"),
     *(_PROBE, ownership.FOLDER),
