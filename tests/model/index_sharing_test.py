@@ -277,7 +277,6 @@ def test_dense_attention_does_not_ask_the_indexers():
       ("shared", "full", "full", "full", "full"),
       r"indexer_types\[0\]='shared'",
     ),
-    (("full", "full", "none", "full", "full"), "its entry 2 is 'none'"),
   ],
 )
 def test_refuses(types, message):

@@ -152,6 +152,7 @@ class Example:
   parts: Annotated[tuple[ranges.Index, ...], ranges.Length(1, 2, "entries")] = (
     0,
   )
+  kinds: tuple[Literal["a", "b"], ...] = ()
   names: dict[str, int] | None = None
 
 
@@ -174,7 +175,8 @@ class Example:
     ("kind", 1, '"a" or "b"'),
     ("parts", [1], "a tuple"),
     ("parts", (), "1 to 2 entries long"),
-    ("parts", (1, -1), "a tuple of at least 0"),
+    ("parts", (1, -1), "at most 2147483647; its entry 1 is -1"),
+    ("kinds", ("a", "a", "c"), 'a tuple of "a" or "b"; its entry 2 is \'c\''),
   ],
 )
 def test_says_what_must_be(name, value, says):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import threading
 
 import chex
 import jax
@@ -201,17 +202,19 @@ def test_a_file_that_comes_back_is_waited_for(
   corpus = open_corpus(path, quarantine)
   expected = corpora.take_rows(iterate(corpus), 150)
   books, away = tmp_path / "books", tmp_path / "away"
-  iterator = iterate(corpus)
-  shutil.move(books, away)
+  moving = threading.Lock()  # several threads read
 
   def sleep(seconds):
-    if books.exists():
-      return
-    slept.append(seconds)
-    if seconds == 2.0:
-      shutil.move(away, books)
+    with moving:
+      if books.exists():
+        return
+      slept.append(seconds)
+      if seconds == 2.0:
+        shutil.move(away, books)
 
   monkeypatch.setattr(sources_lib.time, "sleep", sleep)
+  iterator = iterate(corpus)  # which begins to read
+  shutil.move(books, away)
   np.testing.assert_array_equal(corpora.take_rows(iterator, 150), expected)
   assert 2.0 in slept
   assert corpus.bad_records == {"books": 0}
