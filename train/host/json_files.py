@@ -17,7 +17,7 @@ def read(file: pathlib.Path) -> Any:
     Damaged: It cannot be read, or is no JSON.
   """
   try:
-    return _parse(file.read_bytes())
+    return parse(file.read_bytes())
   except (OSError, ValueError) as e:
     raise Damaged(f"{file} {_why(e)}.") from e
 
@@ -34,7 +34,7 @@ def read_lines(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
     with file.open("rb") as opened:  # may be large
       for number, line in enumerate(opened, start=1):
         try:
-          yield number, _parse(line)
+          yield number, parse(line)
         except ValueError as e:
           if line.endswith(b"\n"):  # hence not the last one
             raise Damaged(f"{file}, line {number} is malformed ({e}).") from e
@@ -42,7 +42,8 @@ def read_lines(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
     raise Damaged(f"{file} {_why(e)}.") from e
 
 
-def _parse(text: bytes) -> Any:
+def parse(text: bytes) -> Any:
+  """The value that a text spells; a ValueError if it is no JSON."""
   if not text.strip():
     raise ValueError("it is empty")
   try:

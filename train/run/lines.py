@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from dsa_jax import ranges
 from train.host import json_files
 from train.host import outputs
 from train.host import processes
@@ -52,10 +53,11 @@ class Lines:
     size, after, cut, wrong = 0, [], False, None
     for number, text in enumerate(self._texts(), start=1):
       try:
-        line = json.loads(text)
+        line = json_files.parse(text)
         kept = isinstance(line["kind"], str) and stays(line)
       except (ValueError, KeyError, TypeError) as e:
-        kept, wrong = False, wrong or f"line {number} is malformed: {e!r}"
+        why = ranges.shown(e)  # some errors have the whole line in them
+        kept, wrong = False, wrong or f"line {number} is malformed: {why}"
       if kept and wrong:
         raise json_files.Damaged(f"{self._file}, {wrong}. Delete it to go on.")
       cut = cut or not kept or not text.endswith(b"\n")
