@@ -21,6 +21,7 @@ import time
 from typing import Annotated, Final
 
 from dsa_jax import ranges
+from train.host import json_files
 from train.host import processes
 from train.host import program
 
@@ -100,10 +101,9 @@ class Claim:
 
   def close(self) -> None:
     """Sets the folder free."""
-    if self._own is None or self._thread is None or self._closed.is_set():
+    if self._own is None or self._closed.is_set():
       return
-    self._closed.set()
-    self._thread.join()
+    self._stop()
     with contextlib.suppress(OSError):  # the process will be seen to be gone
       self._own.rename(self._own.with_suffix(".free"))
 
@@ -113,17 +113,23 @@ class Claim:
     if self._own is not None:
       shutil.rmtree(self._owners)
 
+  def _stop(self) -> None:
+    self._closed.set()
+    if self._thread is not None:
+      self._thread.join()
+
   def _claim(self) -> pathlib.Path | None:
     """Makes the file that says so; None if this process owns it already."""
-    self._owners.mkdir(parents=True, exist_ok=True)
     while True:
+      self._owners.mkdir(parents=True, exist_ok=True)
       number, newest = _newest(self._owners)
       if newest is not None and newest.suffix == ".json":
         owner = _read(newest)
         if owner is not None and owner.token == _TOKEN:
           return None
         if not _gone(newest, owner):
-          raise Owned(_refusal(self._owners, owner))
+          # Which may not have been written a moment ago.
+          raise Owned(_refusal(self._owners, _read(newest) or owner))
       own = self._owners / f"{number + 1}.json"
       try:
         _write(own)
@@ -179,7 +185,9 @@ def find(folder: str | pathlib.Path) -> Owner | None:
 
 def _newest(owners: pathlib.Path) -> tuple[int, pathlib.Path | None]:
   files = [path for path in owners.iterdir() if _number(path)]
-  newest = max(files, key=_number, default=None)
+  # Free, where both say so: who came late makes a file that was made already.
+  order = lambda path: (_number(path), path.suffix == ".free")
+  newest = max(files, key=order, default=None)
   return (0, None) if newest is None else (_number(newest), newest)
 
 
@@ -209,8 +217,8 @@ def _write(file: pathlib.Path) -> None:
 def _read(file: pathlib.Path) -> Owner | None:
   """None where that is not written yet, or not any more."""
   try:
-    return Owner(**json.loads(file.read_bytes()))
-  except (OSError, ValueError, TypeError):
+    return Owner(**json_files.read(file))
+  except (ValueError, TypeError):  # Damaged is one
     return None
 
 

@@ -112,7 +112,9 @@ def test_an_owner_elsewhere_is_followed_once_it_is_silent(tmp_path, clock):
   assert 90 <= now[0] < 100
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"host": 1}'])
+@pytest.mark.parametrize(
+  "content", [b"", b"{", b"[1]", b'{"host": 1}', b"[" * 10**5]
+)
 def test_who_cannot_be_read_is_waited_for_too(tmp_path, clock, content):
   own(tmp_path).write_bytes(content)
   ownership.Claim(tmp_path).close()
@@ -173,6 +175,31 @@ def test_a_number_whose_time_is_over_owns_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(ownership, "_write", later)
   with pytest.raises(ownership.Owned):
     ownership.Claim(tmp_path)
+
+
+def test_a_number_that_was_set_free_is_not_made_again(tmp_path, monkeypatch):
+  """Another came and went while this one was about to make its file."""
+  own(tmp_path, pid=dead())
+  write = ownership._write
+
+  def later(file):
+    monkeypatch.setattr(ownership, "_write", write)
+    own(tmp_path, 5).rename(file.with_suffix(".free"))
+    write(file)
+
+  monkeypatch.setattr(ownership, "_write", later)
+  claim = ownership.Claim(tmp_path)
+  assert [x.name for x in (tmp_path / "owners").iterdir()] == ["6.json"]
+  claim.close()
+
+
+@pytest.mark.parametrize("order", [("5.free", "5.json"), ("5.json", "5.free")])
+def test_of_two_files_of_a_number_the_free_one_counts(
+  tmp_path, monkeypatch, order
+):
+  paths = [tmp_path / name for name in order]
+  monkeypatch.setattr(ownership.pathlib.Path, "iterdir", lambda _: iter(paths))
+  assert ownership._newest(tmp_path) == (5, tmp_path / "5.free")
 
 
 def test_who_was_taken_for_dead_ends(tmp_path, clock, ended, capfd):
