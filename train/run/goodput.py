@@ -17,6 +17,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from dsa_jax import ranges
 from train.host import atomic_files
 from train.host import json_files
 from train.host import outputs
@@ -87,8 +88,11 @@ class Attempt:
         raise ValueError("its steps or causes are none")
     except json_files.Damaged:
       raise
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-      raise ValueError(f"{file} is damaged: {e!r}.") from e
+    except (
+      *(ValueError, TypeError, KeyError, AttributeError),
+      OverflowError,  # of infinity, or of 400 digits
+    ) as e:
+      raise ValueError(f"{file} is damaged: {ranges.shown(e)}.") from e
     return attempt
 
   def seconds_until(self, step: int) -> float:

@@ -165,6 +165,9 @@ BAD = {"again": -1.0}
     dict(saved=[3]),
     dict(now="late"),
     dict(now=float("nan")),
+    dict(after=float("inf")),
+    dict(saved=[[float("-inf"), 1.0]]),
+    dict(began=10**400),
   ],
 )
 def test_a_damaged_attempt_is_left_out_and_told(tmp_path, clock_time, bad):
