@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dsa_jax import ranges
+from train.host import program
 
 # A process that says nothing for so long is dead; the others end as well.
 _SILENCE_SECONDS = 30
@@ -158,7 +159,7 @@ def start(cfg: DistributedConfig) -> None:
 
 def _give_up() -> None:
   why = f"not all came within {_START_SECONDS} seconds"
-  print(f"error: {_unmet(why)}", file=sys.stderr, flush=True)
+  program.say(f"error: {_unmet(why)}\n")
   os._exit(1)  # the main thread is in JAX, and does not hear
 
 

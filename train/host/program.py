@@ -8,11 +8,13 @@ import atexit
 from collections.abc import Callable
 import io
 import os
+import select
 import signal
 import sys
 import traceback
 from typing import Any, Final, NoReturn, TextIO
 
+_PATIENCE_SECONDS: Final = 1
 _NAMES: Final = {1: "standard output", 2: "standard error"}
 
 
@@ -56,9 +58,13 @@ class _Lasting(io.RawIOBase):
 
 
 def say(text: str, descriptor: int = 2) -> None:
-  """Writes to a standard stream at once, from any thread or signal handler."""
+  """Writes to a standard stream at once, from any thread or signal handler.
+
+  A full pipe that nobody reads, or a terminal that is held, is not waited for.
+  """
   try:
-    os.write(descriptor, text.encode(errors="backslashreplace"))
+    if select.select([], [descriptor], [], _PATIENCE_SECONDS)[1]:
+      os.write(descriptor, text.encode(errors="backslashreplace"))
   except OSError:
     pass  # nobody listens
 

@@ -1,5 +1,6 @@
 """Programs print whatever there is to whatever takes it, and end at once."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -110,6 +111,27 @@ def test_ctrl_c_is_never_swallowed(doing):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert process.stderr.read().decode() == "\nstopped by SIGINT\n"
+
+
+def test_last_words_wait_for_no_reader():
+  """Such as a pager that is not scrolled: the pipe is full."""
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+  with contextlib.suppress(BlockingIOError):
+    while True:
+      os.write(writing, b"x")
+  os.set_blocking(writing, True)
+  process = start(SWALLOWS.format("time.sleep(60)"), stderr=writing)
+  try:
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+  finally:
+    process.kill()
+    process.communicate()
+    os.close(reading)
+    os.close(writing)
 
 
 def test_an_ignored_signal_stays_ignored():
