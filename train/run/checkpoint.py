@@ -214,7 +214,10 @@ class Checkpoints:
     if not processes.all_agree(why is None):
       raise Broken(why or "another process cannot read it")
     assert arrays is not None and progress is not None
-    return arrays.load(step_lib.on_mesh(like, mesh)), progress
+    state = arrays.load(step_lib.on_mesh(like, mesh))
+    if (saved := int(processes.fetch(state.step))) != step:
+      raise Broken(f"{self._dir / str(step)} is the checkpoint of step {saved}")
+    return state, progress
 
   def set_aside(self, steps: list[int], why: str) -> None:
     """Moves checkpoints out of the way: their steps will be saved again.
@@ -346,7 +349,7 @@ class Checkpoints:
     try:
       atomic_files.sync_all(self._dir / str(step))
       atomic_files.sync(self._dir)
-      for path in self._outdated():
+      for path in self._outdated(step):
         # Half of one must not look like a checkpoint.
         path.rename(path.with_name(path.name + _TEMPORARY))
     except OSError as e:
@@ -356,8 +359,12 @@ class Checkpoints:
       )
     self._clean()
 
-  def _outdated(self) -> list[pathlib.Path]:
-    there = self._there()
+  def _outdated(self, step: int) -> list[pathlib.Path]:
+    """Which need not stay, now that there is that of `step`.
+
+    What has a later number is none that this run has saved, and takes no place.
+    """
+    there = {s: path for s, path in self._there().items() if s <= step}
     measured: dict[int, float | None] = dict.fromkeys(there)
     if self._cfg.keep_best:
       for step in measured:

@@ -82,6 +82,26 @@ def chex_equal(one, other):
     np.testing.assert_array_equal(x, y)
 
 
+def test_a_checkpoint_under_another_number_is_broken(run_dir):
+  """Renamed, or copied: training would go on from other parameters."""
+  folder = run_dir / "checkpoints"
+  shutil.copytree(folder / "4", folder / "8")
+  with opened(run_dir) as checkpoints:
+    assert checkpoints.steps == [2, 4, 6, 8]
+    with pytest.raises(checkpoint.Broken, match="8 is .* of step 4"):
+      load(checkpoints, 8)
+    chex_equal(load(checkpoints, 4)[0], state_of(4))
+
+
+def test_what_has_a_later_number_takes_no_place(run_dir):
+  with opened(run_dir, keep=1) as checkpoints:
+    (run_dir / "checkpoints" / "19").mkdir()  # by nobody here
+    save(checkpoints, 8)
+    checkpoints.finish()
+  names = {p.name for p in (run_dir / "checkpoints").iterdir()}
+  assert names == {"8", "19"}
+
+
 ODD = {
   "emptied metrics": lambda c: (c / "2/metrics/metrics").write_text(""),
   "metrics that are a folder": lambda c: replace(c / "2/metrics", "mkdir"),
