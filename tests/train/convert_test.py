@@ -240,6 +240,16 @@ def test_lost_fingerprints_are_not_made_up(tmp_path, monkeypatch):
   notes.write_text("")
   with pytest.raises(ValueError, match="fingerprints.json is damaged"):
     run(tmp_path / "in", tmp_path / "orbax")
+  marks = json.loads(content)
+  leaf = min(marks)
+  for other in (
+    *([], None, {}, marks | {"more": [1]}, marks | {leaf: 3}),
+    *(marks | {leaf: marks[leaf] * 2}, marks | {leaf: [2**32]}),
+    *(marks | {leaf: ["1"]}, marks | {leaf: [1.0]}),
+  ):
+    notes.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="fingerprints.json is .*convert anew"):
+      run(tmp_path / "in", tmp_path / "orbax")
   notes.unlink()
   with pytest.raises(ValueError, match="lacks a part of .*convert anew"):
     run(tmp_path / "in", tmp_path / "orbax")

@@ -171,7 +171,13 @@ class NewArrays:
       for leaf, x in leaves.items()
     }
     if self._notes.exists():
-      self._marks |= json_files.read(self._notes)
+      noted = json_files.read(self._notes)
+      if not _fits(noted, self._marks):
+        raise json_files.Damaged(
+          f"{self._notes} is not what was noted: delete "
+          f"{self._notes.parents[1]}, and convert anew."
+        )
+      self._marks = noted
 
   def write(self, place: tensors_lib.Place, part: np.ndarray) -> None:
     """Writes a part of a parameter, reads it again, and compares.
@@ -289,6 +295,19 @@ class NewArrays:
     rows, *rest = like.shape[stacked:]
     row = math.prod(rest) * jnp.dtype(like.dtype).itemsize
     return [1] * stacked + [min(rows, max(1, CHUNK_BYTES // row)), *rest]
+
+
+def _fits(noted: Any, marks: dict[str, list[int | None]]) -> bool:
+  """Whether something is a mark, or None, for each part of each parameter."""
+  if not isinstance(noted, dict) or noted.keys() != marks.keys():
+    return False
+  is_mark = lambda x: x is None or type(x) is int and 0 <= x < 2**32
+  return all(
+    isinstance(noted[leaf], list)
+    and len(noted[leaf]) == len(parts)
+    and all(map(is_mark, noted[leaf]))
+    for leaf, parts in marks.items()
+  )
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
