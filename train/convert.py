@@ -84,36 +84,51 @@ class Journal:
         what is done cannot be read.
     """
     self.target = pathlib.Path(conversion.target).resolve()
-    if self.target.exists():
-      raise ValueError(f"{self.target} exists; give another target.")
     self.folder = self.target.with_name(self.target.name + ".partial")
     self._file = self.folder / "conversion.jsonl"
     self._options = dataclasses.asdict(conversion) | {
       "source": str(source),
       "target": str(self.target),
     }
-    self._done: set[str] = set()
-    if self._file.exists():
-      lines = [line for _, line in json_files.read_lines(self._file)]
-      begun, *done = lines or [None]
-      if begun != self._options:
-        raise ValueError(
-          f"{self.folder} holds a conversion that was begun with other options:"
-          f" {begun}. Give the same, or delete it."
-        )
-      self._done = set(done)
+    self._done = self._read()
 
   def begin(self, held: contextlib.ExitStack) -> None:
     """Makes the folder, owns it while held, and writes down what is known.
 
     Raises:
       Owned: Another process converts to there; says which.
+      ValueError: One has done so meanwhile.
     """
     self._claim = ownership.Claim(self.folder)
     held.callback(self._claim.close)
+    try:  # again: it may have been another's a moment ago
+      self._done = self._read()
+    except ValueError:
+      if self.target.exists():  # so that the folder is made for nothing
+        self._claim.dissolve()
+        self.folder.rmdir()
+      raise
     lines = [self._options, *sorted(self._done)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     atomic_files.write(self._file, text)
+
+  def _read(self) -> set[str]:
+    if self.target.exists():
+      raise ValueError(f"{self.target} exists; give another target.")
+    if not self._file.exists():
+      return set()
+    lines = [line for _, line in json_files.read_lines(self._file)]
+    begun, *done = lines or [None]
+    if begun != self._options:
+      raise ValueError(
+        f"{self.folder} holds a conversion that was begun with other options:"
+        f" {begun}. Give the same, or delete it."
+      )
+    if not all(isinstance(part, str) for part in done):
+      raise ValueError(
+        f"{self._file} is damaged; delete {self.folder}, and convert anew."
+      )
+    return set(done)
 
   def __contains__(self, part: str) -> bool:
     return part in self._done
@@ -127,10 +142,9 @@ class Journal:
 
   def finish(self) -> None:
     """Moves the result into its place."""
-    self._claim.dissolve()
     self._file.unlink()
     atomic_files.sync_all(self.folder)
-    self.folder.rename(self.target)
+    self._claim.move(self.target)
     atomic_files.sync(self.target.parent)
 
 

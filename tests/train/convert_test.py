@@ -20,6 +20,7 @@ from tests.hf import folders
 from tests.train import runs
 from train import convert
 from train import loop
+from train.host import ownership
 from train.learn import step as step_lib
 from train.run import arrays
 from train.run import origin as origin_lib
@@ -197,7 +198,7 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["in", "orbax"])
-@pytest.mark.parametrize("journal", ["", "[", "{}\n", "\0\0\n"])
+@pytest.mark.parametrize("journal", ["", "[", "{}\n", "\0\0\n", "[" * 10**5])
 def test_a_journal_that_is_lost_is_named(tmp_path, way, journal):
   """As a power cut leaves it: what is done is not known."""
   folders.write(tmp_path / "in", folders.tensors("bf16"))
@@ -208,6 +209,71 @@ def test_a_journal_that_is_lost_is_named(tmp_path, way, journal):
   (partial / "conversion.jsonl").write_text(journal)
   with pytest.raises(ValueError, match=r"out\.partial"):
     run(tmp_path / way, tmp_path / "out")
+
+
+def test_a_journal_of_what_is_no_part_is_refused(tmp_path, monkeypatch):
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  monkeypatch.setattr(arrays.NewArrays, "finish", lambda *_: interrupted(None))
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / "in", tmp_path / "orbax")
+  journal = tmp_path / "orbax.partial" / "conversion.jsonl"
+  with journal.open("a") as out:
+    out.write('{"a": []}\n')
+  with pytest.raises(ValueError, match="conversion.jsonl is damaged; delete"):
+    run(tmp_path / "in", tmp_path / "orbax")
+
+
+def begins(monkeypatch, meanwhile):
+  """Something happens after the next conversion has seen what is done."""
+  claim = ownership.Claim
+
+  def late(folder):
+    monkeypatch.setattr(ownership, "Claim", claim)
+    meanwhile()
+    return claim(folder)
+
+  monkeypatch.setattr(ownership, "Claim", late)
+
+
+@pytest.mark.parametrize("way", ["in", "orbax"])
+def test_what_another_has_done_meanwhile_is_seen(tmp_path, monkeypatch, way):
+  folders.write(tmp_path / "in", folders.tensors("bf16"))
+  if way == "orbax":
+    run(tmp_path / "in", tmp_path / "orbax")
+  before = {p.name for p in tmp_path.iterdir()}
+  begins(monkeypatch, lambda: run(tmp_path / way, tmp_path / "out"))
+  with pytest.raises(ValueError, match="out exists; give another target"):
+    run(tmp_path / way, tmp_path / "out")
+  assert {p.name for p in tmp_path.iterdir()} == before | {"out"}
+
+
+def test_a_conversion_is_owned_until_it_is_in_its_place(tmp_path, monkeypatch):
+  """A second one, at whatever moment, changes nothing."""
+  found = folders.tensors("bf16")
+  folders.write(tmp_path / "in", found)
+  run(tmp_path / "in", tmp_path / "orbax")
+  said = []
+
+  def beside(function):
+    def call(*args, **kwargs):
+      monkeypatch.setattr(ownership, "_TOKEN", "another's")
+      with pytest.raises((ownership.Owned, ValueError)) as e:
+        run(tmp_path / "orbax", tmp_path / "out")
+      said.append(str(e.value))
+      monkeypatch.setattr(ownership, "_TOKEN", token)
+      return function(*args, **kwargs)
+
+    return call
+
+  token = ownership._TOKEN
+  for name in ("sync", "sync_all"):
+    function = getattr(convert.atomic_files, name)
+    monkeypatch.setattr(convert.atomic_files, name, beside(function))
+  run(tmp_path / "orbax", tmp_path / "out")
+  assert sum("owned by process" in text for text in said) > 1
+  assert "exists" in said[-1]
+  folders.assert_same(folders.read(tmp_path / "out"), found)
+  assert {p.name for p in tmp_path.iterdir()} == {"in", "orbax", "out"}
 
 
 def test_half_a_line_of_a_journal_is_left_out(tmp_path, monkeypatch):

@@ -113,6 +113,15 @@ class Claim:
     if self._own is not None:
       shutil.rmtree(self._owners)
 
+  def move(self, target: pathlib.Path) -> None:
+    """Gives the folder another name, and leaves no trace there.
+
+    Until then it is owned: none can begin anew in what is done.
+    """
+    self._stop()
+    self._owners.parent.rename(target)
+    shutil.rmtree(target / FOLDER)
+
   def _stop(self) -> None:
     self._closed.set()
     if self._thread is not None:

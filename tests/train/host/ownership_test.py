@@ -235,6 +235,16 @@ def test_a_process_may_claim_what_it_owns(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_moved_is_owned_until_then(tmp_path, clock, ended):
+  claim = ownership.Claim(tmp_path / "a")
+  (tmp_path / "a" / "file").write_text("x")
+  claim.move(tmp_path / "b")
+  clock[0][0] += 60
+  claim.close()
+  assert [x.name for x in tmp_path.rglob("*")] == ["b", "file"]
+  assert ended == []
+
+
 def test_a_full_disk_leaves_no_half_claim(tmp_path, monkeypatch):
   def full(*_):
     raise OSError(28, "No space left on device")
