@@ -127,8 +127,9 @@ class Run:
       claim = ownership.Claim(cfg.run_dir)
     except OSError as e:
       raise run_folder.NotSaved(
-        f"run_dir={cfg.run_dir} cannot be written to ({e.strerror}): a run "
-        "keeps its checkpoints and metrics there. Give another --run-dir."
+        f"run_dir={cfg.run_dir} cannot be written to ({e.strerror}: "
+        f"{e.filename}): a run keeps its checkpoints and metrics there. Give "
+        "another --run-dir."
       ) from e
     with contextlib.closing(claim):
       try:  # again: it may have been another's a moment ago

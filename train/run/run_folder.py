@@ -40,16 +40,25 @@ class NotSaved(OSError):
 
 
 def check_path(option: str, path: str) -> None:
-  """Raises a ValueError for an address, such as gs://bucket/run.
+  """Raises a ValueError for an address, or a path that leads nowhere.
 
-  Orbax could write checkpoints there. But a run has more than these, which is
-  added to, locked, and renamed, as only a file system does.
+  An address is such as gs://bucket/run: Orbax could write checkpoints there.
+  But a run has more than these, which is added to, locked, and renamed, as only
+  a file system does. A link to nothing is one to a disk that is not mounted: a
+  run would begin anew, below where that belongs.
   """
   if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
     raise ValueError(
       f"{option}={path} is an address, not a path: mount the bucket (with "
       "gcsfuse, say) and give the path there, as /bucket/run."
     )
+  whole = pathlib.Path(path)
+  for part in (whole, *whole.parents):
+    if part.is_symlink() and not part.exists():
+      raise ValueError(
+        f"{option}={path} leads nowhere: {part} is a link to nothing, or to "
+        "itself (is its disk mounted?)."
+      )
 
 
 def checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:

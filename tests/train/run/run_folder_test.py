@@ -136,6 +136,23 @@ def test_nor_is_it_an_origin_or_a_conversion(address, tmp_path, monkeypatch):
   assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("way", ["link", "link/run", "loop", "loop/run"])
+def test_a_link_to_nothing_is_no_new_beginning(tmp_path, way, resume):
+  """Such as one to a disk that is not mounted."""
+  (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+  (tmp_path / "loop").symlink_to("loop")
+  path = str(tmp_path / way)
+  with pytest.raises(ValueError, match="run_dir=.* leads nowhere: .*mounted"):
+    run_folder.check(path, CONFIG, resume=resume)
+  with pytest.raises(ValueError, match="init_from=.* leads nowhere"):
+    origin_lib.Origin(path, model_lib.tiny())
+  for source, target in ((path, "out"), ("in", path)):
+    with pytest.raises(ValueError, match="=.* leads nowhere"):
+      convert.convert(convert.Conversion(source, target))
+  assert {p.name for p in tmp_path.iterdir()} == {"link", "loop"}
+
+
 @pytest.mark.parametrize("path", ["run:1", "a/b:c/d", "C:/run", "./gs:/x"])
 def test_a_path_may_have_a_colon(path):
   run_folder.check_path("run_dir", path)
