@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -87,6 +88,47 @@ def test_an_owner_that_is_gone_is_followed_at_once(tmp_path, clock, changes):
   assert [x.name for x in (tmp_path / "owners").iterdir()] == ["5.free"]
   ownership.Claim(tmp_path).close()
   assert [x.name for x in (tmp_path / "owners").iterdir()] == ["6.free"]
+
+
+def test_a_process_is_known_by_when_it_began():
+  with subprocess.Popen(["sleep", "60"]) as later:
+    born = [int(ownership._born(pid)) for pid in (os.getpid(), later.pid)]
+    later.kill()
+  assert 0 < born[0] < born[1]
+
+
+def test_what_cannot_be_seen_of_an_owner_may_live(tmp_path, monkeypatch):
+  """It is another user's, or no /proc tells when it began."""
+  own(tmp_path, born="7")
+  monkeypatch.setattr(ownership, "_born", lambda pid: "")
+
+  def refused(*_):
+    raise PermissionError
+
+  for kill in (os.kill, refused):
+    monkeypatch.setattr(ownership.os, "kill", kill)
+    with pytest.raises(ownership.Owned):
+      ownership.Claim(tmp_path)
+
+
+def test_the_tenth_owner_follows_the_ninth(tmp_path):
+  own(tmp_path, 9, pid=dead())
+  own(tmp_path, 10)
+  with pytest.raises(ownership.Owned):
+    ownership.Claim(tmp_path)
+
+
+def test_of_several_processes_the_first_owns_it(tmp_path, monkeypatch):
+  met = []
+  monkeypatch.setattr(ownership.processes, "meet", met.append)
+  monkeypatch.setattr(ownership.processes, "is_first", lambda: False)
+  claim = ownership.Claim(tmp_path)
+  assert met == ["owned"] and not any(tmp_path.iterdir())
+  claim.confirm()
+  claim.close()
+  monkeypatch.setattr(ownership.processes, "all_agree", lambda here: False)
+  with pytest.raises(ownership.Owned, match="first process does not own"):
+    ownership.Claim(tmp_path)
 
 
 def test_a_zombie_owns_nothing(tmp_path):
@@ -223,6 +265,35 @@ def test_the_owner_shows_that_it_lives(tmp_path, clock, ended):
   claim.confirm()
   assert file.stat().st_mtime > 1 and ended == []
   claim.close()
+  clock[0][0] += 60
+  claim.confirm()  # it is nobody's now, as it should be
+  assert ended == []
+
+
+def test_who_finds_its_folder_deleted_ends(tmp_path, clock, ended, capfd):
+  claim = ownership.Claim(tmp_path)
+  shutil.rmtree(tmp_path / "owners")
+  clock[0][0] += 60
+  claim.confirm()
+  claim.close()
+  assert ended == [1] and "but nobody's" in capfd.readouterr().err
+
+
+def test_a_disk_that_cannot_be_read_for_a_while_ends_nothing(
+  tmp_path, clock, ended, monkeypatch
+):
+  claim = ownership.Claim(tmp_path)
+
+  def unread(_):
+    raise OSError(5, "Input/output error")
+
+  clock[0][0] += 60
+  with monkeypatch.context() as patch:
+    patch.setattr(ownership, "_newest", unread)
+    claim.confirm()
+  claim.confirm()
+  claim.close()
+  assert ended == []
 
 
 def test_a_process_may_claim_what_it_owns(tmp_path):
@@ -253,4 +324,5 @@ def test_a_full_disk_leaves_no_half_claim(tmp_path, monkeypatch):
     patch.setattr(ownership.json, "dumps", full)
     with pytest.raises(OSError, match="No space"):
       ownership.Claim(tmp_path)
+  assert not any((tmp_path / "owners").iterdir())
   ownership.Claim(tmp_path).close()
