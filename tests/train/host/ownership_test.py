@@ -2,9 +2,11 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -268,6 +270,23 @@ def test_the_owner_shows_that_it_lives(tmp_path, clock, ended):
   clock[0][0] += 60
   claim.confirm()  # it is nobody's now, as it should be
   assert ended == []
+
+
+def test_it_is_shown_without_being_asked_for(tmp_path, monkeypatch):
+  monkeypatch.setattr(ownership, "_BEAT_SECONDS", 0.01)
+  claim = ownership.Claim(tmp_path)
+  file, until = tmp_path / "owners" / "1.json", time.monotonic() + 60
+  os.utime(file, (1, 1))
+  while file.stat().st_mtime == 1 and time.monotonic() < until:
+    time.sleep(0.01)
+  claim.close()
+  assert (tmp_path / "owners" / "1.free").stat().st_mtime > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
+def test_a_place_is_a_boot_and_a_name_space():
+  boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+  assert ownership._place() == f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def test_who_finds_its_folder_deleted_ends(tmp_path, clock, ended, capfd):
