@@ -353,7 +353,14 @@ def test_leaves_out_half_a_line_at_the_end(run_dir):
   assert read_run.read(run_dir).lines == before
 
 
-@pytest.mark.parametrize("bad", ["{", "{}", '{"stages": 3}'])
+@pytest.mark.parametrize(
+  "bad",
+  [
+    *("{", "{}", '{"stages": 3}'),
+    '{"stages": [{"kind": 3, "steps": 9}], "model": {"top_k": 4}}',
+    '{"stages": [{"kind": "sparse", "steps": "9"}], "model": {"top_k": 4}}',
+  ],
+)
 def test_refuses_a_malformed_config(monkeypatch, capsys, run_dir, bad):
   (run_dir / "config.json").write_text(bad)
   text = refused(monkeypatch, capsys, run_dir)
@@ -375,6 +382,32 @@ def test_refuses_a_selection_of_other_arrays(monkeypatch, capsys, run_dir):
   np.savez(file, queries=np.arange(3))
   text = refused(monkeypatch, capsys, run_dir)
   assert f"{file} is malformed" in text and "indices" in text
+
+
+@pytest.mark.parametrize(
+  "bad",
+  [
+    dict(length=np.arange(3)),
+    dict(length="long"),
+    dict(length=0),
+    dict(length=2**62),
+    dict(queries=np.arange(7)),
+    dict(starts=np.array("x")),
+    dict(starts=np.zeros(8)),
+    dict(indices=np.full((2, 8, 4), 10**9)),
+    dict(indices=np.zeros((0, 8, 4), int)),
+    dict(indices=np.zeros((2, 8), int)),
+    dict(indices=np.zeros((2, 8, 4))),
+  ],
+)
+def test_refuses_a_selection_that_cannot_be(run_dir, bad):
+  file = run_dir / "selections" / "50.npz"
+  with np.load(file) as arrays:
+    whole = dict(arrays)
+  np.savez(file, **whole | bad)
+  with pytest.raises(ValueError) as error:
+    read_run.Selection.read(file)
+  assert f"{file} is malformed" in str(error.value)
 
 
 def test_names_the_extra_that_is_missing(monkeypatch, capsys, run_dir):

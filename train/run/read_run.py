@@ -61,6 +61,8 @@ def read(run_dir: pathlib.Path) -> Record:
   try:
     cfg = json_files.read(run_dir / "config.json")
     stages = [(stage["kind"], stage["steps"]) for stage in cfg["stages"]]
+    if not all(type(x) is str and type(n) is int for x, n in stages):
+      raise TypeError("a stage has another kind than a text, or other steps")
     top_k = cfg["model"]["top_k"]
   except (ValueError, KeyError, TypeError) as e:
     raise ValueError(
@@ -193,9 +195,20 @@ class Selection:
     """Raises a ValueError that names the file where it is damaged."""
     try:
       with file.open("rb") as content, np.load(content) as arrays:
-        queries, indices = arrays["queries"], arrays["indices"]
-        return cls(queries, indices, arrays["starts"], int(arrays["length"]))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        names = ("queries", "indices", "starts", "length")
+        queries, indices, starts, length = (arrays[name] for name in names)
+      if any(x.dtype.kind not in "iu" for x in (queries, indices, starts)):
+        raise TypeError("its arrays are not of whole numbers")
+      L, T, _ = indices.shape
+      if not L or not T or {queries.shape, starts.shape} != {(T,)}:
+        raise ValueError("its arrays do not fit each other")
+      if not 0 < int(length) <= 2**40 or indices.max(initial=-1) >= length:
+        raise ValueError("it selects keys that are none")
+      return cls(queries, indices, starts, int(length))
+    except (
+      *(ValueError, TypeError, KeyError, OverflowError),
+      *(EOFError, zipfile.BadZipFile),
+    ) as e:
       raise ValueError(
         f"{file} is malformed: {e!r}. Delete it; the others will be drawn."
       ) from e
