@@ -1,5 +1,6 @@
 """A first signal asks a program to stop, a second one ends it."""
 
+import os
 import signal
 import threading
 
@@ -31,11 +32,29 @@ def test_the_second_signal_ends_the_program(kind, ended, capfd):
   with signals.asking(lambda: asked.append(kind)):
     signal.raise_signal(kind)
     assert asked == [kind]
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
     assert event.wait(60)
-  assert came == [signal.SIGTERM]
+  assert came == [signal.SIGINT]
   assert signal.getsignal(kind) == before
   assert capfd.readouterr().err.count("again: at once") == 1
+
+
+def test_nothing_is_left_behind():
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+  former = signal.set_wakeup_fd(writing)
+  try:
+    free = os.dup(reading)
+    os.close(free)
+    with signals.asking(lambda: pytest.fail("asked")):
+      pass
+    again = os.dup(reading)
+    os.close(again)
+  finally:
+    restored = signal.set_wakeup_fd(former)
+    os.close(reading)
+    os.close(writing)
+  assert restored == writing and again == free
 
 
 def test_under_nohup_the_terminal_may_go(ended):
