@@ -1,6 +1,7 @@
 """The bytes of files: where they lie, or unpacked where they are compressed."""
 
 import bz2
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -11,7 +12,7 @@ import os
 import pathlib
 import stat
 import tempfile
-from typing import Any
+from typing import Any, BinaryIO
 import weakref
 import zlib
 
@@ -20,8 +21,9 @@ from train.data import documents as documents_lib
 DataError = documents_lib.DataError
 BadRecord = documents_lib.BadRecord
 
-_OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_UNPACKERS = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
 _ZSTD = (".zst", ".zstd")  # read by pyarrow
+_PACKED = (".gz", *_UNPACKERS, *_ZSTD)
 _CHUNK = 1 << 20
 
 
@@ -89,7 +91,7 @@ class Spool:
 def suffixes(path: pathlib.Path) -> tuple[str, str]:
   """Returns a file's suffix and that of its compression, in small letters."""
   *_, before, last = ("", "", *(s.lower() for s in path.suffixes))
-  return (before, last) if last in (*_OPEN, *_ZSTD) else (last, "")
+  return (before, last) if last in _PACKED else (last, "")
 
 
 def open_content(path: pathlib.Path, spool: Spool) -> Content:
@@ -112,14 +114,23 @@ def open_content(path: pathlib.Path, spool: Spool) -> Content:
 
 
 def _unpack(path: pathlib.Path) -> Iterator[bytes]:
-  with contextlib.closing(_reader(path)) as reader:
-    while chunk := _read(reader, path):
-      yield chunk
-
-
-def _read(reader: Any, path: pathlib.Path) -> bytes:
+  packed = suffixes(path)[1]
   try:
-    return reader.read(_CHUNK)
+    with path.open("rb") as file:
+      # Read as one of no parts, it would be what a copy that failed leaves.
+      if not file.peek(1):
+        raise EOFError("it is empty, as nothing that is packed is")
+      if packed in _UNPACKERS:
+        yield from _parts(file, _UNPACKERS[packed])
+      else:
+        with contextlib.closing(_reader(file, packed)) as reader:
+          while chunk := reader.read(_CHUNK):
+            yield chunk
+  except ImportError as e:
+    raise DataError(
+      f'{path} needs the package `pyarrow`: pip install "dsa-jax[parquet]", or'
+      " unpack it."
+    ) from e
   # What the four raise for bytes that are not theirs.
   except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
     raise BadRecord(
@@ -130,18 +141,32 @@ def _read(reader: Any, path: pathlib.Path) -> bytes:
     ) from e
 
 
-def _reader(path: pathlib.Path) -> Any:
-  packed = suffixes(path)[1]
-  if packed in _OPEN:
-    return _OPEN[packed](path, "rb")
-  try:
-    import pyarrow as pa
-  except ImportError as e:
-    raise DataError(
-      f'{path} needs the package `pyarrow`: pip install "dsa-jax[parquet]", or'
-      " unpack it."
-    ) from e
-  return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+def _parts(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
+  """Unpacks parts that follow one another, zeros between them or after them.
+
+  Raises:
+    OSError, EOFError, lzma.LZMAError: there is anything else. (`bz2.open` and
+      `lzma.open` end without a word at what begins no part.)
+  """
+  data = file.read(_CHUNK)
+  while data:
+    part = make()
+    while not part.eof:
+      yield part.decompress(data, _CHUNK)
+      data = b""
+      if part.needs_input and not (data := file.read(_CHUNK)):
+        raise EOFError("it ends in the middle")
+    data = part.unused_data.lstrip(b"\0")
+    while not data and (more := file.read(_CHUNK)):
+      data = more.lstrip(b"\0")
+
+
+def _reader(file: BinaryIO, packed: str) -> Any:
+  if packed == ".gz":
+    return gzip.open(file, "rb")
+  import pyarrow as pa
+
+  return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
 
 
 def _no_room(path: pathlib.Path, why: OSError) -> str:

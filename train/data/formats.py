@@ -351,6 +351,12 @@ class _ArrayRecords:
         f"{path} needs the package `array_record`, which there is not for every"
         " system: pip install array_record, or convert it to JSON lines."
       ) from e
+    except TypeError as e:
+      raise BadRecord(
+        f"{path} has a name that is not UTF-8, which the package array_record"
+        " cannot open; rename it, or narrow the glob.",
+        file=str(path),
+      ) from e
     except (RuntimeError, ValueError) as e:
       raise BadRecord(
         f"{path} is not ArrayRecord ({e}); convert it, or narrow the glob.",

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import os
 import threading
 from typing import Any
 import zlib
@@ -181,7 +182,7 @@ def _source(content: content_lib.Content) -> Any:
   import pyarrow as pa
 
   if content.spool is None:
-    return pa.OSFile(str(content.path))
+    return pa.OSFile(os.fsencode(content.path))
   return pa.PythonFile(content.open(), "r")
 
 

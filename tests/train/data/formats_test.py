@@ -94,6 +94,50 @@ def test_what_is_cut_off_is_told(tmp_path, packing):
       corpora.open_in(tmp_path, file)
 
 
+@pytest.mark.parametrize("packing", PACKED)
+def test_nothing_after_a_part_is_left_out(tmp_path, packing):
+  pack = PACKED[packing]
+  one, two = pack(LINES + b"\n"), pack(LINES)
+  for name, broken in (
+    ("garbage", one + b"garbage"),
+    ("second", one + bytes([two[0] ^ 255]) + two[1:]),
+    ("beginning", one + two[:1]),
+    ("half", one + two[: len(two) // 2]),
+    ("nothing", b""),
+  ):
+    file = f"{name}.jsonl.{packing}"
+    corpora.write(tmp_path / file, broken)
+    with pytest.raises(corpus_lib.DataError, match=f"{file} cannot be unpack"):
+      corpora.open_in(tmp_path, file)
+  if packing != "zst":  # whose tool refuses them, too
+    zeros = bytes(content_lib._CHUNK + 4)
+    corpora.write(tmp_path / f"x.jsonl.{packing}", one + zeros + two + zeros)
+    documents = corpora.open_in(tmp_path, f"x.jsonl.{packing}")
+    assert corpora.side(documents) == TEXTS * 2
+
+
+def test_names_that_are_no_text(tmp_path):
+  odd = os.fsdecode(b"\xff")
+  parquet = corpora.write_parquet(tmp_path / "p", {"text": ["a row"]})
+  table = pathlib.Path(parquet).read_bytes()
+  os.remove(parquet)
+  for kind, data in (
+    ("txt", b"text"),
+    ("jsonl", b'{"text": "line"}'),
+    ("json", b'[{"text": "element"}]'),
+    ("parquet", table),
+  ):
+    corpora.write(tmp_path / f"{kind}{odd}.{kind}", data)
+    for packing, pack in PACKED.items():
+      corpora.write(tmp_path / f"{kind}{odd}.{kind}.{packing}", pack(data))
+  found = corpora.side(corpora.open_in(tmp_path, "*"))
+  texts = ["line", "element", "a row", "text"]
+  assert found == list(np.repeat(texts, 1 + len(PACKED)))
+  corpora.write(tmp_path / f"{odd}.array_record", bytes(1 << 16))
+  with pytest.raises(corpus_lib.DataError, match="not UTF-8.*; rename it"):
+    corpora.open_in(tmp_path, "*")
+
+
 def test_no_room_to_unpack(tmp_path, monkeypatch):
   corpora.write(tmp_path / "x.txt.gz", gzip.compress(b"text" * 9999))
 
