@@ -219,8 +219,9 @@ def open_documents(
         raise
       continue  # of Python's own files, a few are Latin-1
     files += [file for file in opened.files if len(file)]
-    name = os.path.relpath(path, root)
-    marks.append(dataclasses.replace(opened.mark, name=name))
+    if opened.mark.documents:  # a file without any moves no other's
+      name = os.path.relpath(path, root)
+      marks.append(dataclasses.replace(opened.mark, name=name))
     num_bytes += _size(path)
   if not files:
     raise DataError(
