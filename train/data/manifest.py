@@ -126,7 +126,8 @@ def from_json(values: list[list[Any]]) -> list[Mark]:
 def differences(saved: Sequence[Mark], found: Sequence[Mark]) -> list[str]:
   """Says what is not as it was; of much, the first.
 
-  A record that was bad, or has become so, makes no difference.
+  A record that was bad, or has become so, makes no difference; what is as bad
+  as it was is told from other text by all that is known.
   """
   before = {mark.name: mark for mark in saved}
   after = {mark.name: mark for mark in found}
@@ -161,7 +162,7 @@ def _alike(saved: Mark, found: Mark) -> bool:
     return True
   pairs = zip(saved.samples, found.samples)
   known = [x == y for x, y in pairs if None not in (x, y)]
-  return saved.bad + found.bad > 0 and all(known)
+  return saved.bad != found.bad and all(known)
 
 
 def _how(saved: Mark, found: Mark) -> str:
