@@ -32,6 +32,7 @@ from dsa_jax import ranges
 from dsa_jax.chat import tokenizer as tokenizer_lib
 from train.data import documents as documents_lib
 from train.data import manifest as manifest_lib
+from train.data import records
 from train.data import retrieval as retrieval_lib
 from train.data import sources as sources_lib
 from train.data import stream as stream_lib
@@ -119,6 +120,9 @@ class Corpus:
       )
       for i, source in enumerate(config.sources)
     )
+    self._tokenizer_mark = manifest_lib.of_tokenizer(
+      config.tokenizer, self.tokenizer.eos_id
+    )
     self._told = False  # that the data have changed
     self._num_bytes = sum(source.num_bytes for source in self.sources)
     self._planter = retrieval_lib.Planter(config.retrieval, self.tokenizer)
@@ -153,9 +157,13 @@ class Corpus:
     return self._config.allow_changed
 
   def manifest(self) -> State:
-    """What the sources hold, as JSON can hold it; see `manifest.py`."""
+    """What the data are known by, as JSON can hold it; see `manifest.py`."""
     return {
-      source.name: manifest_lib.to_json(source.marks) for source in self.sources
+      "tokenizer": self._tokenizer_mark,
+      "sources": [
+        [source.name, manifest_lib.to_json(source.marks)]
+        for source in self.sources
+      ],
     }
 
   def compare(self, saved: State | None) -> None:
@@ -180,17 +188,19 @@ class Corpus:
     )
 
   def _changes(self, saved: State | None) -> list[str]:
-    if saved is None:
+    if saved is None or "tokenizer" not in saved:
       return ["it is of a version that does not say which data it has seen"]
-    return [
-      f"source {source.name!r}: {', '.join(found)}"
-      for source in self.sources
-      if (
-        found := manifest_lib.differences(
-          manifest_lib.from_json(saved.get(source.name, [])), source.marks
-        )
-      )
-    ]
+    told, before = [], dict(saved["sources"])
+    if saved["tokenizer"] != self._tokenizer_mark:
+      told.append(f"tokenizer {self._config.tokenizer} is not as it was")
+    if [*before] != [*self.source_names]:
+      now = records.shown(self.source_names)
+      told.append(f"the sources are {now}, were {records.shown(before)}")
+    for source in self.sources:
+      marks = manifest_lib.from_json(before.get(source.name, []))
+      if found := manifest_lib.differences(marks, source.marks):
+        told.append(f"source {source.name!r}: {', '.join(found)}")
+    return told
 
   @property
   def trains_retrieval(self) -> bool:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import dataclasses
 import io
 import itertools
+import json
 import os
+import pathlib
 from typing import Any
 import zlib
 
@@ -69,6 +71,17 @@ class Tally:
       digest=zlib.crc32(sums.tobytes()),
       samples=tuple(None if sums[i] < 0 else sums[i] for i in places),
     )
+
+
+def of_tokenizer(name: str, eos_id: int) -> int:
+  """Returns the CRC-32 of a tokenizer that was loaded: of what its file says.
+
+  Args:
+    name: "bytes", or the path of a tokenizer.json.
+    eos_id: its file need not say it.
+  """
+  file = {} if name == "bytes" else json.loads(pathlib.Path(name).read_bytes())
+  return zlib.crc32(json.dumps([file, eos_id], sort_keys=True).encode())
 
 
 def unknown(documents: int) -> Mark:
