@@ -375,9 +375,9 @@ class _ShuffledBatches(grain.DatasetIterator):
   ):
     super().__init__()
     self._corpus = corpus
-    self._rows, self._batch_size = rows, batch_size
+    self._batch_size = batch_size
     self._seeds = mixture.seeds
-    self._make = functools.partial(_make_block, mixture, planter, rows, seq_len)
+    self._make = functools.partial(_make_block, mixture, planter, seq_len)
     # Makes the next block while this one is dealt. (grain's own prefetching
     # thread prints a traceback if it lives until Python exits.)
     self._thread = futures.ThreadPoolExecutor(1, "data-block")
@@ -409,7 +409,7 @@ class _ShuffledBatches(grain.DatasetIterator):
     if self._block is None:
       self._block, self._ends = self._ahead.result()
       self._ahead = self._thread.submit(
-        self._make, self._ends, state["block"] + 1
+        self._make, self._rows, self._ends, state["block"] + 1
       )
       rng = np.random.default_rng([*self._seeds, state["block"]])
       self._order = rng.permutation(self._rows)
@@ -427,9 +427,12 @@ class _ShuffledBatches(grain.DatasetIterator):
   def set_state(self, state: State) -> None:
     if self._manifest:
       self._corpus.compare(state.get("manifest"))
-    saved, own = state["settings"], self._settings
-    hang_on_data = ("documents", "block_rows")
-    may_differ = hang_on_data if self._corpus.allows_changes else ()
+    saved = state["settings"]
+    # A block stays as large as it was, whatever its files' size has become:
+    # the same text can be spelt otherwise, and a record may have turned bad.
+    rows = saved["block_rows"]
+    own = self._settings | {"block_rows": rows}
+    may_differ = ("documents",) if self._corpus.allows_changes else ()
     changed = [
       f"{name} is {own.get(name)}, was {saved.get(name)}"
       for name in sorted(saved | own)
@@ -442,11 +445,9 @@ class _ShuffledBatches(grain.DatasetIterator):
         " restoring the data iterator."
       )
     self._state: State = state | dict(settings=own) | self._manifest
-    if saved["block_rows"] != own["block_rows"]:
-      self._state["dealt"] = 0  # it is another block that begins there
-    self._block = None
+    self._rows, self._block = rows, None
     self._ahead = self._thread.submit(
-      self._make, state["places"], state["block"]
+      self._make, rows, state["places"], state["block"]
     )
 
   def close(self) -> None:
@@ -457,8 +458,8 @@ class _ShuffledBatches(grain.DatasetIterator):
 def _make_block(
   mixture: stream_lib.Mixture,
   planter: retrieval_lib.Planter,
-  rows: int,
   seq_len: int,
+  rows: int,
   places: list[State],
   number: int,
 ) -> tuple[Batch, list[State]]:

@@ -9,6 +9,7 @@ import chex
 import numpy as np
 import pytest
 
+from tests.chat import tokenizer_test
 from tests.train.data import corpora
 from train.data import corpus as corpus_lib
 from train.data import manifest
@@ -163,9 +164,14 @@ def test_what_changed_is_told_and_refused(folder, capsys, change):
 
 @pytest.mark.parametrize(
   "what",
-  ["nothing", "another folder", "copied", "times", "links", "what is empty"],
+  [
+    *("nothing", "another folder", "copied", "times", "links"),
+    *("what is empty", "an empty file", "no empty file", "another spelling"),
+  ],
 )
-def test_what_makes_no_difference(folder, capsys, what):
+def test_what_makes_no_difference(folder, capsys, set_block_tokens, what):
+  set_block_tokens(10_000)  # more than there are: their size sets a block's
+  corpora.write(folder / "empty.txt", "")
   state = saved_state(folder)
   expected = corpora.take(resume(folder, state), 9)
   if what == "another folder":
@@ -187,6 +193,14 @@ def test_what_makes_no_difference(folder, capsys, what):
     replace(folder / "u.jsonl", "\n" + json.dumps({"text": "u19-" * 5}), "")
     with (folder / "u.jsonl").open("a") as out:
       out.write('\n{"text": "' + "u19-" * 5 + '"}')
+  if what == "an empty file":
+    (folder / "_SUCCESS").touch()
+    corpora.write(folder / "t.jsonl", '\n{"text": ""}\n')
+  if what == "no empty file":
+    (folder / "empty.txt").unlink()
+  if what == "another spelling":
+    lines = (folder / "u.jsonl").read_bytes()
+    (folder / "u.jsonl").write_bytes(lines.replace(b": ", b" :  "))
   resumed = resume(folder, state)
   chex.assert_trees_all_equal(corpora.take(resumed, 9), expected)
   assert capsys.readouterr().out == ""
@@ -207,8 +221,11 @@ def unreadable_book(folder):
 
 @pytest.mark.parametrize("spoil", [bad_line, bad_book, unreadable_book])
 @pytest.mark.parametrize("first", ["good", "bad"])
-def test_a_record_that_turns_bad_is_no_change(folder, capsys, spoil, first):
+def test_a_record_that_turns_bad_is_no_change(
+  folder, capsys, set_block_tokens, spoil, first
+):
   """Nor is one that is mended, or that was and stays bad."""
+  set_block_tokens(10_000)
   kept = {file: file.read_bytes() for file in folder.iterdir()}
   if first == "bad":
     spoil(folder)
@@ -236,13 +253,66 @@ def test_a_record_that_turns_bad_is_no_change(folder, capsys, spoil, first):
     resume(folder, state, max_bad_share=0.1)
 
 
-def test_compressed_files_are_known_by_their_text(folder):
+def test_other_text_beside_a_record_that_stays_bad(folder):
+  """Wherever it is: it need not be one of the samples."""
+  bad_line(folder)
+  state = saved_state(folder, max_bad_share=0.1)
+  lines = (folder / "u.jsonl").read_text()
+  for i in [*range(11), *range(12, 20)]:
+    (folder / "u.jsonl").write_text(lines.replace(f"u{i:02d}-", "x" * 4, 1))
+    with pytest.raises(corpus_lib.DataError, match="u.jsonl holds other text"):
+      resume(folder, state, max_bad_share=0.1)
+  (folder / "u.jsonl").write_text(lines)
+  resume(folder, state, max_bad_share=0.1)
+
+
+def test_the_tokenizer_is_one_of_them(folder, tmp_path, capsys):
+  path = pathlib.Path(tokenizer_test.write_hf(tmp_path))
+  state = saved_state(folder, tokenizer=str(path))
+  content = json.loads(path.read_text())
+  path.write_text(json.dumps(content, indent=8))
+  resume(folder, state, tokenizer=str(path))
+  content["pre_tokenizer"]["add_prefix_space"] = True
+  path.write_text(json.dumps(content))
+  with pytest.raises(
+    corpus_lib.DataError, match="checkpoint: tokenizer .* is not as it was"
+  ):
+    resume(folder, state, tokenizer=str(path))
+  with pytest.raises(corpus_lib.DataError, match="tokenizer bytes is not as"):
+    resume(folder, state)
+  assert capsys.readouterr().out == ""
+  resume(folder, state, tokenizer=str(path), allow_changed=True)
+  assert "CHANGED" in capsys.readouterr().out
+
+
+def test_sources_in_another_order(folder):
+  sources = [
+    corpus_lib.SourceConfig(path=f"{folder}/{name}.jsonl") for name in "uv"
+  ]
+  first, other = (
+    corpus_lib.Corpus(corpus_lib.DataConfig(sources=tuple(each)))
+    for each in (sources, sources[::-1])
+  )
+  state = json.loads(json.dumps(iterate(first).get_state()))
+  iterate(first).set_state(state)
+  with pytest.raises(
+    corpus_lib.DataError,
+    match=r"the sources are \['v', 'u'\], were \['u', 'v'\]",
+  ):
+    iterate(other).set_state(state)
+
+
+def test_compressed_files_are_known_by_their_text(folder, set_block_tokens):
+  set_block_tokens(10_000)
   file = folder / "u.jsonl.gz"
   lines = (folder / "u.jsonl").read_bytes()
   (folder / "u.jsonl").unlink()
   file.write_bytes(gzip.compress(lines, mtime=1))
   state = saved_state(folder)
-  file.write_bytes(gzip.compress(lines, mtime=2))
+  for level in (0, 9):
+    file.write_bytes(gzip.compress(lines, level, mtime=2))
+    resume(folder, state)
+  file.write_bytes(gzip.compress(lines[:99]) + gzip.compress(lines[99:]))
   resume(folder, state)
   file.write_bytes(gzip.compress(lines.replace(b"u07-", b"u70-"), mtime=1))
   with pytest.raises(corpus_lib.DataError, match="u.jsonl.gz holds other text"):
