@@ -19,6 +19,13 @@ BadRecord = documents_lib.BadRecord
 # Of a row group's text, decoded: no document can be had without all of it.
 _GROUP_BYTES = 1 << 31
 _CACHED_BYTES, _CACHED_GROUPS = 1 << 31, 8
+_FEWEST, _MOST = 16, 1024  # rows that are decoded at a time
+
+
+_SMALLER = (
+  "all of which is decoded to read a document; write it with"
+  " row_group_size=1000."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,7 @@ class _Column:
 
   Attributes:
     rows: how many it has.
-    bytes: its size when decoded.
+    bytes: its size, unpacked; a text that comes again may take none.
     empty: whether every row is null, as its statistics say.
     mark: a checksum of all that.
   """
@@ -83,8 +90,7 @@ def open_row_groups(
   largest = max((column.bytes for column in columns), default=0)
   if largest > _GROUP_BYTES:
     raise BadRecord(
-      f"{path} has a row group with {largest:,} bytes of text, all of which is"
-      f" decoded to read a document; write it with row_group_size=1000.",
+      f"{path} has a row group with {largest:,} bytes of text, {_SMALLER}",
       file=str(path),
       records=metadata.num_rows,
     )
@@ -157,16 +163,26 @@ class _RowGroup:
   ):
     self._content, self._column, self._group = content, column, group
     self._first, self._rows = first, rows
+    self._too_large = False
 
   def __len__(self) -> int:
     return self._rows
 
   def __getitem__(self, index: int) -> str:
-    column = _decoded(self._content, self._column, self._group)
+    file, at = self.place(index)
+    if not self._too_large:
+      column = _decoded(self._content, self._column, self._group)
+      self._too_large = column is None
+    if self._too_large:  # of which its size in the file says nothing
+      raise BadRecord(
+        f"{file}, row {at}, is in a row group with more than"
+        f" {_GROUP_BYTES:,} bytes of text, {_SMALLER}",
+        file=file,
+        at=at,
+      )
     try:
       return column[index].as_py() or ""
     except UnicodeDecodeError as e:
-      file, at = self.place(index)
       raise BadRecord(
         f"{file}, row {at}, is not UTF-8 ({e}); write it anew.",
         file=file,
@@ -207,6 +223,7 @@ def _turn(*key: Any) -> threading.Lock:
 
 
 def _decoded(content: content_lib.Content, column: str, group: int) -> Any:
+  """Returns a row group's texts; None if they are too large."""
   from pyarrow import parquet
 
   key = (content, column, group)
@@ -219,7 +236,9 @@ def _decoded(content: content_lib.Content, column: str, group: int) -> Any:
       _source(content) as source,
       parquet.ParquetFile(source, metadata=_metadata(content)) as file,
     ):
-      found = file.read_row_group(group, columns=[column])[column]
+      found = _decode(file, column, group)
+    if found is None:
+      return None
     with _caching:
       _cache[key] = found
       while len(_cache) > 1 and (
@@ -228,3 +247,24 @@ def _decoded(content: content_lib.Content, column: str, group: int) -> Any:
       ):
         _cache.popitem(last=False)
     return found
+
+
+def _decode(file: Any, column: str, group: int) -> Any:
+  """Like `_decoded`, of an open file: stops where it has become too large."""
+  import pyarrow as pa
+
+  if pa.types.is_dictionary(file.schema_arrow.field(column).type):
+    # Categories are as large as they are in the file.
+    return file.read_row_group(group, columns=[column])[column]
+  # No text is larger than all of them are in the file.
+  index = [each.path for each in file.metadata.schema].index(column)
+  part = file.metadata.row_group(group).column(index)
+  rows = _GROUP_BYTES // max(part.total_uncompressed_size, 1)
+  rows = min(max(rows, _FEWEST), _MOST)
+  found, size = [], 0
+  for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
+    found.append(batch[column])
+    size += batch.nbytes
+    if size > _GROUP_BYTES:
+      return None
+  return pa.chunked_array(found)

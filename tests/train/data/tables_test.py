@@ -110,19 +110,59 @@ def test_row_groups_that_are_too_large(tmp_path, monkeypatch):
     corpora.open_in(tmp_path, "large.parquet")
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+@pytest.mark.parametrize(
+  "options",
+  [{}, dict(use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY")],
+  ids=["dictionary", "prefixes"],
+)
+def test_row_groups_that_grow_too_large(tmp_path, monkeypatch, kind, options):
+  """A text that comes again takes next to nothing in a file."""
+  text = np.random.default_rng(0).bytes(5000).hex()
+  column = pa.array(["one"] * 1000 + [text] * 1000, kind)
+  path = corpora.write_parquet(
+    tmp_path / "x.parquet", {"text": column}, row_group_size=1000, **options
+  )
+  monkeypatch.setattr(tables, "_GROUP_BYTES", 1_000_000)
+  documents = corpora.open_documents(path)
+  before = pa.total_allocated_bytes()
+  assert documents[999] == "one"
+  decoded, decode = [], tables._decode
+
+  def count(file, column, group):
+    decoded.append(group)
+    return decode(file, column, group)
+
+  monkeypatch.setattr(tables, "_decode", count)
+  for i in (1000, 1500, 1999):
+    with pytest.raises(
+      corpus_lib.DataError,
+      match=f"row {i}, is in a row group with more than 1,000,000 bytes of text"
+      ".*row_group_size=1000",
+    ):
+      _ = documents[i]
+  assert decoded == [1]
+  assert pa.total_allocated_bytes() - before < 3_000_000
+  # As categories they are small.
+  path = corpora.write_parquet(
+    tmp_path / "y.parquet", {"text": column.dictionary_encode()}
+  )
+  assert corpora.open_documents(path)[1999] == text
+
+
 def test_a_group_is_decoded_once_and_little_is_kept(tmp_path, monkeypatch):
   columns = {"text": [f"{i:01000d}" for i in range(800)]}
   path = corpora.write_parquet(
     tmp_path / "x.parquet", columns, row_group_size=100
   )
   documents = corpora.open_documents(path)
-  read, decoded = parquet.ParquetFile.read_row_group, []
+  decode, decoded = tables._decode, []
 
-  def count(self, group, columns):
+  def count(file, column, group):
     decoded.append(group)
-    return read(self, group, columns=columns)
+    return decode(file, column, group)
 
-  monkeypatch.setattr(parquet.ParquetFile, "read_row_group", count)
+  monkeypatch.setattr(tables, "_decode", count)
   threads = [
     threading.Thread(target=documents.__getitem__, args=(i,)) for i in range(8)
   ]
