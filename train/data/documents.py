@@ -34,8 +34,8 @@ class BadRecord(DataError):
 
   Attributes:
     file: its path, or the name of a dataset.
-    at: where in it: the byte where its line begins (JSON lines), or its number
-      from 0 (all others).
+    at: where in it: the byte where it begins (JSON), or its number from 0 (all
+      others).
     head: its first bytes; none where they cannot be told.
     records: how many are lost by it.
   """

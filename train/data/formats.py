@@ -6,11 +6,13 @@ Hugging Face datasets, the metadata and samples.
 """
 
 import array
+import codecs
 from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
 import functools
 import io
+import itertools
 import pathlib
 
 import grain
@@ -39,6 +41,10 @@ _TABLE = (
   " if its commas and all are to be trained on"
 )
 _ARROW = "is in Arrow's format; convert it to Parquet"
+_OBJECTS = (
+  "holds JSON lines, which its name does not say; name it *.jsonl, or *.txt if"
+  " its braces and all are to be trained on"
+)
 _COMPRESSED = "is compressed, which its name does not say; add the suffix"
 # What cannot be read, by suffix and by first bytes, whatever the suffix.
 _REFUSED = {
@@ -166,6 +172,10 @@ class _TextFile:
     self._content = content
     data = self._bytes()
     _check_head(data[:64], content.path)
+    if content_lib.suffixes(content.path)[0] != ".txt" and _begins_lines(data):
+      raise BadRecord(
+        f"{content.path} {_OBJECTS}.", file=str(content.path), head=data
+      )
     self._num_bytes = len(data)
     tally = manifest.Tally()
     if data:
@@ -333,6 +343,20 @@ def _begins_array(content: Content) -> bool:
       head=first,
     ) from e
   return False
+
+
+def _begins_lines(data: bytes) -> bool:
+  """Whether a file begins with two lines that are a JSON object each."""
+  data = data.removeprefix(codecs.BOM_UTF8)
+  if not data[:64].lstrip().startswith(b"{"):
+    return False
+  lines = filter(None, (line.strip() for line in io.BytesIO(data)))
+  first = [*itertools.islice(lines, 2)]
+  try:
+    objects = [records.parse(line.decode()) for line in first]
+  except (ValueError, RecursionError):
+    return False
+  return len(objects) == 2 and all(isinstance(x, tuple) for x in objects)
 
 
 class _ArrayRecords:

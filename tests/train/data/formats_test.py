@@ -232,6 +232,11 @@ def test_suffixes():
     ("x.json", b'[{"text": "a"}, "b"]', "x.json, element 1, holds a str"),
     ("x.json", b'[{"text": "a"}, {"a": 1}]', "element 1, has no field 'text'"),
     ("x.json", b"[" * 100_000, "not a JSON array .maximum recursion depth"),
+    ("x.jsonl-00000-of-00002", LINES, r"JSON lines.*; name it \*.jsonl, or"),
+    ("x.jsonl.bak", LINES, "x.jsonl.bak holds JSON lines"),
+    ("x.jl", b"\xef\xbb\xbf\n" + LINES.replace(b"\n", b"\r\n\n"), "JSON lines"),
+    ("x", LINES, "holds JSON lines"),
+    ("x.gz", gzip.compress(LINES), "holds JSON lines"),
     ("x.json", b"[]", "all of them empty"),
     ("x.json", b"\n \n", "all of them empty"),
     ("x.json.gz", gzip.compress(b""), "all of them empty"),
@@ -247,7 +252,12 @@ def test_what_a_file_is_not(tmp_path, name, data, message):
   "name, text",
   [
     ("x.txt", LINES.decode()),  # as it says
+    ("x.txt.gz", LINES.decode()),
     ("x.py", "pass\n"),
+    ("x.ipynb", json.dumps(OBJECTS[0], indent=1)),
+    ("x.map", json.dumps(OBJECTS[0])),
+    ("x.tmpl", "{}\n{body}\n"),
+    ("x.set", "{1}\n{2}\n"),
     ("x.unheard_of", "text"),
     ("README", "text"),
     ("x.md", "BZh is text, and so is PK and %PDF"),
@@ -255,7 +265,10 @@ def test_what_a_file_is_not(tmp_path, name, data, message):
   ],
 )
 def test_any_other_text_is_a_document(tmp_path, name, text):
-  corpora.write(tmp_path / name, text)
+  data = text.encode()
+  corpora.write(
+    tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data
+  )
   assert corpora.side(corpora.open_in(tmp_path, name)) == [text]
 
 
