@@ -11,6 +11,7 @@ import pytest
 from dsa_jax.chat import tokenizer as tokenizer_lib
 from tests.train.data import corpora
 from train.data import corpus as corpus_lib
+from train.data import manifest
 from train.data import retrieval
 
 PAIR = re.compile(r"\[([a-z]{4})([0-9]{4})\]")
@@ -41,6 +42,8 @@ def retrieval_corpus(tmp_path, monkeypatch):
   monkeypatch.setattr(
     tokenizer_lib, "load_tokenizer", lambda name: toys[name]()
   )
+  # A toy has no file.
+  monkeypatch.setattr(manifest, "of_tokenizer", lambda name, eos_id: eos_id)
 
   def make(tokenizer="bytes", **config) -> corpus_lib.Corpus:
     return corpora.make(
