@@ -1,10 +1,12 @@
 """The folder of a run: whose it is, what lies in it, whether it is writable."""
 
 import json
+import os
 import pathlib
 import re
 from typing import Any, Final
 
+from dsa_jax import ranges
 from train.host import atomic_files
 from train.host import json_files
 from train.host import ownership
@@ -40,7 +42,7 @@ class NotSaved(OSError):
 
 
 def check_path(option: str, path: str) -> None:
-  """Raises a ValueError for an address, or a path that leads nowhere.
+  """Raises a ValueError for an address, or a path on which no file can be.
 
   An address is such as gs://bucket/run: Orbax could write checkpoints there.
   But a run has more than these, which is added to, locked, and renamed, as only
@@ -52,12 +54,28 @@ def check_path(option: str, path: str) -> None:
       f"{option}={path} is an address, not a path: mount the bucket (with "
       "gcsfuse, say) and give the path there, as /bucket/run."
     )
-  whole = pathlib.Path(path)
-  for part in (whole, *whole.parents):
+  if re.match("~(/|$)", path):  # a shell leaves it so after --run-dir=
+    raise ValueError(
+      f"{option}={path} would be a folder named ~; give the path of your home, "
+      "as $HOME, or ./~ if that is what you mean."
+    )
+  try:
+    os.stat(path)
+  except FileNotFoundError:
+    _check_links(option, pathlib.Path(path))  # it need not be there yet
+  except OSError as e:
+    raise ValueError(
+      f"{option}={ranges.shown(path)} cannot be reached ({e.strerror}); give "
+      "another path."
+    ) from e
+
+
+def _check_links(option: str, path: pathlib.Path) -> None:
+  for part in (path, *path.parents):
     if part.is_symlink() and not part.exists():
       raise ValueError(
-        f"{option}={path} leads nowhere: {part} is a link to nothing, or to "
-        "itself (is its disk mounted?)."
+        f"{option}={path} leads nowhere: {part} is a link to nothing (is its "
+        "disk mounted?)."
       )
 
 

@@ -137,11 +137,10 @@ def test_nor_is_it_an_origin_or_a_conversion(address, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("way", ["link", "link/run", "loop", "loop/run"])
+@pytest.mark.parametrize("way", ["link", "link/run"])
 def test_a_link_to_nothing_is_no_new_beginning(tmp_path, way, resume):
   """Such as one to a disk that is not mounted."""
   (tmp_path / "link").symlink_to(tmp_path / "unmounted")
-  (tmp_path / "loop").symlink_to("loop")
   path = str(tmp_path / way)
   with pytest.raises(ValueError, match="run_dir=.* leads nowhere: .*mounted"):
     run_folder.check(path, CONFIG, resume=resume)
@@ -150,12 +149,51 @@ def test_a_link_to_nothing_is_no_new_beginning(tmp_path, way, resume):
   for source, target in ((path, "out"), ("in", path)):
     with pytest.raises(ValueError, match="=.* leads nowhere"):
       convert.convert(convert.Conversion(source, target))
-  assert {p.name for p in tmp_path.iterdir()} == {"link", "loop"}
+  assert {p.name for p in tmp_path.iterdir()} == {"link"}
 
 
 @pytest.mark.parametrize("path", ["run:1", "a/b:c/d", "C:/run", "./gs:/x"])
 def test_a_path_may_have_a_colon(path):
   run_folder.check_path("run_dir", path)
+
+
+@pytest.mark.parametrize(
+  ("path", "says"),
+  [
+    ("loop", "cannot be reached (Too many levels of symbolic links)"),
+    ("loop/run", "cannot be reached (Too many levels of symbolic links)"),
+    ("file/run", "cannot be reached (Not a directory)"),
+    ("x" * 300, "cannot be reached (File name too long)"),
+    ("~", "would be a folder named ~"),
+    ("~/run", "would be a folder named ~"),
+  ],
+)
+def test_a_path_on_which_nothing_can_be_is_refused(
+  tmp_path, monkeypatch, path, says
+):
+  """Before it is resolved, which ends in an error of another kind, or made."""
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("loop").symlink_to("loop")
+  pathlib.Path("file").touch()
+  before = sorted(tmp_path.iterdir())
+  for refuse, option in (
+    (lambda: run_folder.check(path, CONFIG, resume=True), "run_dir"),
+    (lambda: origin_lib.Origin(path, model_lib.tiny()), "init_from"),
+    (lambda: convert.convert(convert.Conversion(path, "out")), "source"),
+    (lambda: convert.convert(convert.Conversion("in", path)), "target"),
+  ):
+    with pytest.raises(ValueError) as error:
+      refuse()
+    assert str(error.value).startswith(f"{option}=")
+    assert says in str(error.value) and len(str(error.value)) < 300
+  assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("path", ["./~", "a~", "~name", "dangling", "new/run"])
+def test_a_path_may_lead_to_what_is_not_there_yet(tmp_path, monkeypatch, path):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("dangling").symlink_to("nowhere")
+  run_folder.check(path, CONFIG, resume=False)
 
 
 def test_the_steps_that_are_there(run_dir):
