@@ -169,6 +169,8 @@ class Run:
       stack.enter_context(dispatch.kernels(cfg.kernels))
       processes.say(self.summary())
       state = self._start()
+      if cfg.stop_at is not None and self.step >= cfg.stop_at:
+        self.position.stopping = True  # it has been there already
       self.clock = goodput.Clock(cfg.run_dir, self.step, began=self._began)
       stack.enter_context(contextlib.closing(self.clock))
       tracing = stack.enter_context(

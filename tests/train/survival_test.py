@@ -254,6 +254,9 @@ def test_one_command_starts_a_run_and_starts_it_again(folder, unbroken):
   cfg = dataclasses.replace(cfg, run_dir=str(folder / "again"), resume=True)
   train(cfg, stop_at=1)
   train(cfg, stop_at=3)
+  train(cfg, stop_at=3)  # it is there already
+  train(cfg, stop_at=2)
+  assert [x["step"] for x in runs.lines(cfg.run_dir, "train")] == [1, 2, 3]
   train(cfg)
   assert lines(cfg) == expected
 
