@@ -1,6 +1,7 @@
 """Preflight checks: everything short of training, and whether it fits."""
 
 from collections.abc import Iterator
+import math
 import os
 import pathlib
 import shutil
@@ -21,6 +22,8 @@ from train.run import run_folder
 
 # Of each stage's first batch: rows, and characters of a document.
 _ROWS, _CHARACTERS = 2, 120
+# A run that is stopped saves too; the disk should hold as many of these.
+_INTERRUPTIONS = 3
 
 
 def report(cfg: config_lib.TrainConfig) -> None:
@@ -119,8 +122,8 @@ def _memory(states: list[step_lib.TrainState], mesh: jax.sharding.Mesh) -> str:
 def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
   """Compares the disk space that checkpoints need with what is free.
 
-  Those of stages' ends stay; the newest do; and one more is written before the
-  oldest goes.
+  Those of stages' ends stay; the newest do, and what else is asked for; and one
+  more is written before the oldest goes. They are no more than are saved.
   """
   folder = pathlib.Path(cfg.run_dir).resolve()
   there = run_folder.checkpoints(folder)
@@ -128,7 +131,12 @@ def _disk(cfg: config_lib.TrainConfig, sizes: list[int]) -> str:
     folder = folder.parent
   if not os.access(folder, os.W_OK):
     raise ValueError(f"{folder} cannot be written to; give another --run-dir.")
-  largest, number = max(sizes), cfg.checkpoint.keep + 1
+  save, steps = cfg.checkpoint, cfg.total_steps
+  number = save.keep + save.keep_best + 1
+  if save.keep_every is not None:
+    number += steps // math.lcm(save.every, save.keep_every)
+  number = min(number, steps // save.every + _INTERRUPTIONS)
+  largest = max(sizes)
   needed = sum(sizes) + number * largest
   left = max(needed - len(there) * largest, 0)
   free = shutil.disk_usage(folder).free

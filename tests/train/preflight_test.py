@@ -145,6 +145,27 @@ def test_the_disk_must_hold_what_is_kept(folder, trained, capsys, monkeypatch):
   preflight.report(trained)  # has one of the four already
 
 
+@pytest.mark.parametrize(
+  ("save", "times"),
+  [
+    # Of 40 steps: what is kept, one more, and that of the stage's end; of all
+    # that are saved, three more.
+    (dict(every=10, keep=1), 1 + 1 + 1),
+    (dict(every=10, keep=2**31 - 1), 4 + 3 + 1),
+    (dict(every=1000, keep=9), 0 + 3 + 1),
+    (dict(every=4, keep=1, keep_best=3), 1 + 3 + 1 + 1),
+    (dict(every=4, keep=1, keep_every=8), 1 + 5 + 1 + 1),
+    (dict(every=4, keep=1, keep_every=6), 1 + 3 + 1 + 1),
+  ],
+)
+def test_no_more_is_kept_than_is_saved(folder, save, times):
+  cfg = runs.config(folder, "kept")
+  stage = dataclasses.replace(cfg.stages[0], steps=40)
+  save = checkpoint.CheckpointConfig(**save)
+  cfg = dataclasses.replace(cfg, stages=(stage,), checkpoint=save)
+  assert f": {times} kB with those of 1 " in preflight._disk(cfg, [1000])
+
+
 def test_the_device_must_hold_the_state(trained, capsys, monkeypatch):
   monkeypatch.setattr(jax, "local_devices", lambda: [Device(10**9)])
   preflight.report(trained)
