@@ -130,10 +130,15 @@ def _stream(descriptor: int, before: TextIO | None) -> TextIO:
 
 
 def _code(e: SystemExit) -> int:
-  """The exit code; a text is printed and gives 1, as in Python."""
+  """The exit code; a text is printed and gives 1, as in Python.
+
+  In one line that a terminal shows, and obeys none of: it may hold what others
+  have called their files.
+  """
   if isinstance(e.code, int):
     return e.code
   if e.code is None:
     return 0
-  print(e.code, file=sys.stderr)
+  shown = (x if x.isprintable() else repr(x)[1:-1] for x in str(e.code))
+  print("".join(shown), file=sys.stderr)
   return 1

@@ -163,3 +163,10 @@ program.run(main)
   found, out, err = ended(body)
   assert (found, out) == (code, "said")
   assert err.endswith(says) and bool(err) == bool(says)
+
+
+def test_last_words_are_a_line_that_a_terminal_does_not_obey():
+  says = r"'error: a\nb\r\x1b[31m\u202e \udcff \u00e9'"
+  body = f"import sys\nprogram.run(lambda: sys.exit({says}))"
+  code, _, err = ended(body)
+  assert (code, err) == (1, "error: a\\nb\\r\\x1b[31m\\u202e \\udcff \u00e9\n")
