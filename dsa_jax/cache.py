@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import mla
+from dsa_jax import ranges
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,14 @@ def make_cache(
   *,
   attention: frame_lib.Attention = "sparse",
 ) -> Cache:
-  """An empty cache with room for `size` tokens a row."""
+  """An empty cache with room for `size` tokens a row.
+
+  Raises:
+    ValueError: An argument is not of its kind, or below 1.
+  """
+  ranges.require("make_cache: batch", batch, ranges.Count)
+  ranges.require("make_cache: size", size, ranges.Count)
+  ranges.require("make_cache: attention", attention, frame_lib.Attention)
 
   def zeros(width):
     return jnp.zeros(

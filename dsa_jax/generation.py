@@ -54,7 +54,8 @@ def generate(
     ValueError: An argument is not of its kind or out of its range; a prompt is
       empty, or padding alone; an id is not in the vocabulary (seen where the
       tokens are known: not under `jax.jit`); the temperature samples, but there
-      is no key; or the rules share a sequence among devices.
+      is no key; or the rules share a sequence among devices, or the rows among
+      more than they divide by.
   """
   vocab = model.config.vocab_size
   ranges.require("generate: max_new_tokens", max_new_tokens, _NewTokens)
@@ -79,6 +80,12 @@ def generate(
       "generate: the mesh shares a sequence among devices, but tokens come one "
       "at a time: give the model's config rules with seq=None."
     )
+  if len(tokens) % (rows := model.config.rules.shards("batch")):
+    raise ValueError(
+      f"generate: {len(tokens)} prompts do not divide among the {rows} devices "
+      "that share a batch; give a multiple, or the model's config rules with "
+      "batch=None."
+    )
   graphdef, state = nnx.split(model)
   return _generate(
     graphdef,
@@ -95,8 +102,10 @@ def generate(
 
 def _check_prompts(tokens, pad_id: int | None, vocab: int) -> None:
   """Refuses what is no array of ids, and a row without a token."""
-  if not isinstance(tokens, jax.Array | np.ndarray) or not jnp.issubdtype(
-    tokens.dtype, jnp.integer
+  if (
+    not isinstance(tokens, jax.Array | np.ndarray)
+    or not jnp.issubdtype(tokens.dtype, jnp.integer)
+    or tokens.dtype.kind not in "iu"  # to NumPy, spans of time are integers
   ):
     raise ValueError("generate: the tokens must be an array of whole numbers.")
   if tokens.ndim != 2 or tokens.size == 0:

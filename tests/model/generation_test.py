@@ -156,6 +156,9 @@ def test_refuses_padding_alone(rows):
   [
     np.ones((1, 4), np.float32),
     np.ones((1, 4), bool),
+    np.ones((1, 4), "timedelta64[s]"),
+    jax.numpy.ones((1, 4), "int4"),
+    jax.random.split(jax.random.key(0), (1, 4)),
     [[1, 2]],
     "text",
     np.ones(4, np.int32),
@@ -182,6 +185,29 @@ def test_a_temperature_near_0_takes_the_likeliest():
 def test_refuses_an_empty_prompt():
   with pytest.raises(ValueError, match="empty"):
     dsa_jax.generate(models.model(), np.zeros((1, 0), np.int32), 1)
+
+
+@pytest.mark.parametrize(
+  ("batch", "size", "attention", "named"),
+  [
+    (0, 4, "sparse", "batch=0"),
+    (-1, 4, "sparse", "batch=-1"),
+    (1, 0, "sparse", "size=0"),
+    (1, 2.0, "sparse", "size=2.0"),
+    (1, 2**62, "sparse", "size=4611686018427387904"),
+    (True, 4, "sparse", "batch=True"),
+    (1, 4, "full", "attention='full'"),
+  ],
+)
+def test_refuses_caches(batch, size, attention, named):
+  plain = inspect.unwrap(cache_lib.make_cache)
+  with pytest.raises(ValueError, match=named):
+    plain(models.CONFIG, batch, size, attention=attention)
+
+
+def test_refuses_rows_that_do_not_divide():
+  with jax.set_mesh(dsa_jax.make_mesh(data=2)):
+    refuse("3 prompts do not divide among the 2 devices", models.tokens(3, 4))
 
 
 def test_refuses_to_share_a_token_among_devices():
