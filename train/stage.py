@@ -352,9 +352,10 @@ class Stage:
     part, rate = "indexer", cfg.optimizer.indexer_lr
     if self._stage.trains_model:
       part, rate = "peak", cfg.optimizer.peak_lr
+    kept = f"the checkpoint of step {max(steps)}" if steps else "the beginning"
     remedy = (
-      "The checkpoints before these steps are kept: go on from them with "
-      f"--resume and a lower rate, such as --optimizer.{part}-lr={rate / 2:g}."
+      f"Go on from {kept} with --resume and a lower rate, such as "
+      f"--optimizer.{part}-lr={rate / 2:g}."
     )
     if progress.rollbacks >= guard.rollbacks:
       raise Diverged(

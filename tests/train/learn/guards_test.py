@@ -250,13 +250,17 @@ def test_skips_in_a_row_roll_back_and_leave_the_data_behind(train, capsys):
 
 @pytest.mark.slow
 def test_the_run_ends_where_going_back_does_not_help(train):
-  with pytest.raises(stage.Diverged, match="after 1 rollbacks.*peak-lr"):
+  with pytest.raises(
+    stage.Diverged, match="after 1 .* of step 4 with.*peak-lr"
+  ):
     train(poisoned=range(6, 100), rollbacks=1)
 
 
 @pytest.mark.slow
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train):
-  with pytest.raises(stage.Diverged, match="no checkpoint of this stage"):
+  with pytest.raises(
+    stage.Diverged, match="no checkpoint of.* from the beginning"
+  ):
     train(poisoned={2, 3, 4})
 
 
