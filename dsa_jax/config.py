@@ -146,13 +146,14 @@ class ModelConfig:
     types = self.indexer_types
     if types and len(types) != self.num_layers:
       raise ValueError(
-        f"indexer_types has {len(types)} entries for {self.num_layers=}: give "
-        'one a layer, or none where all are "full".'
+        f"indexer_types={ranges.shown(types)} has {len(types)} entries for "
+        f"{self.num_layers=}: give one a layer, or none where all are "
+        '"full".'
       )
     if types and types[0] != "full":
       raise ValueError(
-        f"indexer_types[0]={types[0]!r} has no layer before it whose keys it "
-        'could read; make it "full".'
+        f"indexer_types={ranges.shown(types)} begins with {types[0]!r}, which "
+        'has no layer before it whose keys it could read; make it "full".'
       )
 
   def _check_experts(self):

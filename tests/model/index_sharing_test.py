@@ -272,10 +272,13 @@ def test_dense_attention_does_not_ask_the_indexers():
 @pytest.mark.parametrize(
   ("types", "message"),
   [
-    (("full", "shared"), "2 entries for self.num_layers=5"),
+    (
+      ("full", "shared"),
+      r"indexer_types=\('full', 'shared'\) has 2 entries for self.num_layers=5",
+    ),
     (
       ("shared", "full", "full", "full", "full"),
-      r"indexer_types\[0\]='shared'",
+      r"indexer_types=\('shared', .*\) begins with 'shared'",
     ),
   ],
 )

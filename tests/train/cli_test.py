@@ -97,8 +97,19 @@ TINY = "--config=configs/tiny.py"
       ["--stages.0.batch-size=8", "--stages.0.microbatches=3"],
     ),
     ([TINY, "--stages.0.steps=0"], ["--stages.0.steps=0", "at least 1"]),
-    ([TINY, "--data.sources.0.path=/nowhere/*.txt"], ["/nowhere/*.txt"]),
-    ([TINY, "--data.tokenizer=none.json"], ["none.json"]),
+    (
+      [TINY, "--data.sources.0.path=/nowhere/*.txt"],
+      ["--data.sources.0.path='/nowhere/*.txt' matches no file"],
+    ),
+    ([TINY, "--data.tokenizer=none.json"], ["--data.tokenizer='none.json'"]),
+    (
+      [TINY, "--model.indexer-types", "full"],
+      ["--model.indexer-types=('full',) has 1 entries"],
+    ),
+    (
+      [TINY, "--model.indexer-types", "shared", "full", "full", "full"],
+      ["--model.indexer-types=('shared', "],
+    ),
     ([TINY, "--stages.0.kind=warmup"], ["stages.0 is warmup", "--init-from"]),
     ([TINY, "--stages.0.kind=sparse"], ["stages.0 is sparse", "--init-from"]),
     ([TINY, "--init-from=/nowhere"], ["/nowhere", "no run with a checkpoint"]),

@@ -113,7 +113,10 @@ class Corpus:
       DataError: see `HfTokenizer` and `Source`.
     """
     self._config = config
-    self.tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+    try:
+      self.tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+    except tokenizer_lib.TokenizerError as e:
+      raise DataError(f"data.{e}") from e  # its text begins with "tokenizer="
     self.sources = tuple(
       sources_lib.Source(
         source, i, config.heldout_fraction, config.max_bad_share, quarantine

@@ -8,11 +8,15 @@ import os
 from train.data import documents as documents_lib
 
 
-def find(source: str) -> tuple[list[str], str]:
+def find(source: str, option: str) -> tuple[list[str], str]:
   """Finds what patterns match, with commas between them.
 
   A comma or a `[` that is part of a path that exists is no pattern. `**` enters
   links to folders, but no folder twice, and a file with several names has one.
+
+  Args:
+    source: the patterns.
+    option: sets them, as one types it.
 
   Returns:
     The paths, sorted: of regular files, and of what else is no folder; and the
@@ -32,19 +36,20 @@ def find(source: str) -> tuple[list[str], str]:
       if matches := _match(pattern):
         break
     else:
-      raise documents_lib.DataError(_nothing(parts[first].strip(), source))
+      what = f"{option}={source!r}"
+      raise documents_lib.DataError(_nothing(parts[first].strip(), what))
     found |= matches
     roots.append(os.path.abspath(_root(pattern)))
     first = last
   return sorted(_once(found)), os.path.commonpath(roots)
 
 
-def _nothing(pattern: str, source: str) -> str:
+def _nothing(pattern: str, what: str) -> str:
   if os.path.isdir(os.path.expanduser(pattern)):
     inside = os.path.join(pattern, "**", "*")
-    return f"{pattern!r} of {source=} is a folder; give {inside!r}."
+    return f"{pattern!r} of {what} is a folder; give {inside!r}."
   return (
-    f"{pattern!r} of {source=} matches no file in {os.getcwd()}; give 'stdlib',"
+    f"{pattern!r} of {what} matches no file in {os.getcwd()}; give 'stdlib',"
     " globs such as 'books/**/*.txt,web/*.jsonl', or 'hf:NAME'."
   )
 

@@ -195,9 +195,8 @@ def open_documents(
     DataError: nothing matches, a package is missing, all files are empty, or
       what `reject` raises.
   """
-  field = records.Field(
-    config.text_field, f"--data.sources.{number}.text-field"
-  )
+  options = f"--data.sources.{number}"
+  field = records.Field(config.text_field, f"{options}.text-field")
   if config.path.startswith("hf:"):
     dataset = hub.HubDataset(config.path, field)
     return documents_lib.Documents([dataset], dataset.num_bytes, [dataset.mark])
@@ -205,7 +204,7 @@ def open_documents(
   if is_stdlib:
     paths, root = _stdlib_paths(), os.path.dirname(os.__file__)
   else:
-    paths, root = paths_lib.find(config.path)
+    paths, root = paths_lib.find(config.path, f"{options}.path")
   files: list[documents_lib.File] = []
   marks: list[manifest.Mark] = []
   num_bytes, spool = 0, content_lib.Spool()

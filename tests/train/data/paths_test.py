@@ -15,8 +15,12 @@ def write(folder: pathlib.Path, *names: str) -> None:
     corpora.write(folder / name, f"text of {name}")
 
 
+def find(source: str) -> tuple[list[str], str]:
+  return paths.find(source, "--data.sources.0.path")
+
+
 def names(folder: pathlib.Path, *patterns: str) -> list[str]:
-  found, root = paths.find(",".join(f"{folder}/{each}" for each in patterns))
+  found, root = find(",".join(f"{folder}/{each}" for each in patterns))
   assert all(path.startswith(f"{root}/") for path in found)
   return [os.path.relpath(path, folder) for path in found]
 
@@ -89,11 +93,11 @@ def test_folders_behind_links_are_entered(tmp_path):
 def test_paths_from_here(tmp_path, monkeypatch):
   write(tmp_path, "a/1.txt", "2.txt")
   monkeypatch.chdir(tmp_path)
-  assert paths.find("**/*.txt") == (["2.txt", "a/1.txt"], str(tmp_path))
-  assert paths.find("a/*") == (["a/1.txt"], str(tmp_path / "a"))
-  assert paths.find("2.txt,a/*.txt")[1] == str(tmp_path)
+  assert find("**/*.txt") == (["2.txt", "a/1.txt"], str(tmp_path))
+  assert find("a/*") == (["a/1.txt"], str(tmp_path / "a"))
+  assert find("2.txt,a/*.txt")[1] == str(tmp_path)
   monkeypatch.setenv("HOME", str(tmp_path))
-  assert paths.find("~/a/*.txt") == (
+  assert find("~/a/*.txt") == (
     [f"{tmp_path}/a/1.txt"],
     str(tmp_path / "a"),
   )
@@ -109,8 +113,8 @@ def test_what_is_no_file_is_told(tmp_path):
     ("pipe.parquet", "pipe.parquet is no regular file"),
     ("*.txt", "pipe.txt is no regular file"),
     ("gone.jsonl", "gone.jsonl cannot be read .*No such file"),
-    ("folder", r"is a folder; give '.*/folder/\*\*/\*'"),
-    ("nothing", "matches no file"),
+    ("folder", r"0.path='.*' is a folder; give '.*/folder/\*\*/\*'"),
+    ("nothing", "of --data.sources.0.path='.*/nothing' matches no"),
     ("a.txt,nothing,b", "'nothing' of .* matches no file"),
   ):
     with pytest.raises(corpus_lib.DataError, match=message):
