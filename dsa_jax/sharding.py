@@ -52,7 +52,7 @@ class ShardingRules:
     for dimensions in _TOGETHER:
       seen: set[str] = set()
       for dimension in dimensions:
-        for name in _names(axes := getattr(self, dimension)):
+        for name in names(axes := getattr(self, dimension)):
           if name in seen:
             raise ValueError(
               f"{dimension}={axes!r}: the rules of {', '.join(dimensions)} "
@@ -64,7 +64,7 @@ class ShardingRules:
   @property
   def keys(self) -> MeshAxes:
     """The batch of keys: each device that shares a sequence has a copy."""
-    return (*_names(self.seq), *_names(self.batch))
+    return (*names(self.seq), *names(self.batch))
 
   def __call__(self, *axes: str | None) -> P | None:
     """The spec of an array with these logical axes; None without a mesh."""
@@ -77,7 +77,7 @@ class ShardingRules:
 
     Inside `local` there are none: what a psum there needs is asked for outside.
     """
-    wanted = _names(None if axis is None else getattr(self, axis))
+    wanted = names(None if axis is None else getattr(self, axis))
     mesh = _explicit_mesh()
     return tuple(name for name in wanted if mesh.get(name, 1) > 1) or None
 
@@ -89,10 +89,11 @@ class ShardingRules:
 def size(axes: MeshAxes) -> int:
   """Devices along axes of the mesh in context."""
   mesh = jax.sharding.get_abstract_mesh()
-  return math.prod(mesh.shape[name] for name in _names(axes))
+  return math.prod(mesh.shape[name] for name in names(axes))
 
 
-def _names(axes: MeshAxes) -> tuple[str, ...]:
+def names(axes: MeshAxes) -> tuple[str, ...]:
+  """The mesh axes of a rule."""
   return (axes,) if isinstance(axes, str) else axes or ()
 
 

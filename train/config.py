@@ -6,11 +6,12 @@ refused here, before anything compiles.
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 import traceback
 import types
-from typing import Annotated
+from typing import Annotated, Final
 
 import dsa_jax
 from dsa_jax import ranges
@@ -24,6 +25,17 @@ from train.learn import optimizer as optimizer_lib
 from train.learn import stages as stages_lib
 from train.run import checkpoint as checkpoint_lib
 from train.run import metrics as metrics_lib
+
+# A model's sizes, by the rule that says which devices share them.
+_CUT: Final = {
+  "embed": ("embed_dim",),
+  "rank": ("q_rank", "kv_rank"),
+  "heads": ("num_heads",),
+  "ffn": ("dense_ffn_dim", "expert_ffn_dim"),
+  "vocab": ("vocab_size",),
+  "experts": ("num_experts",),
+  "index_heads": ("index_heads",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +84,8 @@ class TrainConfig:
     ranges.check(self)
     self._check_steps()
     self._check_stages()
-    self._check_mesh()
     self._check_rules()
+    self._check_mesh()
 
   def _check_steps(self):
     total, last = self.total_steps, 2**31 - 1  # counted in int32
@@ -120,8 +132,9 @@ class TrainConfig:
         )
 
   def _check_mesh(self):
-    data, mesh, model = self.data, self.mesh, self.model
-    rows = mesh.data * mesh.fsdp * mesh.expert
+    data, model = self.data, self.model
+    rows, sharing = self._shares("batch")
+    chunks = 2 * self._shares("seq")[0]  # zigzag: two a device
     for i, stage in enumerate(self.stages):
       part = stage.batch_size // stage.microbatches
       if part % rows:
@@ -129,7 +142,7 @@ class TrainConfig:
           f"stages.{i}.batch_size={stage.batch_size} over "
           f"stages.{i}.microbatches={stage.microbatches} leaves {part} "
           f"sequences, which do not divide among the {rows} devices of "
-          "mesh.data x mesh.fsdp x mesh.expert."
+          f"{sharing}."
         )
       if part % data.shards:
         raise ValueError(
@@ -137,30 +150,26 @@ class TrainConfig:
           f"stages.{i}.microbatches={stage.microbatches} leaves {part} "
           f"sequences, which do not divide among {data.shards=}."
         )
-      chunks = 2 * mesh.context  # zigzag: two a device
-      if mesh.context > 1 and stage.seq_len % chunks:
+      if chunks > 2 and stage.seq_len % chunks:
         raise ValueError(
           f"stages.{i}.seq_len={stage.seq_len} is not a multiple of {chunks}, "
-          f"two chunks for each of {mesh.context=} devices."
+          f"two chunks for each of the devices of {self._shares('seq')[1]}."
         )
-    for name, axis in (
-      ("num_heads", "tensor"),
-      ("dense_ffn_dim", "tensor"),
-      ("expert_ffn_dim", "tensor"),
-      ("vocab_size", "tensor"),
-      ("num_experts", "expert"),
-    ):
-      value, size = getattr(model, name), getattr(mesh, axis)
-      if value % size:
-        raise ValueError(
-          f"model.{name}={value} does not divide by mesh.{axis}={size}."
-        )
-    for name in ("embed_dim", "q_rank", "kv_rank"):
-      if getattr(model, name) % (mesh.fsdp * mesh.context):
-        raise ValueError(
-          f"model.{name}={getattr(model, name)} does not divide by the "
-          f"{mesh.fsdp=} x {mesh.context=} devices that share the weights."
-        )
+    for axis, names in _CUT.items():
+      parts, sharing = self._shares(axis)
+      for name in names:
+        if getattr(model, name) % parts:
+          raise ValueError(
+            f"model.{name}={getattr(model, name)} does not divide among the "
+            f"{parts} devices of {sharing}, as model.rules.{axis} has it."
+          )
+
+  def _shares(self, axis: str) -> tuple[int, str]:
+    """How many devices share what a rule cuts, and how they are told."""
+    axes = sharding.names(getattr(self.model.rules, axis))
+    sizes = {f"mesh.{name}": getattr(self.mesh, name) for name in axes}
+    told = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    return math.prod(sizes.values()), told
 
   def _check_rules(self):
     for name, axes in dataclasses.asdict(self.model.rules).items():

@@ -145,6 +145,29 @@ TINY = "--config=configs/tiny.py"
       [TINY, "--model.rules.heads=nonsense"],
       ["--model.rules.heads='nonsense'", "no axis of the mesh"],
     ),
+    # Sizes must divide as the rules have it, not as these usually are.
+    (
+      [
+        *(TINY, "--mesh.tensor=3", "--model.rules.heads=None"),
+        *("--model.rules.ffn=None", "--model.rules.vocab=None"),
+        "--model.rules.index-heads=tensor",
+      ],
+      ["--model.index-heads=4", "3 devices of --mesh.tensor=3"],
+    ),
+    (
+      [
+        *(TINY, "--mesh.data=5", "--model.rules.batch=None"),
+        "--model.rules.vocab=data",
+      ],
+      ["--model.vocab-size=264", "5 devices of --mesh.data=5"],
+    ),
+    (
+      [
+        *(TINY, "--mesh.fsdp=3", "--model.rules.seq=fsdp"),
+        "--model.rules.batch=None",
+      ],
+      ["--stages.0.seq-len=256", "multiple of 6", "--mesh.fsdp=3"],
+    ),
     ([TINY, "--model.rules.heads=data"], ["batch, seq, heads", "'data' twice"]),
     ([TINY, "--data.retrieval.fraction=2"], ["--data.retrieval.fraction=2.0"]),
     (
@@ -266,6 +289,16 @@ class TestRunFolder:
   def test_the_config_is_written_down(self, cfg):
     text = (pathlib.Path(cfg.run_dir) / "config.json").read_text()
     assert json.loads(text) == json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def test_what_no_rule_cuts_need_not_divide(folder):
+  cfg = runs.config(folder, "rules")
+  rules = dataclasses.replace(cfg.model.rules, heads=None, batch=None)
+  model = dataclasses.replace(cfg.model, num_heads=3, rules=rules)
+  mesh = dataclasses.replace(cfg.mesh, data=8, tensor=2)
+  with pytest.raises(ValueError, match="among the 8 devices of mesh.data=8"):
+    dataclasses.replace(cfg, mesh=mesh)
+  loop.Run(dataclasses.replace(cfg, mesh=mesh, model=model))
 
 
 def test_options_reach_the_config(monkeypatch, tmp_path):
