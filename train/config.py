@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pathlib
 import re
+import sys
 import traceback
 import types
 from typing import Annotated, Final
@@ -36,6 +37,8 @@ _CUT: Final = {
   "experts": ("num_experts",),
   "index_heads": ("index_heads",),
 }
+
+_TOLD: Final = 1000  # characters that are shown of an error of a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,15 +235,16 @@ def load(path: str) -> TrainConfig:
     raise ValueError(f"--config={path} cannot be read: {reason}.") from e
   if file.suffix != ".py":
     raise ValueError(f"--config={path} is not a Python file, *.py.")
-  module = types.ModuleType(f"configs.{file.stem}")
-  module.__file__ = str(file)
+  module = types.ModuleType(re.sub(r"\W", "_", f"config {file}"))
+  module.__file__, module.__package__ = str(file), ""
+  sys.modules[module.__name__] = module  # its classes look for theirs
   try:
     # Not imported: then what was compiled of an older file could be taken.
     exec(compile(source, str(file), "exec"), vars(module))
     if "config" not in vars(module):
       raise ValueError("it must define `config() -> TrainConfig`")
     made = module.config()
-  except (Exception, SystemExit) as e:  # the file may do anything
+  except BaseException as e:  # the file may do anything
     raise ValueError(
       f"--config={path}{_place(e, str(file))}: {_told(e)}"
     ) from e
@@ -274,6 +278,8 @@ def _told(error: BaseException) -> str:
   if isinstance(error, SyntaxError):
     return f"SyntaxError: {error.msg}"
   text = " ".join(str(error).split())
+  if len(text) > _TOLD:
+    text = f"{text[:_TOLD]}..."
   return (
     text if type(error) is ValueError else f"{type(error).__name__}: {text}"
   )
