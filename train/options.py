@@ -15,6 +15,8 @@ from typing import Any
 
 import tyro
 
+from dsa_jax import ranges
+
 
 def parse[Config](
   default: Config, args: Sequence[str], *, program: str, description: str
@@ -32,6 +34,7 @@ def parse[Config](
     SystemExit: tyro does not know an option, or printed the help text.
   """
   _check_once(args)
+  _check_switches(args, type(default))
   registry = tyro.constructors.ConstructorRegistry()
   registry.struct_rule(_Postponed())
   cls = type(default)
@@ -125,6 +128,17 @@ def _check_once(args: Sequence[str]) -> None:
       raise ValueError(f"{name} is given twice, and not alike; give it once.")
 
 
+def _check_switches(args: Sequence[str], cls: type[Any]) -> None:
+  """Refuses a value of what is on or off: tyro would name the value alone."""
+  for name, values in _given(args):
+    if values not in ([], ["off"]) and _switches(cls).fullmatch(name):
+      off = re.sub(r"^(--(?:.*\.)?)", r"\1no-", name)
+      raise ValueError(
+        f"{name} takes no value, and is given {ranges.shown(values[0])}: give "
+        f"{name} or {off} alone."
+      )
+
+
 def _given(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
   """The options in a command line, each as it is in --help, with its values."""
   starts = [i for i, arg in enumerate(args) if arg.startswith("--")]
@@ -139,20 +153,28 @@ def _given(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 @functools.cache
 def _names(cls: type[Any]) -> re.Pattern[str]:
   """What matches a field of a config, or of one in it, in a text."""
-  names = "|".join(sorted(_fields(cls), key=len, reverse=True))
+  fields = [name for name, _ in _fields(cls)]
+  names = "|".join(sorted(fields, key=len, reverse=True))
   inner = "|".join(x for x in names.split("|") if r"\." in x) or "(?!)"
   return re.compile(
     rf"(?<![\w./-])(?:self\.)?(?P<name>(?:{names})(?==)|(?:{inner})(?!\.?\w))"
   )
 
 
-def _fields(kind: Any) -> Iterator[str]:
-  """Patterns of the names of all fields, and of those of their own."""
+@functools.cache
+def _switches(cls: type[Any]) -> re.Pattern[str]:
+  """What matches an option, as it is in --help, that is on or off."""
+  fields = [name for name, kind in _fields(cls) if kind is bool]
+  return re.compile(f"--({'|'.join(fields)})".replace("_", "-"))
+
+
+def _fields(kind: Any) -> Iterator[tuple[str, Any]]:
+  """Patterns of the names of all fields, and of those of their own; types."""
   for field in dataclasses.fields(kind):
-    yield field.name
+    yield field.name, field.type
     for inner, index in _configs(field.type):
-      for name in _fields(inner):
-        yield rf"{field.name}\.{index}{name}"
+      for name, inner_type in _fields(inner):
+        yield rf"{field.name}\.{index}{name}", inner_type
 
 
 def _configs(kind: Any) -> Iterator[tuple[type[Any], str]]:

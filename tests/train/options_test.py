@@ -198,6 +198,47 @@ def test_no_command_line_gets_past():
   assert min(taken, told) > 100
 
 
+def found(said: Any, path: str) -> Any:
+  """What tyro gave for one option."""
+  for name in path.split("."):
+    said = said[int(name)] if isinstance(said, tuple) else said.values[name]
+  return said
+
+
+def spelt(path: str, text: str) -> str:
+  """An option as one types it."""
+  if KINDS[path] is not bool or text not in ("True", "False"):
+    return f"--{path}={text}"
+  inside, _, name = path.rpartition(".")
+  dot, no = "." * bool(inside), "no-" * (text == "False")
+  return f"--{inside}{dot}{no}{name}"
+
+
+def test_command_lines_are_read_as_here(monkeypatch):
+  """Of real ones, which say all options: so the cases above are theirs too."""
+  said: list[Any] = []
+  make = lambda x, _: said.append(x) or CONFIG
+  monkeypatch.setattr(options, "make", make)
+  rng = random.Random(17)
+  for _ in range(20):
+    args, read, wrong = [], {}, []
+    for path, kind in KINDS.items():
+      text = rng.choice(("True", "False") if kind is bool else POOL)
+      try:
+        read[path] = typed(kind, text)
+      except (KeyError, ValueError):
+        wrong.append(spelt(path, text))
+      else:
+        args.append(spelt(path, text))
+    rng.shuffle(args)
+    main.parse([TINY, *args])
+    for path, value in read.items():  # of numbers, nan is not equal to itself
+      assert repr(found(said[-1], path)) == repr(value), path
+    option = rng.choice(wrong)
+    assert option.partition("=")[0].replace("_", "-") in told(option)
+  assert len(said) == 20
+
+
 def told(*args: str) -> str:
   """What a command line is refused with; fails if it is taken."""
   said = io.StringIO()
@@ -231,7 +272,14 @@ def told(*args: str) -> str:
     (["--data.sources.1.weight=1"], "Unrecognized options"),
     (["--seed=0x10"], "--seed"),
     (["--seed"], "--seed"),
-    (["--resume=maybe"], "maybe"),
+    (["--resume=maybe"], "--resume takes no value, and is given 'maybe'"),
+    (["--resume="], "--resume takes no value, and is given '': give --resume"),
+    (["--log.tensorboard", "on"], "or --log.no-tensorboard alone"),
+    (
+      ["--model.normalize_expert_weights=0"],
+      "--model.normalize-expert-weights",
+    ),
+    (["--seed=3", "--check", "true", "--kernels"], "--check takes no value"),
     (["--model.indexer-types", "full", "half"], "half"),
     (["--model.dtype=float16", "surplus"], "float16"),
     (["--tyro-write-completion", "nosh", "-"], "nosh"),
