@@ -209,10 +209,28 @@ def _train(cfg: config_lib.TrainConfig, held: contextlib.ExitStack) -> bool:
   return run.step == cfg.total_steps
 
 
+def check(cfg: config_lib.TrainConfig) -> None:
+  """Raises a ValueError for an option of `train.main` alone.
+
+  There are two runs, and the second begins with what the first has made.
+  """
+  alone = {
+    "--check": cfg.check,
+    "--compile-only": cfg.compile_only is not None,
+    "--distributed": cfg.distributed != processes.DistributedConfig(),
+  }
+  for option in (option for option, given in alone.items() if given):
+    raise ValueError(
+      f"{option} is not for a life cycle, which trains two runs in one process:"
+      " leave it out, or give it to train.main with the same --config."
+    )
+
+
 def main() -> None:
   processes.configure_platform()
   try:
     cfg = main_lib.parse(sys.argv[1:], "train.lifecycle", __doc__)
+    check(cfg)
     with contextlib.ExitStack() as held:
       if not all(_train(part, held) for part in (cfg, control(cfg))):
         return

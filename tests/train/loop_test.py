@@ -265,3 +265,17 @@ def test_a_life_cycle_is_dense_then_warmup_then_sparse(folder):
     wrong = dataclasses.replace(cfg, stages=stages, init_from="random")
     with pytest.raises(ValueError, match="dense stages, then warmup, then"):
       lifecycle.control(wrong)
+
+
+@pytest.mark.parametrize(
+  "option", ["--check", "--compile-only=v5p:2x2x1", "--distributed.auto"]
+)
+def test_a_life_cycle_does_not_ignore_options(monkeypatch, folder, option):
+  """It would train, where nothing was to be."""
+  config = "--config=configs/tiny_lifecycle.py"
+  run_dir = f"--run-dir={folder}/cycle"
+  monkeypatch.setattr("sys.argv", ["lifecycle", config, run_dir, option])
+  monkeypatch.chdir(pathlib.Path(__file__).parents[2])
+  monkeypatch.setattr(lifecycle, "_train", lambda *_: False)
+  with pytest.raises(SystemExit, match="error: --[a-z-]* is not for a"):
+    lifecycle.main()
