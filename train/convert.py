@@ -35,6 +35,7 @@ from dsa_jax.hf import load
 from dsa_jax.hf import prefetch
 from dsa_jax.hf import save
 from dsa_jax.hf import tensors as tensors_lib
+from train import options
 from train.host import atomic_files
 from train.host import json_files
 from train.host import ownership
@@ -315,6 +316,7 @@ def _progress(size: int, done: int) -> tqdm.tqdm:
 
 def main() -> None:
   try:
+    options.check_once(sys.argv[1:])
     convert(
       tyro.cli(Conversion, prog="python -m train.convert", description=__doc__)
     )

@@ -15,8 +15,6 @@ from typing import Any
 
 import tyro
 
-from dsa_jax import ranges
-
 
 def parse[Config](
   default: Config, args: Sequence[str], *, program: str, description: str
@@ -33,7 +31,7 @@ def parse[Config](
     ValueError: What an option says is refused, or two contradict each other.
     SystemExit: tyro does not know an option, or printed the help text.
   """
-  _check_once(args)
+  check_once(args)
   _check_switches(args, type(default))
   registry = tyro.constructors.ConstructorRegistry()
   registry.struct_rule(_Postponed())
@@ -51,6 +49,14 @@ def parse[Config](
   except AssertionError as e:  # tyro's, of the shell to complete options for
     raise ValueError(str(e)) from e
   return make(said, "")
+
+
+def check_once(args: Sequence[str]) -> None:
+  """Raises a ValueError for an option that is given twice, and not alike."""
+  said: dict[str, list[str]] = {}
+  for name, values in _given(args):
+    if said.setdefault(name, values) != values:
+      raise ValueError(f"{name} is given twice, and not alike; give it once.")
 
 
 def spelled(text: str, cls: type[Any], path: str = "") -> str:
@@ -120,21 +126,13 @@ def make(said: Any, path: str) -> Any:
     raise ValueError(spelled(str(e), said.cls, path)) from e
 
 
-def _check_once(args: Sequence[str]) -> None:
-  """Refuses an option that is given twice, and not the same both times."""
-  said: dict[str, list[str]] = {}
-  for name, values in _given(args):
-    if said.setdefault(name, values) != values:
-      raise ValueError(f"{name} is given twice, and not alike; give it once.")
-
-
 def _check_switches(args: Sequence[str], cls: type[Any]) -> None:
   """Refuses a value of what is on or off: tyro would name the value alone."""
   for name, values in _given(args):
     if values not in ([], ["off"]) and _switches(cls).fullmatch(name):
       off = re.sub(r"^(--(?:.*\.)?)", r"\1no-", name)
       raise ValueError(
-        f"{name} takes no value, and is given {ranges.shown(values[0])}: give "
+        f"{name} takes no value, and is given {values[0][:80]!r}: give "
         f"{name} or {off} alone."
       )
 

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import numpy as np
 import tyro
 
+from train import options
 from train.run import read_run
 
 # Of Okabe and Ito: apart for colour-blind readers too.
@@ -351,6 +352,7 @@ def report(
 
 def main() -> None:
   try:
+    options.check_once(sys.argv[1:])
     tyro.cli(report, prog="python -m train.report", description=__doc__)
   except (ValueError, OSError, ImportError) as e:
     sys.exit(f"error: {e}")

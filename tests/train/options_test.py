@@ -16,8 +16,10 @@ import pytest
 
 from tests.model import ranges_test
 from train import config as config_lib
+from train import convert
 from train import main
 from train import options
+from train import report
 
 TINY = "--config=configs/tiny.py"
 CONFIG = config_lib.load("configs/tiny.py")
@@ -289,6 +291,19 @@ def told(*args: str) -> str:
 def test_refuses_command_lines(args, says):
   text = told(*args)
   assert says in text and len(text) < 1000
+
+
+@pytest.mark.parametrize(
+  ("program", "args"),
+  [
+    (convert, ["in", "out", "--dtype=bfloat16", "--dtype=float32"]),
+    (report, ["run", "--out=a", "--out", "b"]),
+  ],
+)
+def test_other_programs_take_an_option_once_too(monkeypatch, program, args):
+  monkeypatch.setattr("sys.argv", ["program", *args])
+  with pytest.raises(SystemExit, match="^error: --[a-z]* is given twice"):
+    program.main()
 
 
 def test_a_name_that_is_no_text_is_refused():
