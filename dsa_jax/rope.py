@@ -31,7 +31,9 @@ def _frequencies(cfg: config_lib.ModelConfig) -> np.ndarray:
 
   low = max(math.floor(pair_with_turns(yarn.beta_fast)), 0)
   high = min(math.ceil(pair_with_turns(yarn.beta_slow)), R - 1)
-  ramp = (np.arange(R // 2) - low) / max(high - low, 0.001)
+  # Where both ends lie outside the pairs, high may be below low: the ramp then
+  # falls, as in DeepSeek's code and in transformers.
+  ramp = (np.arange(R // 2) - low) / (high - low or 0.001)
   slowed = np.clip(ramp, 0, 1)
   return frequency / yarn.factor * slowed + frequency * (1 - slowed)
 

@@ -71,3 +71,29 @@ def test_a_factor_of_one_is_plain_rope():
     models.CONFIG, yarn=config_lib.YarnConfig(original_context=8)
   )
   chex.assert_trees_all_equal(rope.angles(jnp.arange(9)[None], longer), plain)
+
+
+@pytest.mark.parametrize(
+  ("theta", "original", "share"),
+  [
+    # One turn in 3 tokens would be before the first pair, at -2: no pair is
+    # slowed.
+    (1e4, 3, 0.0),
+    # 32 turns in 2^20 tokens would be after the last, at 118: every pair is.
+    (10.0, 2**20, 1.0),
+  ],
+)
+def test_a_ramp_of_yarn_that_falls(theta, original, share):
+  """As DeepSeek's code and transformers have it: (i - low) / (high - low)."""
+  cfg = dataclasses.replace(
+    models.CONFIG,
+    rope_head_dim=64,
+    index_head_dim=64,
+    rope_theta=theta,
+    yarn=config_lib.YarnConfig(factor=4.0, original_context=original),
+  )
+  cos, sin = rope.angles(jnp.array([[1]]), cfg)
+  plain = theta ** (-np.arange(0, 64, 2) / 64)
+  np.testing.assert_allclose(
+    np.arctan2(sin, cos)[0, 0], plain * (1 - 0.75 * share), rtol=1e-5
+  )
