@@ -11,6 +11,8 @@ from dsa_jax import ranges
 from dsa_jax import regular_file
 
 _MAX_BYTES: Final = 2**24  # the index of the 671B model has half as many
+# The largest tokenizer.json has half as many; more take seconds.
+_MAX_VALUES: Final = 2**22
 _MAX_DEPTH: Final = 32  # of objects and lists within each other
 _SHOWN: Final = 80  # characters of a key that an error shows
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -32,13 +34,16 @@ def parse(raw: bytes, source: str) -> dict[str, Any]:
 
   A byte order mark is no harm. What JSON does not have is refused, a key that
   stands twice, a number that is infinite or none, and half a character; and so
-  is what is nested very deeply.
+  is what is nested very deeply, or has millions of values.
 
   Raises:
     ValueError: It is none; begins with `source`.
   """
   if not raw.strip():
     raise ValueError(f"{source} is empty.")
+  # One of these precedes each value, but for a few in text.
+  if sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+    raise ValueError(f"{source} has more than {_MAX_VALUES:,} values.")
   try:
     value = json.loads(
       raw.decode("utf-8-sig"),
@@ -81,6 +86,8 @@ def _wrong(value: Any, depth: int) -> list[str]:
     return [f"lies within more than {_MAX_DEPTH} objects and lists"]
   pairs = value.items() if isinstance(value, dict) else enumerate(value)
   for key, x in pairs:
-    if wrong := _wrong(key, 0) or _wrong(x, depth - 1):
+    # Most are none of these, or empty: a call for each would take seconds.
+    named = isinstance(key, str) and _wrong(key, 0)
+    if wrong := named or (x and type(x) is not int and _wrong(x, depth - 1)):
       return [str(key), *wrong]
   return []

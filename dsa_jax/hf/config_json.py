@@ -84,6 +84,7 @@ _QUANTISED: Final = {
   "scale_fmt": "ue8m0",
   "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
 }
+_MAX_BYTES: Final = 2**20  # of the file; the longest have a tenth
 _DTYPES: Final = ("float32", "bfloat16")
 _LETTERS: Final = {"F": "full", "S": "shared"}
 # Our words in an error of ModelConfig, and theirs.
@@ -152,7 +153,7 @@ def read_json(folder: pathlib.Path) -> dict[str, Any]:
   """
   file = folder / "config.json"
   try:
-    return json_file.read(file)
+    return json_file.read(file, _MAX_BYTES)
   except FileNotFoundError as e:
     raise FileNotFoundError(f"{file} is missing.") from e
 

@@ -45,14 +45,14 @@ class Folder:
     """
     self.path = path
     where = _weight_map(path)
-    files = sorted({path / file for file in where.values()}) or _numbered(path)
+    named = [path / file for file in sorted(set(where.values()))]
     self.entries: dict[str, header_lib.Entry] = {}
-    for file in files:
-      if not file.exists():
-        named = [name for name, at in where.items() if path / at == file]
+    for file in named or _numbered(path):
+      if where and not file.exists():
+        its = [name for name, at in where.items() if at == file.name]
         raise FileNotFoundError(
-          f"{file} is missing; {INDEX} says that it holds {named[0]} and"
-          f" {len(named) - 1} more tensors."
+          f"{file} is missing; {INDEX} says that it holds {its[0]} and"
+          f" {len(its) - 1} more tensors."
         )
       for name, entry in header_lib.read(file).items():
         if name.endswith(_DERIVED):

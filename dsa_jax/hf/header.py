@@ -26,6 +26,7 @@ DTYPES: Final = {
 }
 # All of the 671B model in one file has 14 million; a larger one is no header.
 _MAX_BYTES: Final = 2**25
+_MAX_DIMS: Final = 8  # of a tensor; the models here have two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _entry(file: pathlib.Path, name: str, value: Any, begin: int) -> Entry:
   dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
   if not isinstance(dtype, str) or not is_name(dtype):
     raise ValueError(f"{wrong} has dtype={ranges.shown(dtype)}.")
-  if not _are_counts(shape):
+  if not _are_counts(shape) or len(shape) > _MAX_DIMS:
     raise ValueError(f"{wrong} has shape={ranges.shown(shape)}.")
   if not _are_counts(place) or len(place) != 2 or place[0] > place[1]:
     raise ValueError(f"{wrong} has data_offsets={ranges.shown(place)}.")

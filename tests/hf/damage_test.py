@@ -110,6 +110,25 @@ def test_keys_of_config_json(tmp_path, name):
       assert twice.refused and f"{path[0]!r} stands twice" in twice.said
 
 
+@pytest.mark.parametrize(
+  ("unit", "says"),
+  [
+    (b"1,", "has more than 1,048,576 bytes"),
+    (b"[1],", "has more than 4,194,304 values"),
+    (b'{"a":1},', "has more than 4,194,304 values"),
+  ],
+)
+def test_millions_of_values(tmp_path, unit, says):
+  file = tmp_path / "config.json"
+  text = b'{"a": [' + unit * 2_100_000 + b"1]}"
+  reader = config_json.read_json
+  if "values" in says:
+    reader = lambda folder: json_file.parse(text, str(folder / "config.json"))
+  file.write_bytes(text)
+  got = damage.read(lambda: reader(tmp_path))
+  assert got.refused and f"{file} {says}" in got.said
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bytes_of_config_json(tmp_path, name):
   config = Config(name, tmp_path)
@@ -228,6 +247,18 @@ def test_places_in_a_header(tmp_path, offsets, says):
   assert got.refused and says in got.said and file.name in got.said
 
 
+def test_a_tensor_of_many_dimensions(tmp_path):
+  """Whose product would take minutes."""
+  stored = Stored(tmp_path, 1)
+  file = stored.folder / "model.safetensors"
+  header, data = headers(file)
+  path = ("model.layers.3.a.weight", "shape")
+  for shape in ([10**290] * 50_000, [1] * 9):
+    put(file, damage.dumps(damage.replaced(header, path, shape)), data)
+    got = stored.check(len(shape))
+    assert got.refused and len(got.said) < 300 and "has shape=[1" in got.said
+
+
 def test_bytes_of_a_file(tmp_path):
   stored = Stored(tmp_path, 1)
   file = stored.folder / "model.safetensors"
@@ -311,8 +342,11 @@ def test_files_that_do_not_belong_together(tmp_path):
   "name",
   ["config.json", files.INDEX, "model-00002-of-00003.safetensors", "LICENSE"],
 )
-def test_what_is_no_file(tmp_path, name, other):
+@pytest.mark.parametrize("indexed", [True, False])
+def test_what_is_no_file(tmp_path, name, other, indexed):
   stored = Stored(tmp_path, 3)
+  if not indexed:
+    (stored.folder / files.INDEX).unlink()
   file = stored.folder / name
   file.unlink(missing_ok=True)
   damage.OTHERS[other](file)
