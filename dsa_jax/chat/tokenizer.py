@@ -111,13 +111,15 @@ class HfTokenizer:
       self._tokenizer.no_padding()
       vocab = self._tokenizer.get_vocab()
     _check_ids(path, raw, vocab)
-    eos = self._find_eos(pathlib.Path(path))
+    special = self._special()
+    eos = self._find_eos(pathlib.Path(path), special)
     self.eos_id = vocab[eos]
     self.vocab_size = 1 + max(vocab.values())
     # A text that spells "</s>" must not end its own document. In some files
     # eos is an ordinary token: adding it again keeps its id.
     self._tokenizer.add_special_tokens([eos])
     self._tokenizer.encode_special_tokens = True
+    self._check_eos(eos, eos in special)
 
   def encode(self, text: str) -> Int32[np.ndarray, " N"]:
     """Returns the ids of `text`, without bos, eos or any special token.
@@ -153,7 +155,24 @@ class HfTokenizer:
         f"tokenizer={self._path!r} {what}: {type(e).__name__}: {text[:200]}."
       ) from e
 
-  def _find_eos(self, path: pathlib.Path) -> str:
+  def _special(self) -> list[str]:
+    """The tokens that the file calls special."""
+    added = self._tokenizer.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special]
+
+  def _check_eos(self, eos: str, special: bool) -> None:
+    """Refuses a word, or what unknown characters become, as eos."""
+    text = "\U0010ffff"  # no character, and in no vocabulary
+    if not special:  # a word may be written otherwise than it is called
+      text += eos + self._tokenizer.decode([self.eos_id], False)
+    if self.eos_id in self.encode(text):
+      raise TokenizerError(
+        f"tokenizer={self._path!r}: texts have {ranges.shown(eos)} within them,"
+        " so that it cannot be what ends a document; give another eos_token in"
+        " tokenizer_config.json."
+      )
+
+  def _find_eos(self, path: pathlib.Path, special: list[str]) -> str:
     config_path = path.with_name("tokenizer_config.json")
     if os.path.lexists(config_path):
       try:
@@ -174,8 +193,6 @@ class HfTokenizer:
             f" {path}; the two files must be of one model."
           )
         return name
-    added = self._tokenizer.get_added_tokens_decoder().values()
-    special = [token.content for token in added if token.special]
     for name in _EOS_NAMES:
       if name in special:
         return name

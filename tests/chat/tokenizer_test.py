@@ -88,6 +88,31 @@ def test_a_text_cannot_spell_eos(tmp_path, special):
   assert tokenizer.decode(ids) == "a</s>b"
 
 
+@pytest.mark.parametrize("eos", ["e", "{", "Ċ"])
+def test_a_word_is_no_eos(tmp_path, eos):
+  path = write_hf(tmp_path, config={"eos_token": eos})
+  with pytest.raises(
+    tokenizer_lib.TokenizerError, match=f"texts have '{eos}' within them"
+  ):
+    tokenizer_lib.HfTokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+def test_what_unknown_characters_become_is_no_eos(tmp_path, kind):
+  path = pathlib.Path(write_hf(tmp_path))
+  raw = json.loads(path.read_text()) | {"pre_tokenizer": None, "decoder": None}
+  raw["added_tokens"][0]["id"] = 0
+  for unknown, refused in (("</s>", True), ("?", False)):
+    model = {"type": kind, "vocab": {"</s>": 0, "?": 1}, "unk_token": unknown}
+    merges = {"merges": []} if kind == "BPE" else {}
+    path.write_text(json.dumps(raw | {"model": model | merges}))
+    if refused:
+      with pytest.raises(tokenizer_lib.TokenizerError, match="'</s>' within"):
+        tokenizer_lib.HfTokenizer(str(path))
+    else:
+      assert tokenizer_lib.HfTokenizer(str(path)).encode("x").tolist() == [1]
+
+
 @pytest.mark.parametrize(
   "options, message",
   [
