@@ -46,6 +46,11 @@ from train.run import run_folder
 
 # Of the folder that a checkpoint was made of: all but the parameters.
 _ORIGIN: Final = "hf"
+# Options that say what a source becomes, by what that is.
+_ONLY: Final = {
+  "checkpoint": ("dtype", "stage"),
+  "Hugging Face folder": ("format", "max_shard_size", "like"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +168,7 @@ def convert(conversion: Conversion) -> None:
   if (source / "config.json").exists() and (
     "model_type" in config_json.read_json(source)
   ):
+    _refuse_others(conversion, "checkpoint")
     with contextlib.ExitStack() as held:
       _to_orbax(conversion, source, held)
     return
@@ -172,8 +178,24 @@ def convert(conversion: Conversion) -> None:
       f"{source} is neither a Hugging Face folder (config.json with model_type)"
       " nor a run's folder or a checkpoint."
     )
+  _refuse_others(conversion, "Hugging Face folder")
   with contextlib.ExitStack() as held:
     _to_hf(conversion, found, held)
+
+
+def _refuse_others(conversion: Conversion, target: str) -> None:
+  """An option of the other way would be read past."""
+  for field in dataclasses.fields(conversion):
+    value = vars(conversion)[field.name]
+    if value == field.default or field.name in _ONLY[target]:
+      continue
+    for other, names in _ONLY.items():
+      if field.name in names:
+        option = field.name.replace("_", "-")
+        raise ValueError(
+          f"--{option}={value} is for what becomes a {other}, but"
+          f" {conversion.source} becomes a {target}: leave it out."
+        )
 
 
 def _to_orbax(
