@@ -234,6 +234,8 @@ def to_json(
   else:
     for key in ("indexer_types", "indexer_rope_interleave", "auto_map"):
       raw.pop(key, None)
+  if like is not None and like.get("model_type") == "deepseek_v3":
+    raw.pop("layer_types", None)  # full attention; what is written has DSA
   if "dtype" in raw:  # as newer versions spell it
     raw["dtype"] = raw.pop("torch_dtype")
   quantised = raw.pop("quantization_config", None)
@@ -351,17 +353,16 @@ def _check_derived(
   mlps = ["dense"] * cfg.num_dense_layers + ["sparse"] * cfg.num_moe_layers
   depths = "num_hidden_layers and first_k_dense_replace"
   section.expect("mlp_layer_types", mlps, None, by=depths)
+  known = ("indexed_attention", "deepseek_sparse_attention")
   if kind == "deepseek_v3":
-    section.skip("layer_types")
-    return
-  sparse = ("indexed_attention", "deepseek_sparse_attention")
+    known = ("full_attention",)
   layers = section.get("layer_types", _Kinds, default=None)
   if layers is not None and (
-    len(layers) != cfg.num_layers or set(layers) - set(sparse)
+    len(layers) != cfg.num_layers or set(layers) - set(known)
   ):
     section.refuse(
       "layer_types",
-      f"must be {' or '.join(sparse)} for each of num_hidden_layers",
+      f"must be {' or '.join(known)} for each of num_hidden_layers",
     )
 
 

@@ -73,6 +73,15 @@ def test_refuses_what_it_cannot_honour(key, value):
 
 
 @pytest.mark.parametrize(
+  "layers",
+  [["sliding_attention"] * 3, ["full_attention"] * 2, [], "full_attention"],
+)
+def test_v3_has_full_attention_in_every_layer(layers):
+  with pytest.raises(ValueError, match="layer_types=.*is not supported"):
+    parse(model_type="deepseek_v3", layer_types=layers)
+
+
+@pytest.mark.parametrize(
   ("key", "value"),
   [
     ("quant_method", "gptq"),
@@ -246,6 +255,13 @@ class TestWritten:
     )
     raw = config_json.to_json(cfg, "bf16", like)
     assert "index_topk_freq" not in raw
+    assert config_json.parse(raw, None, MTP) == cfg
+
+  def test_dsa_replaces_full_attention(self):
+    said = dict(model_type="deepseek_v3", layer_types=["full_attention"] * 3)
+    cfg = parse(**said)
+    raw = config_json.to_json(cfg, "bf16", folders.CONFIG | said)
+    assert "layer_types" not in raw
     assert config_json.parse(raw, None, MTP) == cfg
 
   def test_longer_contexts_replace_the_old(self):
