@@ -345,6 +345,47 @@ def test_refuses_a_malformed_line(monkeypatch, capsys, run_dir, bad):
   assert f"{file}, line 3 is malformed" in text
 
 
+GRID = dict(lengths=[8, 16], depths=[0, 1], accuracy=[[1, 0], [0, None]])
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    *(dict(step=True), dict(step=-1), dict(step=10**400), dict(step=2.0)),
+    *(dict(bits_per_byte="x"), dict(index=[1.0]), dict(recall={})),
+    *(dict(dense=10**400), dict(recall_per_layer=0.5)),
+    *(dict(index_per_layer=[[1.0]]), dict(index_per_layer=[1, [2]])),
+    *(dict(kind="retrieval"), dict(kind="retrieval", attention="dense")),
+    GRID | dict(kind="retrieval"),
+    GRID | dict(kind="retrieval", attention=["dense"]),
+    GRID | dict(kind="retrieval", attention="full"),
+    GRID | dict(kind="retrieval", attention="dense", depths=[0]),
+    GRID | dict(kind="retrieval", attention="dense", accuracy=[[1, 0]]),
+    dict(kind="retrieval", attention="dense", accuracy=[[]], lengths=[1])
+    | dict(depths=[]),
+  ],
+  ids=lambda wrong: str(wrong)[:40],
+)
+def test_refuses_measurements_that_are_none(
+  monkeypatch, capsys, run_dir, wrong
+):
+  file = run_dir / "metrics.jsonl"
+  lines = file.read_text().splitlines()
+  bad = json.dumps({"step": 3, "kind": "train"} | wrong)
+  file.write_text("\n".join([*lines[:2], bad, *lines[2:]]))
+  text = refused(monkeypatch, capsys, run_dir)
+  assert f"{file}, line 3 is malformed" in text
+  assert "\n" not in text and len(text) < len(str(file)) + 200
+
+
+def test_refuses_layers_that_come_and_go(monkeypatch, capsys, run_dir):
+  lines = read_run.read(run_dir).lines
+  lines[-3] = dict(step=50, kind="train", recall_per_layer=[0.5])
+  write_lines(run_dir, lines)
+  text = refused(monkeypatch, capsys, run_dir)
+  assert "in the stage sparse, recall_per_layer is of more layers" in text
+
+
 def test_leaves_out_half_a_line_at_the_end(run_dir):
   file = run_dir / "metrics.jsonl"
   before = read_run.read(run_dir).lines

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, Final
 import zipfile
 
 from jaxtyping import Float, Int
@@ -13,6 +13,13 @@ import numpy as np
 from train.host import json_files
 
 type Line = dict[str, Any]  # of metrics.jsonl
+
+# The measurements that are drawn: of how many axes their numbers are.
+_AXES: Final = (
+  dict.fromkeys(("bits_per_byte", "index", "recall", "dense", "sparse"), 0)
+  | dict.fromkeys(("index_per_layer", "recall_per_layer"), 1)
+  | dict(lengths=1, depths=1, accuracy=2)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +94,37 @@ def read_lines(file: pathlib.Path) -> Iterator[Line]:
   """
   for number, line in json_files.read_lines(file):
     try:
-      if not isinstance(line["step"], int) or not isinstance(line["kind"], str):
-        raise TypeError("step must be a whole number and kind a text")
-    except (KeyError, TypeError) as e:
+      _check(line)
+    except (KeyError, TypeError, ValueError) as e:
       raise json_files.Damaged(
         f"{file}, line {number} is malformed ({e!r})."
       ) from e
     yield line
+
+
+def _check(line: Line) -> None:
+  """Raises a KeyError, TypeError or ValueError for what cannot be drawn."""
+  if type(line["step"]) is not int or not 0 <= line["step"] < 2**31:
+    raise TypeError("step must be a whole number below 2^31")
+  if not isinstance(line["kind"], str):
+    raise TypeError("kind must be a text")
+  for name in _AXES.keys() & line:
+    if _axes(line[name]) != _AXES[name]:
+      raise TypeError(f"{name} must be numbers along {_AXES[name]} axes")
+  if line["kind"] == "retrieval":
+    shape = (len(line["lengths"]), len(line["depths"]))
+    if 0 in shape or np.shape(line["accuracy"]) != shape:
+      raise ValueError("accuracy must be one by length and depth")
+    if line["attention"] not in ("dense", "sparse"):
+      raise ValueError("attention must be dense or sparse")
+
+
+def _axes(values: Any) -> int | None:
+  """Along how many axes they are numbers, or null; None if they are not."""
+  try:
+    return np.array(values, float).ndim
+  except (TypeError, ValueError, OverflowError):
+    return None
 
 
 def stage_spans(stages: Iterable[tuple[str, int]], last: int) -> list[Span]:
@@ -113,13 +144,23 @@ def _within(lines: list[Line], kind: str, span: Span) -> list[Line]:
 def series(
   lines: list[Line], spans: list[Span], kind: str, name: str
 ) -> list[Series]:
-  """Collects `name` from lines of `kind`: one series per stage that has it."""
+  """Collects `name` from lines of `kind`: one series per stage that has it.
+
+  Raises:
+    ValueError: Its lines in a stage are not of as many layers.
+  """
   found = []
   for span in spans:
     having = [line for line in _within(lines, kind, span) if name in line]
     if having:
       steps = np.array([line["step"] for line in having])
-      values = np.array([line[name] for line in having], float)  # null is NaN
+      rows = [np.array(line[name], float) for line in having]  # null is NaN
+      if len({row.shape for row in rows}) > 1:
+        raise ValueError(
+          f"metrics.jsonl is malformed: in the stage {span.kind}, {name} is of "
+          "more layers in some lines than in others."
+        )
+      values = np.stack(rows)
       found.append(Series(steps, values, span.kind))
   return found
 
