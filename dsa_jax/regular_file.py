@@ -1,17 +1,31 @@
 """Files that others made, opened without a wait.
 
 Opening a FIFO waits for a writer, reading a device may never end, and a path
-that is to be a file may be a folder: what is no regular file is refused.
+that is to be a file may be a folder: what is no regular file is refused. An
+error of a disk names the file, also where it was open already.
 """
 
+import io
 import os
 import pathlib
 import stat
-from typing import BinaryIO
+from typing import Any
 
 
-def open_(file: pathlib.Path) -> BinaryIO:
+class _Named(io.FileIO):
+  """Tells which file cannot be read, as only opening one does by itself."""
+
+  def readinto(self, buffer: Any) -> int | None:
+    try:
+      return super().readinto(buffer)
+    except OSError as e:
+      raise OSError(e.errno, e.strerror, os.fspath(self.name)) from e
+
+
+def open_(file: pathlib.Path) -> io.BufferedReader:
   """Opens a regular file, or a link to one, for reading.
+
+  A read of many bytes at once goes past the buffer.
 
   Raises:
     ValueError: It is a folder, a FIFO, a socket or a device.
@@ -19,7 +33,7 @@ def open_(file: pathlib.Path) -> BinaryIO:
   """
   if not stat.S_ISREG(os.stat(file).st_mode):
     raise ValueError(f"{file} is no regular file.")
-  return open(file, "rb")
+  return io.BufferedReader(_Named(file))
 
 
 def read(file: pathlib.Path, most: int) -> bytes:

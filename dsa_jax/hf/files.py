@@ -19,6 +19,7 @@ import numpy as np
 
 from dsa_jax import json_file
 from dsa_jax import ranges
+from dsa_jax import regular_file
 from dsa_jax.hf import header as header_lib
 
 INDEX: Final = "model.safetensors.index.json"
@@ -82,11 +83,9 @@ class Folder:
     entry = self.entries[name]
     array = np.empty(entry.shape, self.dtype(name))
     raw = array.reshape(-1).view(np.uint8)
-    with open(entry.file, "rb", buffering=0) as file:
+    with regular_file.open_(entry.file) as file:
       file.seek(entry.begin)
-      done = 0
-      while done < raw.size and (some := file.readinto(raw[done:])):
-        done += some
+      done = file.readinto(raw)
     if done < raw.size:
       raise ValueError(f"{entry.file} is cut short within {name}.")
     return array
@@ -110,7 +109,8 @@ class Folder:
     a, b = self.entries[one], self.entries[other]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
       return False
-    with open(a.file, "rb") as first, open(b.file, "rb") as second:
+    open_ = regular_file.open_
+    with open_(a.file) as first, open_(b.file) as second:
       first.seek(a.begin)
       second.seek(b.begin)
       left = a.size
@@ -185,7 +185,7 @@ def write(
 def checksum(file: pathlib.Path) -> int:
   """The CRC-32 of a file."""
   value = 0
-  with open(file, "rb", buffering=0) as opened:
+  with regular_file.open_(file) as opened:
     while some := opened.read(_PIECE):
       value = zlib.crc32(some, value)
   return value

@@ -35,7 +35,7 @@ def save_hf(
   model: transformer.Transformer,
   folder: str | pathlib.Path,
   *,
-  format: config_json.Format = "bf16",  # noqa: A002: the word its users know
+  format: config_json.Format = "bf16",  # noqa: A002 - the word its users know
   max_shard_size: int | str = "5GB",
   like: str | pathlib.Path | None = None,
 ) -> None:

@@ -1,14 +1,19 @@
 """Files that are cut short, missing, or cannot be written."""
 
 import json
+import pathlib
 import resource
 
 import numpy as np
 import pytest
 
 import dsa_jax
+from dsa_jax import regular_file
+from dsa_jax.hf import companions
 from dsa_jax.hf import files
 from tests.hf import folders
+
+MEMORY = pathlib.Path("/proc/self/mem")
 
 
 @pytest.fixture
@@ -55,6 +60,28 @@ def test_a_file_that_is_cut_short(folder, kept):
   file.write_bytes(whole[:kept])
   with pytest.raises(ValueError, match="00003-of-00003.*cut short"):
     dsa_jax.load_hf(folder)
+
+
+@pytest.mark.skipif(not MEMORY.exists(), reason="there is no /proc/self/mem")
+def test_a_disk_that_fails_is_told_by_file(folder):
+  """Its first pages cannot be read: an error of input, by a file that opens."""
+  stored = files.Folder(folder)
+  file = part(folder, 2)
+  name = next(x for x, at in stored.entries.items() if at.file == file)
+  file.unlink()
+  file.symlink_to(MEMORY)
+  for read in (
+    lambda: stored.read(name),
+    lambda: stored.same(name, name),
+    lambda: files.checksum(file),
+    lambda: files.Folder(folder),
+    lambda: regular_file.read(file, 8),
+    lambda: companions.copy(
+      [companions.Companion(file, pathlib.Path("copy"))], folder
+    ),
+  ):
+    with pytest.raises(OSError, match="error: '.*00002-of-00003.safetensors'"):
+      read()
 
 
 def test_a_header_that_is_none(folder):

@@ -175,6 +175,7 @@ class Example:
     ("kind", 1, '"a" or "b"'),
     ("parts", [1], "a tuple"),
     ("parts", (), "1 to 2 entries long"),
+    ("parts", (0, 1, 2), "1 to 2 entries long"),
     ("parts", (1, -1), "at most 2147483647; its entry 1 is -1"),
     ("kinds", ("a", "a", "c"), 'a tuple of "a" or "b"; its entry 2 is \'c\''),
   ],

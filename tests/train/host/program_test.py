@@ -66,6 +66,18 @@ def test_a_full_disk_takes_no_output_and_ends_nothing():
   assert second == "went on"
 
 
+def test_a_disk_that_is_full_again_is_told_again():
+  code, out, err = ended("""
+import os
+full, free = os.open("/dev/full", os.O_WRONLY), os.dup(1)
+for to in (full, full, free, free, full, free):
+  os.dup2(to, 1)
+  print("x")
+""")
+  assert (code, out) == (0, "x\nx\nx\n")
+  assert err.count("WARNING: standard output") == len(err.splitlines()) == 2
+
+
 def test_a_reader_that_goes_ends_nothing():
   reading, writing = os.pipe()
   os.close(reading)
