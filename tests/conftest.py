@@ -1,10 +1,15 @@
 """Settings that every test runs under."""
 
 import gc
+import signal
 
 import jax
 import pytest
 
+# Who starts the tests may ignore these (`&`, `nohup`); programs that they start
+# would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_platforms", "cpu")  # libtpu may be installed
 # Two along each axis of the mesh; before the backend starts.
 jax.config.update("jax_num_cpu_devices", 32)

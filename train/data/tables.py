@@ -170,10 +170,11 @@ class _RowGroup:
 
   def __getitem__(self, index: int) -> str:
     file, at = self.place(index)
+    column = None
     if not self._too_large:
       column = _decoded(self._content, self._column, self._group)
-      self._too_large = column is None
-    if self._too_large:  # of which its size in the file says nothing
+    if column is None:  # of which its size in the file says nothing
+      self._too_large = True
       raise BadRecord(
         f"{file}, row {at}, is in a row group with more than"
         f" {_GROUP_BYTES:,} bytes of text, {_SMALLER}",

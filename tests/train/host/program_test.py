@@ -117,12 +117,15 @@ while True:
   "doing", ["time.sleep(60)", "import nothing_of_this_name", "pass"]
 )
 def test_ctrl_c_is_never_swallowed(doing):
-  with start(SWALLOWS.format(doing)) as process:
-    assert process.stdout is not None and process.stderr is not None
+  process = start(SWALLOWS.format(doing))
+  try:
+    assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert process.stderr.read().decode() == "\nstopped by SIGINT\n"
+    _, err = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert (process.returncode, err) == (130, b"\nstopped by SIGINT\n")
 
 
 def test_last_words_wait_for_no_reader():
