@@ -132,12 +132,10 @@ class Run:
         "another --run-dir."
       ) from e
     with contextlib.closing(claim):
-      try:  # again: it may have been another's a moment ago
+      with _checking_again():  # it may have been another's a moment ago
         run_folder.check(
           cfg.run_dir, dataclasses.asdict(cfg), resume=cfg.resume
         )
-      except ValueError as e:
-        raise run_folder.NotSaved(str(e)) from e
       yield claim
 
   def train(self) -> None:
@@ -156,7 +154,8 @@ class Run:
       claim = stack.enter_context(self.own())
       run_dir = pathlib.Path(cfg.run_dir)
       stack.enter_context(processes.log_to(run_dir / "log.txt"))
-      self.checkpoints = open_checkpoints(cfg)
+      with _checking_again():
+        self.checkpoints = open_checkpoints(cfg)
       with outputs.Output(f"{run_dir}/versions").attempt():
         provenance.write(run_dir)
       watchdog = stack.enter_context(
@@ -301,6 +300,15 @@ class Run:
 
   def _stop(self) -> None:
     self.position.stopping = True
+
+
+@contextlib.contextmanager
+def _checking_again() -> Iterator[None]:
+  """Inside, what no longer fits ends a run that has begun, as a disk does."""
+  try:
+    yield
+  except ValueError as e:
+    raise run_folder.NotSaved(str(e)) from e
 
 
 def open_checkpoints(

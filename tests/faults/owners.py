@@ -64,7 +64,11 @@ def wrong(work: pathlib.Path, run: str, case: Case) -> list[str]:
   first = _start(work, run, 0)
   if case == "a second one":
     _until_it_trains(first)
-  both = [first, _start(work, run, 1)]
+    first.send(signal.SIGSTOP, [0])  # or it might end before the second begins
+  both = [first, second := _start(work, run, 1)]
+  if case == "a second one":
+    second.end_by_itself()
+    first.send(signal.SIGCONT, [0])
   codes = [attempt.end_by_itself()[0] for attempt in both]
   if sorted(codes) != [0, 1]:
     said = "\n".join(attempt.tail() for attempt in both)

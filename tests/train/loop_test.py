@@ -138,6 +138,38 @@ def test_a_signal_stops_and_saves(folder, unbroken, monkeypatch, capsys):
   assert losses(runs.lines(cfg.run_dir, "train")) == losses(unbroken[1][:4])
 
 
+@pytest.mark.parametrize("nth", range(4))
+def test_a_config_that_cannot_be_read_any_more_ends_a_run_in_a_line(
+  folder, monkeypatch, nth
+):
+  """Its file is read as the run is checked, owned, opened, and gone on with."""
+  cfg = runs.config(folder, f"unread_{nth}", runs.ONE_LAYER)
+  loop.open_checkpoints(cfg).close()
+  cfg = dataclasses.replace(cfg, resume=True)
+  file = pathlib.Path(cfg.run_dir) / "config.json"
+  read, before, reads = (
+    pathlib.Path.read_bytes,
+    file.read_bytes(),
+    iter(range(9)),
+  )
+
+  def fails(self):
+    if self.name == file.name and next(reads) == nth:
+      raise OSError(5, "Input/output error", str(self))
+    return read(self)
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", fails)
+  says = "config.json cannot be read .Input/output error"
+  if nth == 0:
+    with pytest.raises(ValueError, match=says):
+      loop.Run(cfg)
+  else:
+    run = loop.Run(cfg)
+    with pytest.raises(loop.ENDS, match=says):
+      run.train()
+  assert read(file) == before
+
+
 @pytest.mark.parametrize(
   "kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda x: x.name
 )
