@@ -121,7 +121,8 @@ def _wanted(kind: Any, value: Any) -> str | None:
     return _wanted(parts[0], value) or next(outside, None)
   if origin is Literal:
     found = any(type(value) is type(x) and value == x for x in parts)
-    return None if found else " or ".join(f'"{x}"' for x in parts)
+    shown = (f'"{x}"' if isinstance(x, str) else str(x) for x in parts)
+    return None if found else " or ".join(shown)
   if origin in (typing.Union, types.UnionType):
     wanted = [_wanted(part, value) for part in parts]
     known = [x for x in wanted if x is not None]

@@ -310,11 +310,15 @@ def _to_hf(
   names = out.plan(stored.read)
   journal.begin(held)
   sizes = [sum(spec.size for spec in out.specs(i)) for i in range(len(names))]
+  left = [
+    i
+    for i, name in enumerate(names)
+    if name not in journal or not (journal.folder / name).exists()
+  ]
 
   def written():
-    for i, name in enumerate(names):
-      if name not in journal:
-        yield i, out.write(i, stored.read)
+    for i in left:
+      yield i, out.write(i, stored.read)
 
   def compared(file):
     i, checksum = file
@@ -322,7 +326,7 @@ def _to_hf(
       raise OSError(f"{journal.folder / names[i]} is not what was written.")
     return i
 
-  done = sum(size for name, size in zip(names, sizes) if name in journal)
+  done = sum(sizes) - sum(sizes[i] for i in left)
   with _progress(sum(sizes), done) as bar:
     # A file is compared while the next one is written.
     for i in prefetch.prefetch(compared, written()):

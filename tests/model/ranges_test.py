@@ -149,6 +149,7 @@ class Example:
   scale: ranges.Positive = 1.0
   count: ranges.Count | None = None
   kind: Literal["a", "b"] = "a"
+  level: Literal[0, 1] = 0
   parts: Annotated[tuple[ranges.Index, ...], ranges.Length(1, 2, "entries")] = (
     0,
   )
@@ -173,6 +174,9 @@ class Example:
     ("count", 2**31, "at most 2147483647, or None"),
     ("kind", "c", '"a" or "b"'),
     ("kind", 1, '"a" or "b"'),
+    ("level", 2, "must be 0 or 1"),
+    ("level", True, "must be 0 or 1"),
+    ("level", "1", "must be 0 or 1"),
     ("parts", [1], "a tuple"),
     ("parts", (), "1 to 2 entries long"),
     ("parts", (0, 1, 2), "1 to 2 entries long"),
