@@ -185,17 +185,14 @@ def convert(conversion: Conversion) -> None:
 
 def _refuse_others(conversion: Conversion, target: str) -> None:
   """An option of the other way would be read past."""
-  for field in dataclasses.fields(conversion):
-    value = vars(conversion)[field.name]
-    if value == field.default or field.name in _ONLY[target]:
-      continue
-    for other, names in _ONLY.items():
-      if field.name in names:
-        option = field.name.replace("_", "-")
-        raise ValueError(
-          f"--{option}={value} is for what becomes a {other}, but"
-          f" {conversion.source} becomes a {target}: leave it out."
-        )
+  (other,) = _ONLY.keys() - {target}
+  for name in _ONLY[other]:
+    value = vars(conversion)[name]
+    if value != vars(Conversion)[name]:
+      raise ValueError(
+        f"--{name.replace('_', '-')}={value} is for what becomes a {other}, but"
+        f" {conversion.source} becomes a {target}: leave it out."
+      )
 
 
 def _to_orbax(

@@ -21,7 +21,6 @@ _GROUP_BYTES = 1 << 31
 _CACHED_BYTES, _CACHED_GROUPS = 1 << 31, 8
 _FEWEST, _MOST = 16, 1024  # rows that are decoded at a time
 
-
 _SMALLER = (
   "all of which is decoded to read a document; write it with"
   " row_group_size=1000."
