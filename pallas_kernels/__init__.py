@@ -15,6 +15,7 @@ from pallas_kernels.operands import Index
 from pallas_kernels.ops.dense_indexer_loss import dense_indexer_loss
 from pallas_kernels.ops.dense_mla import dense_mla
 from pallas_kernels.ops.grouped_matmul import grouped_matmul
+from pallas_kernels.ops.grouped_mlp import grouped_mlp
 from pallas_kernels.ops.indexer_topk import indexer_topk
 from pallas_kernels.ops.sparse_indexer_loss import sparse_indexer_loss
 from pallas_kernels.ops.sparse_mla import sparse_mla
@@ -26,6 +27,7 @@ __all__ = [
   "dense_indexer_loss",
   "dense_mla",
   "grouped_matmul",
+  "grouped_mlp",
   "indexer_topk",
   "sparse_indexer_loss",
   "sparse_mla",

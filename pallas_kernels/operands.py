@@ -18,7 +18,8 @@ class Index:
   """Index queries, rotated."""
   k: Float[Array, "BX S I"]
   """Index keys, rotated, shared by all heads. BX is B; outside a shard_map, B
-  for each device that shares a sequence."""
+  for each device that shares a sequence. For an op that is given `pages`: a
+  pool of pages, [pages, page, I]."""
   w: Float[Array, "B T M"]
   """Head weights of each query, with all scales folded in."""
 

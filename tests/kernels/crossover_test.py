@@ -34,10 +34,47 @@ def test_short_sequences_are_done_densely(T, S, K, dense):
   assert crossover.dense_is_faster(T, S, K) == dense
 
 
+@pytest.mark.parametrize(
+  "T, S, K, dense",
+  [
+    # Of half the keys each, as without a cache: 4096 < 4 x 2048 - 410.
+    (8192, 8192, 2048, True),
+    (15_000, 15_000, 2048, True),
+    (16_000, 16_000, 2048, False),
+    # Nearly all keys are seen: S (1 + 410 / T) - T / 2 < 8192.
+    (2048, 7000, 2048, True),
+    (2048, 8192, 2048, False),
+    (512, 4096, 2048, True),
+    (512, 5000, 2048, False),
+    (64, 2048, 2048, False),
+    (1, 2048, 2048, False),
+  ],
+)
+def test_cached_keys_are_seen_by_all(T, S, K, dense):
+  assert crossover.dense_is_faster(T, S, K, cached=True) == dense
+
+
+def test_many_queries_expand_cached_keys():
+  """FLOPs of a head, with a cache so long that T is nothing beside it."""
+  H, R, U, C, S = 128, 64, 128, 512, 10**9
+
+  def expanded(T):
+    return S * 2 * C * (H + U) + T * S * 2 * (H + R + U)
+
+  def absorbed(T):
+    of_queries = T * 2 * C * (H + U)
+    return of_queries + T * S * 2 * (C + R + C)
+
+  for T in (1, 2, 64, 170, 171, 256, 2048):
+    faster = expanded(T) < absorbed(T)
+    assert crossover.expanding_is_faster(T) == faster == (T > 170)
+
+
 @pytest.mark.parametrize("kind", ["TPU v8", "TPU v9 lite"])
 def test_a_device_without_a_figure_is_always_sparse(monkeypatch, kind):
   monkeypatch.setattr(dispatch, "device_kind", lambda: kind)
   assert not crossover.dense_is_faster(2048, 2048, 2048)
+  assert not crossover.dense_is_faster(2048, 2048, 2048, cached=True)
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])

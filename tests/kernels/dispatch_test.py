@@ -35,6 +35,7 @@ CALLS = {
       "start": i32((B, T)),
       "end": i32((B, T)),
       "top_k": K,
+      "pages": i32((B, 3)),
       "score_dtype": "float8_e4m3fn",
     },
     (i32((B, T, K)), f32((B, T, K))),
@@ -106,6 +107,17 @@ CALLS = {
   "grouped_matmul": (
     {"x": f32((T, C)), "w": f32((N, C, U)), "sizes": i32((N,))},
     f32((T, U)),
+  ),
+  "grouped_mlp": (
+    {
+      "x": f32((T, C)),
+      "sizes": i32((N,)),
+      "gate": f32((B * N, C, U)),
+      "up": f32((B * N, C, U)),
+      "down": f32((B * N, U, C)),
+      "first": i32(()),
+    },
+    f32((T, C)),
   ),
 }
 

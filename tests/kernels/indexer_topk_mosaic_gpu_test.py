@@ -171,6 +171,65 @@ def test_lowers_at_real_shapes(T, S, score_dtype):
   assert "mosaic_gpu" in lowered.as_text()
 
 
+@pytest.mark.parametrize("score_dtype", [None, "float8_e4m3fn"])
+def test_lowers_with_pages(score_dtype):
+  """A decoding step of 3 rows; one row's keys are copied at a time."""
+  B, M, I, page, P, pool = 3, 64, 128, 64, 32, 1000
+  struct = jax.ShapeDtypeStruct
+  args = [
+    *(struct((B, 1, M, I), jnp.bfloat16), struct((pool, page, I), "bfloat16")),
+    *(struct((B, 1, M), jnp.float32), struct((B, 1), jnp.int32)),
+    struct((B, P), jnp.int32),
+  ]
+
+  def step(q, k, w, end, pages):
+    return mosaic_gpu.indexer_topk(
+      *(operands.Index(q, k, w), jnp.zeros_like(end), end, 2048),
+      pages=pages,
+      score_dtype=score_dtype,
+    )
+
+  traced = jax.jit(step).trace(*args)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "mosaic_gpu" in text
+  assert f"tensor<{P}x{page}x{I}xbf16>" in text
+  assert f"tensor<{B}x{P}x{page}x{I}xbf16>" not in text
+
+
+def test_scores_the_keys_of_each_rows_pages(monkeypatch):
+  """With kernels that take a key's first number for its score."""
+
+  def scores(q, k, w, start, end, k_scale):
+    del w, start, end, k_scale
+    return jnp.broadcast_to(k[:, 0].astype(jnp.float32), (len(q), len(k)))
+
+  def select(scores_TS, start, end, top_k):
+    del start
+    place_S = jnp.arange(scores_TS.shape[1])[None]
+    seen_TS = jnp.where(place_S < end[:, None], scores_TS, -jnp.inf)
+    chosen, indices = jax.lax.top_k(seen_TS, top_k)
+    return indices, chosen
+
+  monkeypatch.setattr(mosaic_gpu.scores_lib, "scores", scores)
+  monkeypatch.setattr(mosaic_gpu.select_lib, "select", select)
+  B, T, M, I, page = 2, 5, 8, 128, 4
+  pool = jnp.arange(9 * page).reshape(9, page, 1).astype(jnp.bfloat16)
+  index = operands.Index(
+    jnp.ones((B, T, M, I), jnp.bfloat16),
+    jnp.broadcast_to(pool, (9, page, I)),
+    jnp.ones((B, T, M)),
+  )
+  pages = jnp.array([[7, 2, 8], [2, 0, -1]])
+  end = jnp.broadcast_to(jnp.array([[10], [8]]), (B, T))
+  indices, chosen = jax.jit(
+    lambda *args: mosaic_gpu.indexer_topk(*args, 2, pages=pages)
+  )(index, jnp.zeros_like(end), end)
+  expected = [[9, 8], [3, 2]], [[33, 32], [11, 10]]
+  for actual, rows in zip((indices, chosen), expected, strict=True):
+    for t in range(T):
+      np.testing.assert_array_equal(actual[:, t], rows)
+
+
 @pytest.mark.parametrize(
   "sizes, reason",
   [

@@ -163,6 +163,28 @@ def test_chooses_what_the_reference_chooses():
   chex.assert_trees_all_equal(run(*args), (indices, scores), strict=True)
 
 
+def test_pages_are_put_in_order(monkeypatch):
+  """What the kernel gets are the rows' keys; S is theirs, not the pool's."""
+  B, T, M, I, page = 2, 3, 2, 4, 8
+  k_BSI = inputs.normal(0, B, 3 * page, I)
+  pages = np.array([[4, 1, 6], [1, 0, 2]])
+  k_BSI = k_BSI.at[1, :page].set(k_BSI[0, page : 2 * page])
+  pool = jnp.zeros((9, page, I)).at[pages].set(k_BSI.reshape(B, 3, page, I))
+  q, w = inputs.normal(1, B, T, M, I), inputs.normal(2, B, T, M)
+  start, end = jnp.zeros((B, T), jnp.int32), jnp.full((B, T), 99, jnp.int32)
+  got = []
+
+  def indices(q, k, w, start, end, top_k, bQ):
+    del q, w, start, bQ
+    got.append((k, end))
+    return jnp.zeros((B, T, top_k), jnp.int32)
+
+  monkeypatch.setattr(mosaic_tpu, "_indices", indices)
+  topk(q, pool, w, start, end, 2, pages=jnp.asarray(pages))
+  np.testing.assert_array_equal(got[0][0], k_BSI)
+  np.testing.assert_array_equal(got[0][1], 3 * page)
+
+
 @pytest.mark.parametrize(
   "kwargs, reason",
   [

@@ -25,23 +25,31 @@ def indexer_topk(
   end: Int[Array, "B T"],
   top_k: int,
   *,
+  pages: Int[Array, "B P"] | None = None,
   score_dtype: Literal["float8_e4m3fn"] | None = None,
   implementation: dispatch.Implementation | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """Selects the `top_k` keys of highest index score for each query.
 
   Products and sums of the scores are in fp32. Ties go to the lowest key. The
-  result is the same for every tiling, with and without jit, grad and remat, up
-  to scores that differ by no more than the matmul's rounding. It has no
-  gradient: the loss recomputes the scores.
+  result is the same for every tiling, wherever pages lie, with and without jit,
+  grad and remat, up to scores that differ by no more than the matmul's
+  rounding. It has no gradient: the loss recomputes the scores.
 
-  Memory: O(T K) and one tile of queries x S, except for `reference`.
+  Memory: O(T K) and one tile of queries x S, except for `reference`; that of
+  `chunked_xla` is of some thousands of keys at most. Kernels also copy keys
+  that lie in pages.
 
   Args:
     index: Factors of the scores.
     start: First key that each query sees.
     end: One past the last key it sees; with `start >= end` it sees none.
     top_k: K, at least 1; may exceed S.
+    pages: Each row's pages in order, in a pool [pages, page, I] that `index.k`
+      then is: key s is `index.k[pages[b, s // page], s % page]`, and S is P
+      page. Rows may share pages. A number is not used, and may be any, if no
+      query of the row sees a key of that page. `None`: `index.k` has each row's
+      keys.
     score_dtype: Dtype of queries and keys in their product; `None` keeps their
       own. In 8 bits they are rotated and scaled first, as in DeepSeek-V3.2
       (`fp8.quantize`; I must be a power of 2): Hopper's tensor cores are twice
@@ -50,8 +58,8 @@ def indexer_topk(
     implementation: A name; `None` takes the fastest, see `dispatch.call`.
 
   Returns:
-    Indices, int32, ascending, padded with -1 at the end where a query sees
-    fewer than K keys; and their scores, fp32, -inf there.
+    Indices below S, int32, ascending, padded with -1 at the end where a query
+    sees fewer than K keys; and their scores, fp32, -inf there.
 
   Raises:
     ValueError: `top_k` is below 1.
@@ -64,5 +72,6 @@ def indexer_topk(
     IMPLEMENTATIONS,
     implementation,
     *args,
+    pages=pages,
     score_dtype=score_dtype,
   )

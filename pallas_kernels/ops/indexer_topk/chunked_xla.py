@@ -1,9 +1,11 @@
 """Exact selection tile by tile, on any backend, without sorting.
 
-For each tile of bT queries:
+For each tile of bT queries, and for each block of some thousands of keys, from
+the first to the last that a query of the tile sees:
 
-  1. score all visible keys, a tile of bS keys at a time: [bT, S], the largest
-     array there is; keys that no query of the tile can see are skipped
+  1. score the block's keys, a tile of bS keys at a time; tiles that no query
+     sees are skipped. With the K best of the blocks before, which stand first
+     so that ties go to them: [bT, X], the largest array there is
   2. map each score to an unsigned integer of the same order
   3. find the K-th largest, bit by bit from the top: 32 counts
   4. mark the keys above it, and the first of those equal to it, as bits: 32
@@ -16,6 +18,7 @@ over I and one sum over M. (Its last bits depend on the backend's matmul, which
 may differ with the tile's shape: the order of scores that close is arbitrary.)
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -24,11 +27,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import contraction
+from pallas_kernels import dispatch
 from pallas_kernels import operands
 from pallas_kernels import tiles
 from pallas_kernels.ops.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk import paging
 
 _WORD = 32  # keys a word
+_BLOCK = {"cpu": 4096, "gpu": 65536}  # keys, or 4 K if that is more
 
 
 def indexer_topk(
@@ -37,78 +43,146 @@ def indexer_topk(
   end: Int[Array, "B T"],
   top_k: int,
   *,
+  pages: Int[Array, "B P"] | None = None,
   score_dtype: Literal["float8_e4m3fn"] | None = None,
   query_tile: int | None = None,
   key_tile: int | None = None,
+  key_block: int | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`.
 
-  `query_tile` and `key_tile` are the queries per tile and the keys scored at a
-  time; by default as many as fit the tile budget. Neither changes the result.
+  `query_tile`, `key_tile` and `key_block` are the queries per tile, the keys
+  scored at a time and the keys chosen from at a time; by default as many as fit
+  the tile budget. Keys are taken in whole pages. None changes the result.
   """
   index = jax.lax.stop_gradient(index)
   q, k, w = index.q, index.k, index.w
-  T, S, M = q.shape[1], k.shape[1], q.shape[2]
-  bT = query_tile or tiles.tile_size(T, 8 * S, largest=128)
+  T, S, M = q.shape[1], paging.num_keys(k, pages), q.shape[2]
+  block = _BLOCK.get(dispatch.platform(), _BLOCK["gpu"])
+  most = key_block or max(block, 4 * top_k)
+  bT = query_tile or tiles.tile_size(T, 8 * min(S, most), largest=128)
   bS = key_tile or tiles.tile_size(S, 4 * bT * M)
-  tile = functools.partial(_select_tile, top_k=top_k, bS=bS, S=S)
+  if pages is None:
+    k, pages = paging.cut(k, bS)
+  tile_pages = max(bS // k.shape[1], 1)
+  bS = tile_pages * k.shape[1]
+  block_tiles = min(-(-S // bS), max(most // bS, 1))
+  pages = jnp.pad(pages, [(0, 0), (0, -pages.shape[1] % tile_pages)])
 
-  def row(q, k, w, start, end):
-    k = jnp.pad(k, [(0, -S % bS), (0, 0)])
+  def row(q, w, start, end, pages):
+    keys = _Keys(k, pages, tile_pages, score_dtype)
+    tile = functools.partial(
+      _select_tile, keys=keys, top_k=top_k, block_tiles=block_tiles, S=S
+    )
     tiled = [tiles.split(x, bT) for x in (q, w, start, end)]
-    indices, scores = jax.lax.map(lambda xs: tile(*xs, k=k), tiled)
+    indices, scores = jax.lax.map(lambda xs: tile(*xs), tiled)
     return tiles.join(indices, T), tiles.join(scores, T)
 
   if score_dtype is not None:
-    q, k = fp8.rounded(q), fp8.rounded(k)
+    q = fp8.rounded(q)
   # Visibility depends on start and end alone. Tied to q, it cannot be computed
   # in advance, once for all layers of a model: that would be T x S.
   q, start, end = jax.lax.optimization_barrier((q, start, end))
   return tiles.map_rows(
     row,
-    *(q, k, w.astype(jnp.float32), start, end),
-    tile_bytes=max(8 * bT * S, 4 * bT * bS * M),
+    *(q, w.astype(jnp.float32), start, end, pages),
+    tile_bytes=max(8 * bT * bS * block_tiles, 4 * bT * bS * M),
   )
 
 
-def _select_tile(q, w, start, end, *, k, top_k, bS, S):
-  """Indices and scores of one tile: q [bT, M, I], k [S padded to bS, I]."""
-  start, end = jnp.clip(start, 0, S)[:, None], jnp.clip(end, 0, S)[:, None]
-  scores_TS = _scores(q, k, w, start, end, bS)
-  S_words = -(-k.shape[0] // _WORD) * _WORD
-  scores_TS = jnp.pad(scores_TS, [(0, 0), (0, S_words - k.shape[0])])
-  key = jnp.arange(S_words, dtype=start.dtype)[None]
-  order_TS = jnp.where((key >= start) & (key < end), _order(scores_TS), 0)
-  threshold_T1 = _kth_largest(order_TS, top_k)
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+  """The keys of a batch row, read a tile of whole pages at a time."""
 
-  above_TW = _pack(order_TS > threshold_T1)
+  pool: Float[Array, "pages page I"]
+  pages: Int[Array, " P"]
+  tile_pages: int
+  score_dtype: Literal["float8_e4m3fn"] | None
+
+  @property
+  def bS(self) -> int:
+    """Keys of a tile."""
+    return self.tile_pages * self.pool.shape[1]
+
+  def tile(self, i: Int[Array, ""]) -> Float[Array, "bS I"]:
+    """Keys i bS to (i + 1) bS."""
+    n = self.tile_pages
+    pages = jax.lax.dynamic_slice_in_dim(self.pages, i * n, n)
+    k = paging.gather(self.pool, pages)
+    return k if self.score_dtype is None else fp8.rounded(k)
+
+
+def _select_tile(q, w, start, end, *, keys, top_k, block_tiles, S):
+  """Indices and scores of one tile of queries: q [bT, M, I]."""
+  start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
+  first, last = tiles.seen_keys(start, end, keys.bS)
+  start, end = start[:, None], end[:, None]
+
+  def block(i, best):
+    """Chooses from the best keys of earlier blocks, which ascend, and these."""
+    tile = i * block_tiles
+    seen = jnp.maximum(first, tile), jnp.minimum(last, tile + block_tiles)
+    scores_TS = _scores(q, w, keys, tile, seen, block_tiles)
+    key_S = tile * keys.bS + jnp.arange(scores_TS.shape[1], dtype=jnp.int32)
+    key_TS = jnp.broadcast_to(key_S, scores_TS.shape)
+    key_TX, scores_TX = (
+      jnp.concatenate(x, 1) for x in zip(best, (key_TS, scores_TS))
+    )
+    return _select(key_TX, scores_TX, start, end, top_k)
+
+  def nothing(width):
+    shape = (len(q), width)
+    return jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf)
+
+  if block_tiles * keys.bS >= S:
+    return block(0, nothing(0))
+  blocks = first // block_tiles, -(-last // block_tiles)
+  return jax.lax.fori_loop(*blocks, block, nothing(top_k))
+
+
+def _select(key_TX, scores_TX, start, end, top_k):
+  """The best of these keys, each row of which ascends but for -1."""
+  padding = [(0, 0), (0, -key_TX.shape[1] % _WORD)]
+  key_TX = jnp.pad(key_TX, padding, constant_values=-1)
+  scores_TX = jnp.pad(scores_TX, padding)
+  visible_TX = (key_TX >= start) & (key_TX < end)
+  order_TX = jnp.where(visible_TX, _order(scores_TX), 0)
+  threshold_T1 = _kth_largest(order_TX, top_k)
+
+  above_TW = _pack(order_TX > threshold_T1)
   # Threshold 0: there are at most K visible keys, and all lie above it.
-  equal_TW = _pack((order_TS == threshold_T1) & (threshold_T1 > 0))
+  equal_TW = _pack((order_TX == threshold_T1) & (threshold_T1 > 0))
   missing_T1 = top_k - _popcount(above_TW).sum(-1, keepdims=True)
   equal_before_TW = _exclusive_sum(_popcount(equal_TW))
   chosen_TW = above_TW | _lowest_bits(equal_TW, missing_T1 - equal_before_TW)
 
-  indices_TK = _marked(chosen_TW, top_k)
-  scores_TK = jnp.take_along_axis(
-    scores_TS, jnp.maximum(indices_TK, 0), -1, mode="promise_in_bounds"
+  place_TK = _marked(chosen_TW, top_k)
+  key_TK, scores_TK = (
+    jnp.take_along_axis(
+      x, jnp.maximum(place_TK, 0), -1, mode="promise_in_bounds"
+    )
+    for x in (key_TX, scores_TX)
   )
-  return indices_TK, jnp.where(indices_TK < 0, -jnp.inf, scores_TK)
+  exists_TK = place_TK >= 0
+  return (
+    jnp.where(exists_TK, key_TK, -1),
+    jnp.where(exists_TK, scores_TK, -jnp.inf),
+  )
 
 
-def _scores(q, k, w, start, end, bS) -> Float[Array, "T S"]:
-  """Scores of the key tiles that at least one of these queries can see."""
-  bT, S = q.shape[0], k.shape[0]
-  seen = tiles.seen_keys(start[:, 0], end[:, 0], bS)
+def _scores(q, w, keys, tile, seen, block_tiles) -> Float[Array, "T S"]:
+  """Scores of a block of key tiles from `tile` on, of those that are seen."""
 
   def key_tile(i, scores_TS):
-    k_tile = jax.lax.dynamic_slice_in_dim(k, i * bS, bS)
-    logits = contraction.einsum("TMI,SI->TMS", q, k_tile)
-    tile = jnp.sum(jax.nn.relu(logits) * w[..., None], axis=1)
+    logits = contraction.einsum("TMI,SI->TMS", q, keys.tile(i))
+    scores = jnp.sum(jax.nn.relu(logits) * w[..., None], axis=1)
     # -0.0 is a score of 0: it ties with 0.0.
-    tile = jnp.where(tile == 0, 0.0, tile)
-    return jax.lax.dynamic_update_slice_in_dim(scores_TS, tile, i * bS, 1)
+    scores = jnp.where(scores == 0, 0.0, scores)
+    return jax.lax.dynamic_update_slice_in_dim(
+      scores_TS, scores, (i - tile) * keys.bS, 1
+    )
 
-  empty = jnp.zeros((bT, S), jnp.float32)
+  empty = jnp.zeros((len(q), block_tiles * keys.bS), jnp.float32)
   return jax.lax.fori_loop(*seen, key_tile, empty)
 
 

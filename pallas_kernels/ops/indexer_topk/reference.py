@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels.ops.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk import paging
 
 
 def indexer_topk(
@@ -17,11 +18,14 @@ def indexer_topk(
   end: Int[Array, "B T"],
   top_k: int,
   *,
+  pages: Int[Array, "B P"] | None = None,
   score_dtype: Literal["float8_e4m3fn"] | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`. Materialises [B, T, M, S]."""
   index = jax.lax.stop_gradient(index)
   q, k, w = index.q, index.k, index.w
+  if pages is not None:
+    k = paging.gather(k, pages)
   f32, S = jnp.float32, k.shape[1]
   if score_dtype is not None:
     q, k = fp8.rounded(q), fp8.rounded(k)

@@ -42,10 +42,14 @@ def _query_tile(q, indices, query_tile):
 
 
 def _rows(kv, indices):
-  """Gathers the selected rows [bT, K, C+R], and a mask of the valid ones."""
+  """Gathers the selected rows [bT, K, C+R], and a mask of the valid ones.
+
+  The others are 0: where a weight of 0 would not do, as for what is no number.
+  """
   valid_TK = (indices >= 0) & (indices < kv.shape[0])
   safe_TK = jnp.where(valid_TK, indices, 0)
-  return kv.at[safe_TK].get(mode="promise_in_bounds"), valid_TK, safe_TK
+  rows_TKD = kv.at[safe_TK].get(mode="promise_in_bounds")
+  return jnp.where(valid_TK[..., None], rows_TKD, 0), valid_TK, safe_TK
 
 
 def _forward(q, kv, indices, latent_rank, scale, query_tile):

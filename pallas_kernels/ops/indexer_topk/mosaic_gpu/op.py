@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import operands
 from pallas_kernels import tiles
 from pallas_kernels.ops.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk import paging
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import scores as scores_lib
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import select as select_lib
 
@@ -24,12 +25,16 @@ def indexer_topk(
   end: Int[Array, "B T"],
   top_k: int,
   *,
+  pages: Int[Array, "B P"] | None = None,
   score_dtype: Literal["float8_e4m3fn"] | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
-  """See `api.indexer_topk`. Holds the scores of one chunk of queries."""
+  """See `api.indexer_topk`. Holds the scores of one chunk of queries.
+
+  With `pages`, also a copy of one row's keys.
+  """
   check(index, top_k, score_dtype)
   index = jax.lax.stop_gradient(index)
-  T, S = index.q.shape[1], index.k.shape[1]
+  T, S = index.q.shape[1], paging.num_keys(index.k, pages)
   bT = chunk_size(T, S)
 
   def chunk(queries, k, k_scale):
@@ -43,6 +48,8 @@ def indexer_topk(
 
   def row(xs):
     *queries, k = xs
+    if pages is not None:
+      k = paging.gather(index.k, k)
     k, k_scale = (k, None) if score_dtype is None else fp8.quantize(k)
     tiled = [tiles.split(x, bT) for x in queries]
     indices, scores = jax.lax.map(
@@ -55,7 +62,8 @@ def indexer_topk(
   q = jnp.pad(index.q, [*heads, (0, 0)]) if missing else index.q
   w = index.w.astype(jnp.float32)
   w = jnp.pad(w, heads) if missing else w
-  return jax.lax.map(row, (q, w, start, end, index.k))
+  keys = index.k if pages is None else pages
+  return jax.lax.map(row, (q, w, start, end, keys))
 
 
 def _fitting_heads(M: int) -> int:

@@ -19,6 +19,7 @@ from pallas_kernels import contraction
 from pallas_kernels import operands
 from pallas_kernels import tiles
 from pallas_kernels.ops.indexer_topk import fp8
+from pallas_kernels.ops.indexer_topk import paging
 from pallas_kernels.ops.indexer_topk.mosaic_tpu import select as select_lib
 from pallas_kernels.tpu import chip as tpu
 from pallas_kernels.tpu import lanes
@@ -39,10 +40,13 @@ def indexer_topk(
   end: Int[Array, "B T"],
   top_k: int,
   *,
+  pages: Int[Array, "B P"] | None = None,
   score_dtype: Literal["float8_e4m3fn"] | None = None,
   query_tile: int | None = None,
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`. Holds a copy of q and k in the kernel's layout.
+
+  With `pages`, also one of all rows' keys.
 
   The returned scores are recomputed by XLA, for the selected keys only: a step
   that does not read them does not pay for them.
@@ -52,9 +56,11 @@ def indexer_topk(
   """
   index = jax.lax.stop_gradient(index)
   q, k, w = index.q, index.k, index.w.astype(jnp.float32)
-  (_, T, M, I), S = q.shape, k.shape[1]
+  (_, T, M, I), S = q.shape, paging.num_keys(k, pages)
   bQ = query_tile or block_size(T, S, M, I, top_k, q.dtype.itemsize)
-  check(q, k, top_k, bQ)
+  check(q, k, S, top_k, bQ)
+  if pages is not None:
+    k = paging.gather(k, pages)
   if score_dtype is not None:
     q, k = fp8.rounded(q), fp8.rounded(k)
   start, end = jnp.clip(start, 0, S), jnp.clip(end, 0, S)
@@ -63,11 +69,15 @@ def indexer_topk(
 
 
 def check(
-  q: Float[Array, "B T M I"], k: Float[Array, "B S I"], top_k: int, bQ: int
+  q: Float[Array, "B T M I"],
+  k: Float[Array, "_ _ I"],
+  S: int,
+  top_k: int,
+  bQ: int,
 ) -> None:
   """Raises NotImplementedError for inputs that the kernel does not support."""
   products.check(q=q, k=k)
-  S, (M, I) = k.shape[1], q.shape[2:]
+  M, I = q.shape[2:]
   needed = vmem_bytes(bQ, S, M, I, top_k, q.dtype.itemsize)
   if needed > _vmem():
     raise NotImplementedError(
