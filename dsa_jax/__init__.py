@@ -2,8 +2,12 @@
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.config import YarnConfig
+from dsa_jax.engine.engine import Engine
+from dsa_jax.engine.generation import generate
+from dsa_jax.engine.request import Request
+from dsa_jax.engine.request import Result
+from dsa_jax.engine.request import SamplingParams
 from dsa_jax.frame import make_frame
-from dsa_jax.generation import generate
 from dsa_jax.hf import load_hf
 from dsa_jax.hf import read_model_config
 from dsa_jax.hf import save_hf
@@ -14,9 +18,13 @@ from dsa_jax.sharding import ShardingRules
 from dsa_jax.transformer import Transformer
 
 __all__ = [
+  "Engine",
   "Indexer",
   "MLA",
   "ModelConfig",
+  "Request",
+  "Result",
+  "SamplingParams",
   "ShardingRules",
   "Transformer",
   "YarnConfig",

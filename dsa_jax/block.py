@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from dsa_jax import cache as cache_lib
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import indexer
@@ -37,8 +38,6 @@ _KEPT: dict[config_lib.Remat, tuple[str, ...]] = {
 class LayerOutput:
   """Results of a layer; of a stack of layers, each array has L in front."""
 
-  cache: mla.LayerCache | None
-  """The cache that was given, with these tokens in it."""
   selected: Int[Array, "*L B T K"] | None
   """The keys that sparse attention read."""
   index_loss: Float[Array, "*L B T"] | None
@@ -47,6 +46,21 @@ class LayerOutput:
   """How much attention the selected keys hold, likewise."""
   router: moe.RouterStats | None
   """Statistics for balancing; None for a dense MLP."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """Results of a layer over a cache."""
+
+  x: Float[Array, "B T D"]
+  """The stream after it."""
+  cache: cache_lib.LayerCache
+  """The cache that was given, with these tokens in it."""
+  selected: Int[Array, "B T K"] | None
+  """The keys that sparse attention read."""
+  experts: Int[Array, "B T J"] | None
+  """The experts that each token went to; None for a dense MLP."""
 
 
 class Block(nnx.Module):
@@ -67,14 +81,11 @@ class Block(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     frame: frame_lib.Frame,
-    cache: mla.LayerCache | None = None,
     shared: indexer.Indexed | None = None,
     full: Bool[Array, ""] | None = None,
   ) -> tuple[Float[Array, "B T D"], LayerOutput, indexer.Indexed]:
     """The stream, what the layer did, and what those that share it need."""
-    attended = self.attention(
-      self.attention_norm(x), frame, cache, shared, full
-    )
+    attended = self.attention(self.attention_norm(x), frame, shared, full)
     x = x + attended.y
     stats = None
     if isinstance(self.ffn, moe.MoE):
@@ -83,13 +94,43 @@ class Block(nnx.Module):
       with jax.named_scope("mlp"):
         y = self.ffn(self.ffn_norm(x))
     output = LayerOutput(
-      attended.cache,
       attended.indexed.selected,
       attended.index_loss,
       attended.recall,
       stats,
     )
     return x + y, output, attended.indexed
+
+  def decode(
+    self,
+    x: Float[Array, "B T D"],
+    frame: frame_lib.Frame,
+    cache: cache_lib.LayerCache,
+    shared: Int[Array, "B T K"] | None = None,
+    full: Bool[Array, ""] | None = None,
+    layer: Int[Array, ""] | None = None,
+  ) -> Decoded:
+    """The same over a cache.
+
+    Args:
+      x: As of a call.
+      frame: With paging.
+      cache: The layer's.
+      shared: See `MLA.decode`.
+      full: Likewise.
+      layer: Which of a stack this is, if its routed experts' matrices are those
+        of the whole stack, see `decode_stack`.
+    """
+    y, cache, selected = self.attention.decode(
+      self.attention_norm(x), frame, cache, shared, full
+    )
+    x, experts = x + y, None
+    if isinstance(self.ffn, moe.MoE):
+      y, experts = self.ffn.decode(self.ffn_norm(x), frame.valid, layer)
+    else:
+      with jax.named_scope("mlp"):
+        y = self.ffn(self.ffn_norm(x))
+    return Decoded(x + y, cache, selected, experts)
 
 
 def make_stack(
@@ -109,7 +150,6 @@ def run_stack(
   stack: Block,
   x: Float[Array, "B T D"],
   frame: frame_lib.Frame,
-  cache: mla.LayerCache | None = None,
   shared: indexer.Indexed | None = None,
   full: Bool[np.ndarray, " L"] | None = None,
   *,
@@ -127,7 +167,6 @@ def run_stack(
     stack: From `make_stack`.
     x: The residual stream.
     frame: Positions and visible keys.
-    cache: The layers' caches, with L in front.
     shared: What the last full layer of the stack before found; None if this is
       the first stack.
     full: Which layers have an indexer of their own; None without sharing. With
@@ -138,8 +177,8 @@ def run_stack(
   """
 
   def layer(carry, of_layer):
-    (x, shared), (block, cache, full) = carry, of_layer
-    x, output, indexed = block(x, frame, cache, shared, full)
+    (x, shared), (block, full) = carry, of_layer
+    x, output, indexed = block(x, frame, shared, full)
     shared = None if full is None else indexed
     return (x, shared), (output, x if keep_hidden else None)
 
@@ -148,25 +187,82 @@ def run_stack(
     policy = save(*_KEPT[remat])
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
   if full is not None and shared is None:
-    shared = _unread(stack, x, frame, cache)
+    shared = _unread(stack, x, frame)
   (x, shared), (outputs, hidden) = jax.lax.scan(
-    layer, (x, shared), (stack, cache, full)
+    layer, (x, shared), (stack, full)
   )
   return x, outputs, hidden, shared
 
 
-def _unread(stack, x, frame, cache) -> indexer.Indexed:
+def decode_stack(
+  stack: Block,
+  x: Float[Array, "B T D"],
+  frame: frame_lib.Frame,
+  pool: cache_lib.Pool,
+  first: int,
+  selected: Int[Array, "B T K"] | None = None,
+  full: Bool[np.ndarray, " L"] | None = None,
+) -> tuple[
+  Float[Array, "B T D"],
+  cache_lib.Pool,
+  Int[Array, "L B T K"] | None,
+  Int[Array, "L B T J"] | None,
+]:
+  """Runs the layers over a cache.
+
+  The pool is carried from layer to layer, and the routed experts' matrices are
+  read where they lie in the stack: neither is ever cut into layers.
+
+  Args:
+    stack: From `make_stack`.
+    x: The residual stream.
+    frame: With paging.
+    pool: The cache of all layers.
+    first: Which of them is the first of this stack.
+    selected: What the last full layer of the stack before chose; None if this
+      is the first stack, or without sharing.
+    full: Which layers have an indexer of their own; None without sharing, or in
+      dense attention.
+
+  Returns:
+    The stream, the pool with these tokens in it, and each layer's selected keys
+    (None in dense attention) and experts (None for dense MLPs).
+  """
+  graphdef, routed, rest = nnx.split(stack, moe.is_routed, ...)
+  layers = len(jax.tree.leaves(rest)[0])
+
+  def layer(carry, of_layer):
+    (x, pool, shared), (rest, i, full) = carry, of_layer
+    block = nnx.merge(graphdef, routed, rest)
+    cache = cache_lib.LayerCache(pool, first + i)
+    done = block.decode(x, frame, cache, shared, full, i)
+    shared = None if full is None else done.selected
+    return (done.x, done.cache.pool, shared), (done.selected, done.experts)
+
+  if full is not None and selected is None:
+    selected = jnp.full(
+      (*x.shape[:2], stack.attention.cfg.top_k),
+      -1,
+      out_sharding=stack.attention.cfg.rules("batch", None, None),
+    )
+  (x, pool, _), (chosen, experts) = jax.lax.scan(
+    layer, (x, pool, selected), (rest, jnp.arange(layers), full)
+  )
+  return x, pool, chosen, experts
+
+
+def _unread(stack, x, frame) -> indexer.Indexed:
   """Zeros in place of what a layer before the first would have found."""
   treedef: jax.tree_util.PyTreeDef | None = None
 
-  def first(stack, cache, x):
+  def first(stack, x):
     nonlocal treedef
-    block, cache = jax.tree.map(lambda y: y[0], (stack, cache))
-    found = block.attention(x, frame, cache).indexed
+    block = jax.tree.map(lambda y: y[0], stack)
+    found = block.attention(x, frame).indexed
     leaves, treedef = jax.tree.flatten(found)
     return leaves
 
-  shapes = jax.eval_shape(first, stack, cache, x)
+  shapes = jax.eval_shape(first, stack, x)
   zeros = [jnp.zeros(y.shape, y.dtype, out_sharding=y.sharding) for y in shapes]
   assert treedef is not None  # `first` was traced
   return jax.tree.unflatten(treedef, zeros)

@@ -50,9 +50,46 @@ def routed_experts(
     experts_axis: The mesh axes that share the experts; None: all are here.
     ffn_axis: The mesh axes that share F.
   """
-  B, T, J = experts.shape
-  D = x.shape[2]
-  run = functools.partial(_rows, gate, up, down, experts_axis)
+
+  def run(*tokens):
+    mlp = functools.partial(_mlp, *(w.read() for w in (gate, up, down)))
+    return _rows(mlp, len(gate.values), experts_axis, *tokens)
+
+  return _in_parts(run, x, experts, weights, experts_axis, ffn_axis)
+
+
+def few_tokens(
+  x: Float[Array, "B T D"],
+  experts: Int[Array, "B T J"],
+  weights: Float[Array, "B T J"],
+  gate: Float[Array, "L E D F"],
+  up: Float[Array, "L E D F"],
+  down: Float[Array, "L E F D"],
+  layer: Int[Array, ""],
+  *,
+  experts_axis: Axis,
+  ffn_axis: Axis,
+) -> Float[Array, "B T D"]:
+  """The same sum, with the matrices of one layer of a stack, read in place.
+
+  A token whose experts are beyond the last has none: what it gets means
+  nothing. There is no gradient.
+  """
+  E, first = gate.shape[1], layer * gate.shape[1]
+  gate, up, down = (w.reshape(-1, *w.shape[2:]) for w in (gate, up, down))
+
+  def mlp(x_RD, sizes_E):
+    return pallas_kernels.grouped_mlp(x_RD, sizes_E, gate, up, down, first)
+
+  def run(*tokens):
+    return _rows(mlp, E, experts_axis, *tokens)
+
+  return _in_parts(run, x, experts, weights, experts_axis, ffn_axis)
+
+
+def _in_parts(run, x, experts, weights, experts_axis, ffn_axis):
+  """Runs as many tokens at a time as fit, and adds what devices have of F."""
+  (B, T, J), D = experts.shape, x.shape[2]
   tokens = (x.reshape(B * T, D), experts.reshape(-1, J), weights.reshape(-1, J))
   devices = jax.lax.axis_size(experts_axis) if experts_axis else 1
   parts = _parts(B * T, devices * J * D * x.dtype.itemsize)
@@ -75,10 +112,9 @@ def _parts(tokens: int, bytes_per_token: int) -> int:
   return next(n for n in fits if tokens // n * bytes_per_token <= _BYTES)
 
 
-def _rows(gate, up, down, axis, x_ND, experts_NJ, weights_NJ):
+def _rows(mlp, E, axis, x_ND, experts_NJ, weights_NJ):
   """Sorts the rows by expert, multiplies, and puts them back; N tokens."""
-  matrices = gate.read(), up.read(), down.read()
-  (N, J), E = experts_NJ.shape, len(matrices[0])
+  N, J = experts_NJ.shape
   G = jax.lax.axis_size(axis) if axis else 1
   expert_R = experts_NJ.reshape(-1)
   order_R = jnp.argsort(expert_R, stable=True)
@@ -87,7 +123,7 @@ def _rows(gate, up, down, axis, x_ND, experts_NJ, weights_NJ):
   rows_RD = copies_RD.at[order_R].get(**_PERMUTE)
   sizes = jnp.bincount(expert_R, length=G * E)
   if axis is None:
-    y_RD = _mlp(rows_RD, sizes, *matrices)
+    y_RD = mlp(rows_RD, sizes)
   else:
     # How many rows device s has for expert e of device d: [s, d, e].
     counts_GGE = jax.lax.all_gather(sizes, axis).reshape(G, G, E)
@@ -96,7 +132,7 @@ def _rows(gate, up, down, axis, x_ND, experts_NJ, weights_NJ):
     mine_GE = counts_GGE[:, jax.lax.axis_index(axis)]
     order_S = jnp.argsort(_expert_of_slots(mine_GE, N * J), stable=True)
     sorted_SD = slots_GRD.reshape(G * N * J, -1).at[order_S].get(**_PERMUTE)
-    y_SD = _mlp(sorted_SD, mine_GE.sum(0), *matrices)
+    y_SD = mlp(sorted_SD, mine_GE.sum(0))
     y_SD = y_SD.at[jnp.argsort(order_S)].get(**_PERMUTE)
     y_RD = exchange.combine(y_SD.reshape(slots_GRD.shape), sent_GG, axis)
   y_NJD = y_RD.at[jnp.argsort(order_R)].get(**_PERMUTE).reshape(N, J, -1)
@@ -112,7 +148,7 @@ def _expert_of_slots(mine_GE, R):
   return jax.vmap(search, (0, None))(end_GE, p_R).reshape(-1)
 
 
-def _mlp(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD):
+def _mlp(gate_EDF, up_EDF, down_EFD, x_RD, sizes_E):
   matmul = pallas_kernels.grouped_matmul
   h_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E))
   h_RF = h_RF * matmul(x_RD, up_EDF, sizes_E)

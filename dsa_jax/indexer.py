@@ -13,6 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsa_jax import cache as cache_lib
+from dsa_jax import cached_attention
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import norms
@@ -66,7 +68,6 @@ class Indexer(nnx.Module):
     x: Float[Array, "B T D"],
     q_latent: Float[Array, "B T Q"],
     frame: frame_lib.Frame,
-    cached: Float[Array, "B S I"] | None = None,
   ) -> pallas_kernels.Index:
     """Index queries, keys and weights; the trunk gets no gradient from here.
 
@@ -74,39 +75,22 @@ class Indexer(nnx.Module):
       x: The attention's normalised input.
       q_latent: MLA's normalised query latent.
       frame: Positions and visible keys.
-      cached: Index keys of a cache, in which those of `x` are put.
     """
-    cfg, rules = self.cfg, self.cfg.rules
-    R = cfg.rope_head_dim
     # The indexer learns from its own loss only, and teaches the trunk nothing.
     x, q_latent = jax.lax.stop_gradient((x, q_latent))
-    heads = rules("batch", "seq", "index_heads", None)
+    q_BTMI, w_BTM = self._queries(x, q_latent, frame)
+    k_BSI = zigzag.gather_keys(self._keys(x, frame), self.cfg.rules)
+    return pallas_kernels.Index(q_BTMI, k_BSI, w_BTM)
+
+  def _queries(self, x, q_latent, frame):
+    """Index queries and their heads' weights."""
+    cfg, rules = self.cfg, self.cfg.rules
     q_BTMI = parameter.einsum(
       "BTQ,QMI->BTMI",
       q_latent,
       self.q_QMI[...],
-      out_sharding=heads,
+      out_sharding=rules("batch", "seq", "index_heads", None),
     )
-    k_BTI = parameter.einsum(
-      "BTD,DI->BTI",
-      x,
-      self.k_DI[...],
-      out_sharding=rules("batch", "seq", None),
-    )
-    k_BTI = self.k_norm(k_BTI)
-
-    def rotate_first(y):
-      y_rope = rope.rotate(
-        y[..., :R],
-        frame.cos,
-        frame.sin,
-        interleaved=cfg.index_rope_interleaved,
-      )
-      return jnp.concatenate([y_rope, y[..., R:]], -1)
-
-    q_BTMI = rotate_first(q_BTMI)
-    k_BTI = zigzag.gather_keys(rotate_first(k_BTI), rules)
-    k_BSI = frame.extend(cached, k_BTI)
     w_BTM = parameter.einsum(
       "BTD,DM->BTM",
       x.astype(jnp.float32),
@@ -114,41 +98,98 @@ class Indexer(nnx.Module):
       out_sharding=rules("batch", "seq", "index_heads"),
     )
     w_BTM = w_BTM * (cfg.index_heads * cfg.index_head_dim) ** -0.5
+    return self._rotate(q_BTMI, frame), w_BTM
 
-    return pallas_kernels.Index(q_BTMI, k_BSI, w_BTM)
+  def _keys(self, x, frame):
+    """Index keys of these tokens."""
+    k_BTI = parameter.einsum(
+      "BTD,DI->BTI",
+      x,
+      self.k_DI[...],
+      out_sharding=self.cfg.rules("batch", "seq", None),
+    )
+    return self._rotate(self.k_norm(k_BTI), frame)
+
+  def _rotate(self, y, frame):
+    """Rotates the first R of I dimensions."""
+    R = self.cfg.rope_head_dim
+    y_rope = rope.rotate(
+      y[..., :R],
+      frame.cos,
+      frame.sin,
+      interleaved=self.cfg.index_rope_interleaved,
+    )
+    return jnp.concatenate([y_rope, y[..., R:]], -1)
 
   def find(
     self,
     x: Float[Array, "B T D"],
     q_latent: Float[Array, "B T Q"],
     frame: frame_lib.Frame,
-    cached: Float[Array, "B S I"] | None = None,
     shared: Indexed | None = None,
     full: Bool[Array, ""] | None = None,
-  ) -> tuple[Indexed, Float[Array, "B S I"] | None]:
-    """Returns the keys to attend to, and the cached keys with those of `x`.
+  ) -> Indexed:
+    """Returns the keys to attend to.
 
     Args:
-      x: As of a call, like `q_latent`, `frame` and `cached`.
+      x: As of a call, like `q_latent` and `frame`.
       q_latent: See `x`.
       frame: See `x`.
-      cached: See `x`.
       shared: What the last full layer found, if layers share it.
-      full: Whether this layer is one; if not, it returns `shared`, and `cached`
-        as it is, at no cost. None without sharing.
+      full: Whether this layer is one; if not, it returns `shared`, at no cost.
+        None without sharing.
     """
 
     def own():
-      index = self(x, q_latent, frame, cached)
+      index = self(x, q_latent, frame)
       selected = None
       if frame.attention == "sparse":
         selected = self.select(index, frame.start, frame.end)
-      indexed = Indexed(selected, index if frame.index_loss else None)
-      return indexed, None if cached is None else index.k
+      return Indexed(selected, index if frame.index_loss else None)
 
     if full is None:
       return own()
-    return jax.lax.cond(full, own, lambda: (shared, cached))
+    return jax.lax.cond(full, own, lambda: shared)
+
+  @jax.named_scope("indexer")
+  def cached_keys(
+    self, x: Float[Array, "B T D"], frame: frame_lib.Frame
+  ) -> Float[Array, "B T I"]:
+    """Index keys of these tokens, to be cached."""
+    return self._keys(x, frame)
+
+  def find_cached(
+    self,
+    x: Float[Array, "B T D"],
+    q_latent: Float[Array, "B T Q"],
+    frame: frame_lib.Frame,
+    cache: cache_lib.LayerCache,
+    shared: Int[Array, "B T K"] | None = None,
+    full: Bool[Array, ""] | None = None,
+  ) -> Int[Array, "B T K"]:
+    """The cached keys to attend to, ascending, then -1.
+
+    Args:
+      x: As of a call, like `q_latent` and `frame`.
+      q_latent: See `x`.
+      frame: See `x`.
+      cache: The layer's, with the keys of these tokens.
+      shared: What the last full layer chose, likewise.
+      full: As of `find`.
+    """
+
+    def own():
+      with jax.named_scope("indexer"):
+        q_BTMI, w_BTM = self._queries(x, q_latent, frame)
+      with jax.named_scope("select"):
+        top_k, rules = self.cfg.top_k, self.cfg.rules
+        return cached_attention.select(
+          q_BTMI, w_BTM, cache, frame, top_k, rules
+        )
+
+    if full is None:
+      return own()
+    return jax.lax.cond(full, own, lambda: shared)
 
   @jax.named_scope("select")
   def select(

@@ -9,8 +9,10 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from dsa_jax import cache as cache_lib
+from dsa_jax import cached_attention
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import indexer as indexer_lib
@@ -26,23 +28,10 @@ from pallas_kernels import crossover
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
-  """All that decoding keeps of a layer (or a stack): C+R+I values a token."""
-
-  kv: Float[Array, "*L B S CR"]
-  """Latent and rotated key, `[c; kr]`."""
-  k_index: Float[Array, "*L B S I"]
-  """Index keys; those of a layer without an indexer of its own are unused."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class AttentionOutput:
   """MLA's result, and what it did."""
 
   y: Float[Array, "B T D"]
-  cache: LayerCache | None
-  """The cache that was given, with these tokens in it."""
   indexed: indexer_lib.Indexed
   """The keys that were read, and their scores; for layers that share them."""
   index_loss: Float[Array, "B T"] | None
@@ -73,7 +62,7 @@ class MLA(nnx.Module):
   Dense attention runs expanded: every head has its own keys and values. Sparse
   attention runs absorbed: all heads share the latent rows, which are gathered
   once for all of them; or, where `crossover` finds that faster, expanded, too,
-  with a mask.
+  with a mask. Over a cache, few queries run absorbed in dense attention, too.
   """
 
   def __init__(self, cfg: config_lib.ModelConfig, *, rngs: nnx.Rngs):
@@ -100,15 +89,87 @@ class MLA(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     frame: frame_lib.Frame,
-    cache: LayerCache | None = None,
     shared: indexer_lib.Indexed | None = None,
     full: Bool[Array, ""] | None = None,
   ) -> AttentionOutput:
-    """Attends as `frame` says, over `x` and what a cache holds before it.
+    """Attends as `frame` says.
 
     Where layers share what an indexer found, `shared` and `full` are as of
     `Indexer.find`.
     """
+    cfg, rules = self.cfg, self.cfg.rules
+    q_latent, queries, kv_BTX = self._project(x, frame)
+    kv_BSX = zigzag.gather_keys(kv_BTX, rules)
+    indexed, recall_BQ = indexer_lib.Indexed(None, None), None
+    if frame.attention == "sparse" or frame.index_loss:
+      indexed = self.indexer.find(x, q_latent, frame, shared, full)
+    T, S = x.shape[1] // rules.shards("seq"), kv_BSX.shape[1]
+    expanded = frame.attention == "dense" or crossover.dense_is_faster(
+      T, S, cfg.top_k
+    )
+    attend = self._expanded if expanded else self._absorbed
+    out_BTNU, index_loss_BT = attend(queries, kv_BSX, indexed, frame)
+    if frame.index_loss:
+      recall_BQ = self._recall(queries, kv_BSX, indexed, frame)
+    y_BTD = self._output(out_BTNU)
+    return AttentionOutput(y_BTD, indexed, index_loss_BT, recall_BQ)
+
+  @jax.named_scope("mla")
+  def decode(
+    self,
+    x: Float[Array, "B T D"],
+    frame: frame_lib.Frame,
+    cache: cache_lib.LayerCache,
+    shared: Int[Array, "B T K"] | None = None,
+    full: Bool[Array, ""] | None = None,
+  ) -> tuple[
+    Float[Array, "B T D"], cache_lib.LayerCache, Int[Array, "B T K"] | None
+  ]:
+    """Attends to what is cached, these tokens included.
+
+    Args:
+      x: As of a call.
+      frame: With paging.
+      cache: The layer's.
+      shared: See `Indexer.find_cached`.
+      full: Likewise.
+
+    Returns:
+      The result, the cache with these tokens in it, and the keys that were
+      read, None in dense attention.
+    """
+    cfg, rules = self.cfg, self.cfg.rules
+    is_sparse = frame.attention == "sparse"
+    q_latent, queries, kv_BTX = self._project(x, frame)
+    k_BTI = self.indexer.cached_keys(x, frame) if is_sparse else None
+    cache = cache.write(frame, kv_BTX, k_BTI, rules)
+    selected_BTK = None
+    if is_sparse:
+      selected_BTK = self.indexer.find_cached(
+        x, q_latent, frame, cache, shared, full
+      )
+    T, paging = x.shape[1], frame.paging
+    assert paging is not None  # there is a cache
+    S = paging.pages.shape[1] * cache.pool.page_size
+    if is_sparse:
+      expands = crossover.dense_is_faster(T, S, cfg.top_k, cached=True)
+    else:
+      expands = crossover.expanding_is_faster(T)
+    if expands:
+      kv_BSX = cached_attention.gather(cache, frame, rules)
+      indexed = indexer_lib.Indexed(selected_BTK, None)
+      out_BTNU, _ = self._expanded(queries, kv_BSX, indexed, frame)
+    else:
+      out_BTNU = self._values(
+        cached_attention.attend(
+          *(self._absorb(queries), cache, frame, selected_BTK),
+          *(cfg.kv_rank, softmax_scale(cfg), rules),
+        )
+      )
+    return self._output(out_BTNU), cache, selected_BTK
+
+  def _project(self, x, frame):
+    """The query latent, all heads' queries, and the rows `[c; kr]`."""
     cfg, rules = self.cfg, self.cfg.rules
     C, H = cfg.kv_rank, cfg.nope_head_dim
     per_token = rules("batch", "seq", None)
@@ -133,32 +194,15 @@ class MLA(nnx.Module):
     )
     c_BTC, kr_BTR = self.kv_norm(kv_BTX[..., :C]), kv_BTX[..., C:]
     kr_BTR = rope.rotate(kr_BTR, frame.cos, frame.sin, interleaved=True)
-    kv_BTX = jnp.concatenate([c_BTC, kr_BTR], -1)
-    cached, cached_index = (cache.kv, cache.k_index) if cache else (None, None)
-    kv_BSX = frame.extend(cached, zigzag.gather_keys(kv_BTX, rules))
+    return q_latent, queries, jnp.concatenate([c_BTC, kr_BTR], -1)
 
-    indexed, recall_BQ = indexer_lib.Indexed(None, None), None
-    if frame.attention == "sparse" or frame.index_loss:
-      indexed, cached_index = self.indexer.find(
-        x, q_latent, frame, cached_index, shared, full
-      )
-    T, S = x.shape[1] // rules.shards("seq"), kv_BSX.shape[1]
-    expanded = frame.attention == "dense" or (
-      cache is None and crossover.dense_is_faster(T, S, cfg.top_k)
-    )
-    attend = self._expanded if expanded else self._absorbed
-    out_BTNU, index_loss_BT = attend(queries, kv_BSX, indexed, frame)
-    if frame.index_loss:
-      recall_BQ = self._recall(queries, kv_BSX, indexed, frame)
-    if cached_index is not None:
-      cache = LayerCache(kv_BSX, cached_index)
-    y_BTD = parameter.einsum(
+  def _output(self, out_BTNU):
+    return parameter.einsum(
       "BTNU,NUD->BTD",
       out_BTNU,
       self.out_NUD[...],
-      out_sharding=per_token,
+      out_sharding=self.cfg.rules("batch", "seq", None),
     )
-    return AttentionOutput(y_BTD, cache, indexed, index_loss_BT, recall_BQ)
 
   def _expanded(
     self,
@@ -312,13 +356,16 @@ class MLA(nnx.Module):
       with jax.named_scope("attend"):
         out_BTNC, _ = attend(*inputs)
       index_loss_BT = None
-    out_BTNU = parameter.einsum(
+    return self._values(out_BTNC), index_loss_BT
+
+  def _values(self, out_BTNC: Float[Array, "B T N C"]):
+    """Each head's value of a mixed latent, [B, T, N, U]."""
+    return parameter.einsum(
       "BTNC,CNU->BTNU",
       out_BTNC,
       self.v_b_CNU[...],
-      out_sharding=per_part,
+      out_sharding=self.cfg.rules("batch", "seq", "heads", None),
     )
-    return out_BTNU, index_loss_BT
 
   def _absorb(self, queries: Queries) -> Float[Array, "B T N CR"]:
     """Queries of the latent's space, `[q Wuk; qr]`, C+R wide."""

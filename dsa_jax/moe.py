@@ -6,7 +6,7 @@ them, J experts a token, R = B T J rows.
 
 import dataclasses
 import functools
-from typing import Final
+from typing import Any, Final
 
 from flax import nnx
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsa_jax import config as config_lib
 from dsa_jax import parameter
 from dsa_jax import sharding
+from dsa_jax.experts import few_tokens
 from dsa_jax.experts import routed_experts
 
 _SCALE: Final = 2.0**33  # of scores, as they are added up
@@ -173,7 +174,57 @@ class MoE(nnx.Module):
         *(x, experts_BTJ, weights_BTJ),
         *(parameter.rounded(w[...], dtype) for w in matrices),
       )
+    return self._with_shared(y_BTD, x), stats
+
+  def decode(
+    self,
+    x: Float[Array, "B T D"],
+    valid: Bool[Array, "B T"],
+    layer: Int[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Int[Array, "B T J"]]:
+    """The same for few tokens, without statistics: reads matrices in place.
+
+    Args:
+      x: The tokens.
+      valid: Those that count; no expert's matrices are read for the others.
+      layer: Where the matrices are those of a stack of layers: which one this
+        is; None if they are this layer's alone. They are rounded here unless
+        they have the activations' dtype already.
+
+    Returns:
+      The result, and each token's experts.
+    """
+    cfg, rules = self.cfg, self.cfg.rules
+    experts_BTJ, weights_BTJ, _ = self.router(x, valid)
+    gone_BTJ = jnp.where(valid[..., None], experts_BTJ, cfg.num_experts)
+    matrices = [w[...] for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+    if layer is None:
+      matrices, layer = [w[None] for w in matrices], jnp.int32(0)
+    per_token = rules("batch", None, None)
+    into = rules(None, "experts", None, "ffn")
+    out = rules(None, "experts", "ffn", None)
+    routed = sharding.local(
+      functools.partial(
+        few_tokens,
+        experts_axis=rules.mesh_axes("experts"),
+        ffn_axis=rules.mesh_axes("ffn"),
+      ),
+      in_specs=(*(per_token,) * 3, into, into, out, rules()),
+      out_specs=per_token,
+      differentiable=False,
+    )
+    with jax.named_scope("experts"):
+      matrices = (w.astype(cfg.dtype) for w in matrices)
+      y_BTD = routed(x, gone_BTJ, weights_BTJ, *matrices, layer)
+    return self._with_shared(y_BTD, x), experts_BTJ
+
+  def _with_shared(self, y_BTD, x):
     if self.shared is not None:
       with jax.named_scope("shared_expert"):
         y_BTD = y_BTD + self.shared(x)
-    return y_BTD.astype(dtype), stats
+    return y_BTD.astype(self.cfg.dtype)
+
+
+def is_routed(path: tuple[Any, ...], _: object) -> bool:
+  """Whether a parameter is a matrix of routed experts; a filter for nnx."""
+  return path[-1] in ("gate_EDF", "up_EDF", "down_EFD")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsa_jax import block
+from dsa_jax import cache as cache_lib
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import norms
@@ -47,13 +48,27 @@ class MTP(nnx.Module):
       hidden: The trunk's output after its final norm.
       frame: As given to the trunk.
     """
-    cfg = self.cfg
+    x_BTD, output, _ = self.block(self._join(embedded, hidden), frame)
+    return self.final_norm(x_BTD), output
+
+  @jax.named_scope("mtp")
+  def decode(
+    self,
+    embedded: Float[Array, "B T D"],
+    hidden: Float[Array, "B T D"],
+    frame: frame_lib.Frame,
+    pool: cache_lib.Pool,
+  ) -> tuple[Float[Array, "B T D"], cache_lib.Pool]:
+    """The same over a cache, whose last layer is this one's."""
+    cache = cache_lib.LayerCache(pool, jnp.int32(self.cfg.num_layers))
+    decoded = self.block.decode(self._join(embedded, hidden), frame, cache)
+    return self.final_norm(decoded.x), decoded.cache.pool
+
+  def _join(self, embedded, hidden):
     both_XBTD = jnp.stack([self.embed_norm(embedded), self.hidden_norm(hidden)])
-    x_BTD = parameter.einsum(
+    return parameter.einsum(
       "XBTD,XDE->BTE",
       both_XBTD,
       self.join_XDD[...],
-      out_sharding=cfg.rules("batch", "seq", None),
+      out_sharding=self.cfg.rules("batch", "seq", None),
     )
-    x_BTD, output, _ = self.block(x_BTD, frame)
-    return self.final_norm(x_BTD), output

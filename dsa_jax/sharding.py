@@ -109,9 +109,17 @@ def _explicit_mesh() -> dict[str, int]:
 
 
 def local(
-  f: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any
+  f: Callable[..., Any],
+  in_specs: Sequence[Any],
+  out_specs: Any,
+  *,
+  differentiable: bool = True,
 ) -> Callable[..., Any]:
-  """`f` on each device's blocks, cut by `in_specs`; `f` without a mesh."""
+  """`f` on each device's blocks, cut by `in_specs`; `f` without a mesh.
+
+  Where it need not be `differentiable`, arguments go in as they are: a cache is
+  too large for the detour that gradients take.
+  """
   if not _explicit_mesh():
     return f
 
@@ -129,7 +137,9 @@ def local(
     )
     # To fp32 and back: nothing forward, but devices that share a block add
     # their gradients of it in fp32.
-    return run(*tree.unflatten(map(_to_fp32, leaves)))
+    if differentiable:
+      leaves = map(_to_fp32, leaves)
+    return run(*tree.unflatten(leaves))
 
   return mapped
 

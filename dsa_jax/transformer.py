@@ -67,6 +67,21 @@ class Output:
   losses: Losses
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """A pass over tokens that follow those in a cache; without MTP."""
+
+  hidden: Float[Array, "B T D"]
+  """After the final norm; for the head."""
+  pool: cache_lib.Pool
+  """With these tokens in it."""
+  selected: Int[Array, "L B T K"] | None
+  """The keys each layer read, ascending, then -1; None in dense attention."""
+  experts: Int[Array, "Lmoe B T J"] | None
+  """The experts of each token; None without layers of experts."""
+
+
 class Transformer(nnx.Module):
   """DeepSeek-V3.2. Parameters of alike layers are stacked, layer in front."""
 
@@ -195,42 +210,74 @@ class Transformer(nnx.Module):
     return self.head(pick(x, jnp.asarray(at)))
 
   def decode(
-    self, tokens: frame_lib.Ids, cache: cache_lib.Cache
-  ) -> tuple[Float[Array, "B V"], cache_lib.Cache]:
-    """Logits after the last of these tokens, which follow those cached."""
-    frame = frame_lib.make_frame(
-      self.config,
-      tokens.shape,
-      attention=cache.attention,
-      offset=cache.length,
-      first=cache.start,
-    )
-    x, outputs, _ = self._trunk(tokens, frame, cache.layers)
-    layers = jax.tree.map(
-      lambda *stacks: jnp.concatenate(stacks), *(o.cache for o in outputs)
-    )
-    length = cache.length + tokens.shape[1]
-    cache = dataclasses.replace(cache, layers=layers, length=length)
-    return self.head(x[:, -1:])[:, 0], cache
+    self, tokens: frame_lib.Ids, frame: frame_lib.Frame, pool: cache_lib.Pool
+  ) -> Decoded:
+    """Runs tokens that follow those cached, and caches them.
 
-  def _trunk(self, tokens, frame, caches=None, *, keep_hidden=False):
+    Args:
+      tokens: Ids below V.
+      frame: From `make_cached_frame`.
+      pool: From `make_pool`; donated where the whole is compiled, it is updated
+        in place.
+    """
+    cfg, x, selected = self.config, self._embed(tokens), None
+    chosen, experts, first = [], None, 0
+    shares = cfg.shares_index and frame.attention == "sparse"
+    for name, stack, length in self._stacks():
+      layers = slice(first, first + length)
+      with jax.named_scope(name):
+        x, pool, of_stack, experts = block.decode_stack(
+          *(stack, x, frame, pool, first, selected),
+          cfg.has_indexer[layers] if shares else None,
+        )
+      if of_stack is not None:
+        chosen.append(of_stack)
+        selected = of_stack[-1] if shares else None
+      first += length
+    return Decoded(self.final_norm(x), pool, _join(chosen), experts)
+
+  def draft(
+    self,
+    next_tokens: frame_lib.Ids,
+    hidden: Float[Array, "B T D"],
+    frame: frame_lib.Frame,
+    pool: cache_lib.Pool,
+  ) -> tuple[Float[Array, "B T D"], cache_lib.Pool]:
+    """Vectors that, at t, let the head predict token t + 2; caches MTP's keys.
+
+    Args:
+      next_tokens: The token after each of those decoded.
+      hidden: As `decode` gave it.
+      frame: As given to it.
+      pool: From it.
+
+    Raises:
+      ValueError: The model has no MTP block.
+    """
+    if self.mtp is None:
+      raise ValueError("draft: the model has no MTP block.")
+    return self.mtp.decode(self._embed(next_tokens), hidden, frame, pool)
+
+  def _stacks(self):
+    """Name, blocks and number of layers of each stack that has any."""
+    cfg = self.config
+    if self.dense_layers is not None:
+      yield "dense_layers", self.dense_layers, cfg.num_dense_layers
+    if self.moe_layers is not None:
+      yield "moe_layers", self.moe_layers, cfg.num_moe_layers
+
+  def _trunk(self, tokens, frame, *, keep_hidden=False):
     """The normalised output; of each stack, what its layers did and gave."""
     cfg, x, shared = self.config, self._embed(tokens), None
     outputs: list[block.LayerOutput] = []
     hidden, first = [x[None]], 0
-    for name, stack, length in (
-      ("dense_layers", self.dense_layers, cfg.num_dense_layers),
-      ("moe_layers", self.moe_layers, cfg.num_moe_layers),
-    ):
-      if stack is None:
-        continue
+    for name, stack, length in self._stacks():
       layers = slice(first, first + length)
       with jax.named_scope(name):
         x, output, after, shared = block.run_stack(
           stack,
           x,
           frame,
-          jax.tree.map(lambda cached: cached[layers], caches),  # noqa: B023
           shared,
           cfg.has_indexer[layers] if cfg.shares_index else None,
           remat=cfg.remat,

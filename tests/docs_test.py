@@ -1,5 +1,6 @@
 """The Markdown files: width of lines, and paths and modules that exist."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -8,6 +9,8 @@ import jax
 import pytest
 
 import dsa_jax
+from dsa_jax.chat import tokenizer as tokenizer_lib
+from tests.model import models
 from train import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -17,6 +20,7 @@ PACKAGES = ("configs", "dsa_jax", "pallas_kernels", "tests", "train")
 FOLDERS = (*PACKAGES, "docs", ".ci")
 
 _FENCE = re.compile(r"^\s*```.*?^\s*```", re.M | re.S)
+_PYTHON = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
 _TARGET = re.compile(r"\]\(([^)\s]+)\)")
 _MODULE = re.compile(r"python -m ([\w.]+)")
@@ -116,6 +120,17 @@ def test_what_is_said_of_configs_is_found():
   assert _CONFIG.findall(text) == [("x", "6", "32", "2", "8,192")]
   found = [_CONFIG.search(x.read_text(encoding="utf-8")) for x in FILES]
   assert any(found)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_engine_run(capsys):
+  text = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+  examples = _PYTHON.findall(text)
+  tokenizer = tokenizer_lib.ByteTokenizer()
+  vocab = tokenizer.vocab_size
+  model = models.model(dataclasses.replace(models.CONFIG, vocab_size=vocab))
+  exec("".join(examples), {"model": model, "tokenizer": tokenizer})
+  assert len(examples) == 2 and "length " in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_found():

@@ -10,7 +10,7 @@ PACKAGES = ("configs", "train", "dsa_jax", "pallas_kernels")  # top to bottom
 # Top to bottom, the package itself first: the files that lie in no room.
 ROOMS = {
   "train": ("", "aot", "run", "learn", "data", "host"),
-  "dsa_jax": ("hf", "chat", ""),
+  "dsa_jax": ("engine", "hf", "chat", ""),
   "pallas_kernels": (
     *("bench", "workloads", "ops", "cases"),
     *("tpu", "hopper", ""),

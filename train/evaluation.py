@@ -168,7 +168,8 @@ def make_answer_step(
 ) -> Callable[[step_lib.Parameters, dict[str, jax.Array]], jax.Array]:
   """Which questions of a batch of probes are answered right: bool [B, D].
 
-  An answer is right if each of its tokens is the likeliest, given the others.
+  An answer is right if each of its tokens is the likeliest, given the others:
+  what an engine would answer, told by one forward pass.
   """
 
   @jax.jit

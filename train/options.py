@@ -17,12 +17,17 @@ import tyro
 
 
 def parse[Config](
-  default: Config, args: Sequence[str], *, program: str, description: str
+  default: Config | type[Config],
+  args: Sequence[str],
+  *,
+  program: str,
+  description: str,
 ) -> Config:
   """The config that options make of `default`.
 
   Args:
-    default: The config without any option, a dataclass.
+    default: The config without any option, a dataclass; or its class, where
+      there is none without some.
     args: The options.
     program: The command without them, for the help text.
     description: The beginning of the help text.
@@ -32,16 +37,17 @@ def parse[Config](
     SystemExit: tyro does not know an option, or printed the help text.
   """
   check_once(args)
-  _check_switches(args, type(default))
+  is_class = isinstance(default, type)
+  cls = default if is_class else type(default)
+  _check_switches(args, cls)
   registry = tyro.constructors.ConstructorRegistry()
   registry.struct_rule(_Postponed())
-  cls = type(default)
   try:
     said = tyro.cli(
       cls,
       prog=program,
       description=description,
-      default=default,
+      default=tyro.MISSING_NONPROP if is_class else default,
       args=args,
       config=(tyro.conf.AvoidSubcommands, tyro.conf.ConsolidateSubcommandArgs),
       registry=registry,

@@ -407,24 +407,19 @@ class Stage:
   def _sample(self, state: step_lib.TrainState) -> None:
     """Prints a continuation of the prompt, by the stage's kind of attention."""
     log, step = self._cfg.log, self._position.step
-    tokenizer, cfg = self._services.corpus.tokenizer, self._model_config
-    # One token at a time is not shared among the devices of a sequence.
-    cfg = dataclasses.replace(
-      cfg, rules=dataclasses.replace(cfg.rules, seq=None)
-    )
-    model, _ = step_lib.init(cfg, self._cfg.seed)
+    tokenizer = self._services.corpus.tokenizer
     prompt = tokenizer.encode(log.sample_prompt)
-    # A row for each device that has some, all alike.
+    # A row for each device that has some; the first one is shown.
     rows = np.tile(prompt, (self._cfg.model.rules.shards("batch"), 1))
     tokens = dsa_jax.generate(
-      model.merge(*state.parameters),
-      batches_lib.put_rows(rows, cfg.rules),
+      self._model.merge(*state.parameters),
+      rows,
       log.sample_tokens,
       log.sample_temperature,
       jax.random.fold_in(jax.random.key(self._cfg.seed), step),
       attention=self._stage.attention,
     )
-    text = tokenizer.decode(processes.fetch(tokens)[0])
+    text = tokenizer.decode(np.asarray(tokens)[0])
     self._services.metrics.write(step, "sample", {"text": text})
     framed = "\n".join(f"  | {line}" for line in text.split("\n"))
     processes.say(f"sample after step {step}:\n{framed}")

@@ -148,3 +148,18 @@ def test_greedy_tokens(golden):
 def test_greedy_tokens_of_a_prompt_without_padding(golden):
   actual = dsa_jax.generate(golden.model, golden.tokens[:, :40], 24)
   np.testing.assert_array_equal(actual[1:], golden.expected["greedy_ids"][1:])
+
+
+@pytest.mark.slow
+def test_greedy_tokens_in_odd_pages_and_chunks(golden):
+  """Of 5 and 7 tokens; in calls of 3 steps, and with fewer slots than rows."""
+  engine = dsa_jax.Engine(
+    golden.model, slots=1, pool_tokens=70, page=5, chunk=7, steps=3
+  )
+  prompts = np.asarray(golden.tokens[1:, :40])
+  params = dsa_jax.SamplingParams(max_tokens=24, temperature=0.0)
+  samples = engine.generate([*prompts, *prompts], params)
+  for (sample,), expected in zip(
+    samples, [*golden.expected["greedy_ids"][1:]] * 2, strict=True
+  ):
+    np.testing.assert_array_equal(sample.tokens, expected[40:])

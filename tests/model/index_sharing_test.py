@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax import cache as cache_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import mla as mla_lib
 from dsa_jax import rope
-from tests.model import generation_test
+from tests.model import cached_test
 from tests.model import mesh_test
 from tests.model import models
 from tests.model import transformer_test
@@ -246,19 +245,21 @@ def test_the_mtp_block_has_an_indexer_of_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefill", [5, 12])
+@pytest.mark.parametrize("prefill", [(1, 5), (12, 9)])
 def test_decoding_equals_the_full_forward(prefill):
-  # K = 8: 5 tokens are prefilled below it and 12 above.
-  model, tokens = models.model(CONFIG), models.tokens(2, 24)
-  full = generation_test.logits(model, tokens)
-  cache = cache_lib.make_cache(CONFIG, 2, 24)
-  logits, cache = generation_test.decode(model, tokens[:, :prefill], cache)
-  np.testing.assert_allclose(logits, full[:, prefill - 1], atol=1e-4, rtol=0)
-  for t in range(prefill, 24):
-    logits, cache = generation_test.decode(model, tokens[:, t : t + 1], cache)
-    np.testing.assert_allclose(logits, full[:, t], atol=1e-4, rtol=0)
-  for i, k_BSI in enumerate(cache.layers.k_index):
-    assert bool((k_BSI != 0).any()) == (i in SERVED)
+  decoded = cached_test.run("sparse", prefill, cfg=CONFIG).decoded
+  output, _ = cached_test.full("sparse", CONFIG)
+  cached_test.compare(decoded["logits"], output.logits, 1e-4)
+  selected = np.moveaxis(np.asarray(output.selected), 0, 2)
+  cached_test.compare(decoded["selected"], selected, 0)
+
+
+@pytest.mark.slow
+def test_dense_decoding_equals_the_full_forward():
+  decoded = cached_test.run("dense", cfg=CONFIG).decoded
+  output, experts = cached_test.full("dense", CONFIG)
+  cached_test.compare(decoded["logits"], output.logits, 1e-4)
+  cached_test.compare(decoded["experts"], experts, 0)
 
 
 @pytest.mark.slow

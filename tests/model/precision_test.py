@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsa_jax import generation
+from dsa_jax import cache as cache_lib
+from dsa_jax import frame as frame_lib
 from pallas_kernels import contraction
 from pallas_kernels import dispatch
 from tests.kernels import hlo
@@ -49,16 +50,23 @@ def test_a_training_step(platform, kind, dtype):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_generation(platform, dtype):
-  cfg = dataclasses.replace(LAYER, dtype=dtype, num_mtp_layers=0)
-  tokens = jnp.asarray(models.tokens(2, 12))
+def test_decoding(platform, dtype):
+  """Two tokens, with logits and drafts."""
+  cfg = dataclasses.replace(LAYER, dtype=dtype)
 
   @jax.jit
-  def generate(model, tokens):
-    return generation.generate(model, tokens, 4)
+  def decode(model, tokens, pages, offset):
+    pool = cache_lib.make_pool(cfg, 8, 4)
+    frame = frame_lib.make_cached_frame(
+      *(cfg, pages, pool.page_size, offset, jnp.full_like(offset, 2), 2)
+    )
+    done = model.decode(tokens, frame, pool)
+    drafts, pool = model.draft(tokens, done.hidden, frame, done.pool)
+    return model.head(done.hidden), model.head(drafts), pool
 
-  model = models.model(cfg)
-  assert not hlo.inexact_products(lowered(platform, generate, model, tokens))
+  pages, offset = jnp.arange(8).reshape(2, 4), jnp.asarray([3, 9])
+  args = models.model(cfg), models.tokens(2, 2), pages, offset
+  assert not hlo.inexact_products(lowered(platform, decode, *args))
 
 
 @pytest.mark.parametrize("precision", [None, "high", "highest"])

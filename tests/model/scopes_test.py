@@ -5,8 +5,11 @@ import re
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import pytest
 
+from dsa_jax import cache as cache_lib
+from dsa_jax import frame as frame_lib
 from tests.model import models
 
 ALWAYS = {
@@ -25,6 +28,10 @@ ALWAYS = {
   "cross_entropy",
   "mtp",
 }
+
+
+def names(lowered) -> set[str]:
+  return set(re.split(r'[/"()]', lowered.as_text(debug_info=True)))
 
 
 @pytest.mark.slow
@@ -48,6 +55,26 @@ def test_names_of_a_lowered_step(attention, attend):
 
   step = jax.jit(jax.grad(loss, has_aux=True))
   lowered = step.lower(params, rest, models.tokens(2, 32))
-  text = lowered.as_text(debug_info=True)
-  names = set(re.split(r'[/"()]', text))
-  assert not (ALWAYS | attend) - names
+  assert not (ALWAYS | attend) - names(lowered)
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_names_of_a_lowered_step_of_decoding(attention):
+  cfg = models.CONFIG
+  model = jax.eval_shape(lambda: models.model(cfg))
+
+  @jax.jit
+  def step(model, tokens, pages, length):
+    pool = cache_lib.make_pool(cfg, 8, 4)
+    frame = frame_lib.make_cached_frame(
+      *(cfg, pages, 4, length, jnp.ones_like(length), 1), attention=attention
+    )
+    done = model.decode(tokens, frame, pool)
+    drafts, pool = model.draft(tokens, done.hidden, frame, done.pool)
+    return model.head(done.hidden), model.head(drafts), pool
+
+  pages, length = jnp.arange(8).reshape(2, 4), jnp.asarray([3, 9])
+  lowered = step.lower(model, models.tokens(2, 1), pages, length)
+  asked = {"indexer", "select"} if attention == "sparse" else set()
+  trained = {"recall", "cross_entropy", "indexer", "select"}
+  assert not (ALWAYS - trained | asked | {"attend"}) - names(lowered)

@@ -306,7 +306,8 @@ def test_the_best_and_every_so_many_stay(folder, monkeypatch):
 def test_the_loop_reads_nothing_but_metrics_a_step_late(
   folder, monkeypatch, tmp_path
 ):
-  """Between saves and evaluations, each step reads those of the one before."""
+  """Between saves, evaluations and samples, each step reads those of the one
+  before."""
   cfg = config(folder, "run", run_dir=str(tmp_path / "run"))
   cfg = dataclasses.replace(
     cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=100)
@@ -348,6 +349,7 @@ def test_the_loop_reads_nothing_but_metrics_a_step_late(
   monkeypatch.setattr(kind, "_value", property(read))
   monkeypatch.setattr(stage.Stage, "_compile", compiled)
   monkeypatch.setattr(checkpoint.Checkpoints, "save", saved)
+  monkeypatch.setattr(stage.Stage, "_sample", lambda *_: None)
   train(cfg)
   first = events.index("step")
   assert events[first : first + 7] == [

@@ -1,22 +1,24 @@
-"""Generation: prefill, then one token a step, in one compiled program.
+"""Generation: as many tokens for each row of a batch of prompts.
 
-Letters: B batch, T tokens of the prompt, V vocabulary.
+Letters: B batch, T tokens of the prompt, X tokens in all.
 """
 
-import dataclasses
-import functools
-from typing import Annotated
+from typing import Annotated, Final
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 import numpy as np
 
-from dsa_jax import cache as cache_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import ranges
 from dsa_jax import transformer
+from dsa_jax.engine import engine as engine_lib
+from dsa_jax.engine import request as request_lib
+
+_PAGE: Final = 64
+_STEPS: Final = 32  # of a call
+_CHUNK: Final = 1024  # tokens
 
 # The cache grows with them, from the beginning.
 type _NewTokens = Annotated[int, ranges.Interval(1, 2**20)]
@@ -35,7 +37,9 @@ def generate(
 ) -> Int[Array, "B X"]:
   """Continues each row by `max_new_tokens` tokens.
 
-  Compiled once for a shape, a number of tokens and a way of attending.
+  Makes an engine for this one batch, compiled once for a shape, a number of
+  tokens and a way of attending. Requests that come and go, of many lengths, are
+  for an `Engine` that stays.
 
   Args:
     model: The model.
@@ -52,10 +56,9 @@ def generate(
 
   Raises:
     ValueError: An argument is not of its kind or out of its range; a prompt is
-      empty, or padding alone; an id is not in the vocabulary (seen where the
-      tokens are known: not under `jax.jit`); the temperature samples, but there
-      is no key; or the rules share a sequence among devices, or the rows among
-      more than they divide by.
+      empty, or padding alone; an id is not in the vocabulary; the temperature
+      samples, but there is no key; the rows do not divide among the devices
+      that share a batch; or this is called under `jax.jit`.
   """
   vocab = model.config.vocab_size
   ranges.require("generate: max_new_tokens", max_new_tokens, _NewTokens)
@@ -75,33 +78,60 @@ def generate(
     raise ValueError(
       f"generate: rng={ranges.shown(rng)} is no key; give jax.random.key(seed)."
     )
-  if model.config.rules.shards("seq") > 1:
+  ids_BT = np.asarray(tokens, np.int32)
+  groups = model.config.rules.shards("batch")
+  if (B := len(ids_BT)) % groups:
     raise ValueError(
-      "generate: the mesh shares a sequence among devices, but tokens come one "
-      "at a time: give the model's config rules with seq=None."
-    )
-  if len(tokens) % (rows := model.config.rules.shards("batch")):
-    raise ValueError(
-      f"generate: {len(tokens)} prompts do not divide among the {rows} devices "
-      "that share a batch; give a multiple, or the model's config rules with "
+      f"generate: {B} prompts do not divide among the {groups} devices that "
+      "share a batch; give a multiple, or the model's config rules with "
       "batch=None."
     )
-  graphdef, state = nnx.split(model)
-  return _generate(
-    graphdef,
-    state,
-    jnp.asarray(tokens, jnp.int32),
-    jnp.float32(temperature),
-    jax.random.key(0) if rng is None else rng,
-    jnp.int32(-1 if pad_id is None else pad_id),
-    max_new_tokens=max_new_tokens,
+  engine = _engine(model, *ids_BT.shape, max_new_tokens, attention, groups)
+  seeds = [0] * B
+  if not greedy and rng is not None:
+    seeds = np.asarray(jax.random.bits(rng, (B,), jnp.uint32)).tolist()
+  rows = [row[row != pad_id] if pad_id is not None else row for row in ids_BT]
+  each = [
+    request_lib.SamplingParams(
+      max_tokens=max_new_tokens,
+      temperature=0.0 if greedy else temperature,
+      seed=seed,
+    )
+    for seed in seeds
+  ]
+  new_BX = [samples[0].tokens for samples in engine.generate(rows, each)]
+  return jnp.asarray(np.concatenate([ids_BT, new_BX], 1))
+
+
+def _engine(model, B, T, max_new_tokens, attention, groups):
+  """An engine in which all rows run at once."""
+  # A page to spare for each row: the engine begins no row without.
+  pages = B * (-(-(T + max_new_tokens) // _PAGE) + 1)
+  least = groups * -(-model.config.top_k // _PAGE)
+  return engine_lib.Engine(
+    model,
+    slots=B,
+    pool_tokens=max(pages, least) * _PAGE,
+    page=_PAGE,
+    chunk=min(T, _CHUNK),
+    lanes=B // groups,
+    steps=min(max_new_tokens, _STEPS),
+    max_length=T + max_new_tokens,
     attention=attention,
-    greedy=greedy,
   )
 
 
 def _check_prompts(tokens, pad_id: int | None, vocab: int) -> None:
   """Refuses what is no array of ids, and a row without a token."""
+  if isinstance(tokens, jax.core.Tracer):
+    raise ValueError(
+      "generate: it runs programs of its own; call it outside of jax.jit."
+    )
+  if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+    raise ValueError(
+      "generate: the tokens are shared among processes; give each process all "
+      "of them, as a NumPy array."
+    )
   if (
     not isinstance(tokens, jax.Array | np.ndarray)
     or not jnp.issubdtype(tokens.dtype, jnp.integer)
@@ -113,10 +143,6 @@ def _check_prompts(tokens, pad_id: int | None, vocab: int) -> None:
       f"generate: the prompts have shape {tokens.shape}, which is empty or not "
       "[B, T]; give at least one token."
     )
-  if isinstance(tokens, jax.core.Tracer) or (
-    isinstance(tokens, jax.Array) and not tokens.is_fully_addressable
-  ):
-    return  # the ids are not here
   ids_BT = np.asarray(tokens)
   for b, t in np.argwhere((ids_BT < 0) | (ids_BT >= vocab)):
     raise ValueError(
@@ -137,50 +163,3 @@ def _is_key(rng) -> bool:
     and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
     and rng.shape == ()
   )
-
-
-@functools.partial(
-  jax.jit, static_argnames=("graphdef", "max_new_tokens", "attention", "greedy")
-)
-def _generate(
-  graphdef,
-  state,
-  tokens,
-  temperature,
-  rng,
-  pad_id,
-  max_new_tokens,
-  attention,
-  greedy,
-):
-  model = nnx.merge(graphdef, state)
-  B, T = tokens.shape
-  # Padding goes to the front: what is left of a row is one range of keys.
-  real_BT = tokens != pad_id
-  order_BT = jnp.argsort(real_BT, stable=True)
-  prompts_BT = jnp.take_along_axis(tokens, order_BT, 1)
-  cache = cache_lib.make_cache(
-    model.config, B, T + max_new_tokens, attention=attention
-  )
-  cache = dataclasses.replace(cache, start=T - real_BT.sum(1, dtype=jnp.int32))
-
-  def choose(logits_BV, key):
-    if greedy:
-      return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    # The best is 0, however low the temperature: none overflows.
-    logits_BV -= logits_BV.max(-1, keepdims=True)
-    return jax.random.categorical(key, logits_BV / temperature).astype(
-      jnp.int32
-    )
-
-  def step(carry, key):
-    last_B, cache = carry
-    logits_BV, cache = model.decode(last_B[:, None], cache)
-    next_B = choose(logits_BV, key)
-    return (next_B, cache), next_B
-
-  keys = jax.random.split(rng, max_new_tokens)
-  logits_BV, cache = model.decode(prompts_BT, cache)
-  first_B = choose(logits_BV, keys[0])
-  _, rest = jax.lax.scan(step, (first_B, cache), keys[1:])
-  return jnp.concatenate([tokens, first_B[:, None], rest.T], 1)

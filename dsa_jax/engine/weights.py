@@ -1,0 +1,127 @@
+"""A model's parameters as the engine holds them."""
+
+import dataclasses
+import functools
+import math
+from typing import Final
+
+from flax import nnx
+import jax
+
+from dsa_jax import config as config_lib
+from dsa_jax import sharding
+from dsa_jax import transformer
+
+# Parameters that are computed with in fp32, by the beginning of their names:
+# scores that decide, and what normalises. All others are rounded to the
+# activations' dtype as they are used.
+_FP32: Final = ("w_DM", "w_DE", "scale_", "bias_")
+
+
+def rules_for_decoding(
+  cfg: config_lib.ModelConfig,
+) -> sharding.ShardingRules:
+  """The model's rules, but that no device waits for others' weights.
+
+  Weights are whole on every device but for their heads, ffn, vocabulary and
+  experts; experts are spread over all devices of a batch that share weights in
+  training, as far as there are enough of them. Sequences are not cut.
+  """
+  old = cfg.rules
+  share = {*sharding.names(old.experts), *sharding.names(old.embed)}
+  spread: tuple[str, ...] = ()
+  for axis in old.mesh_axes("batch") or ():
+    wider = (*spread, axis)
+    fits = cfg.num_experts % math.prod(map(sharding.size, wider)) == 0
+    spread = wider if axis in share and fits else spread
+  return dataclasses.replace(
+    old, seq=None, embed=None, rank=None, experts=spread or None
+  )
+
+
+def prepare(
+  model: transformer.Transformer,
+) -> tuple[nnx.GraphDef[transformer.Transformer], nnx.State, nnx.State]:
+  """A model by its rules for decoding.
+
+  Returns:
+    The model without its parameters; the parameters, placed; and their shapes,
+    with the shardings that others must have.
+  """
+  graphdef, params = nnx.split(model)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
+  )
+  if not jax.sharding.get_abstract_mesh().empty:
+    rules = rules_for_decoding(model.config)
+    cfg = dataclasses.replace(model.config, rules=rules)
+    graphdef, shapes = nnx.split(
+      nnx.eval_shape(lambda: transformer.Transformer(cfg, rngs=nnx.Rngs(0)))
+    )
+  return graphdef, place(params, shapes, model.config), shapes
+
+
+def place(
+  params: nnx.State, shapes: nnx.State, cfg: config_lib.ModelConfig
+) -> nnx.State:
+  """Parameters where the engine wants them, in the dtype it computes with.
+
+  Those that are so already are not copied.
+
+  Args:
+    params: A model's.
+    shapes: What they must be, from `prepare`.
+    cfg: The model's config.
+
+  Raises:
+    ValueError: They are not those of this model.
+  """
+  wanted, given = (
+    {".".join(str(key.key) for key in path[:-1]): x.shape for path, x in leaves}
+    for leaves in map(jax.tree.leaves_with_path, (shapes, params))
+  )
+  for name in wanted | given:
+    if wanted.get(name) != given.get(name):
+      raise ValueError(
+        f"Weights: the engine's model has {name} of shape {wanted.get(name)}, "
+        f"but is given {given.get(name)}; give the parameters of this model."
+      )
+
+  on_mesh = not jax.sharding.get_abstract_mesh().empty
+  leaves, tree = jax.tree.flatten_with_path(params)
+  kinds = tuple(
+    (
+      None if _is_fp32(path) else cfg.dtype,
+      shape.sharding.spec if on_mesh else None,
+    )
+    for (path, _), shape in zip(leaves, jax.tree.leaves(shapes))
+  )
+  arrays = [x for _, x in leaves]
+  todo = [i for i, x in enumerate(arrays) if not _is_so(x, *kinds[i])]
+  done = _as([arrays[i] for i in todo], tuple(kinds[i] for i in todo))
+  for i, x in zip(todo, done):
+    arrays[i] = x
+  return jax.tree.unflatten(tree, arrays)
+
+
+def _is_so(x, dtype, spec) -> bool:
+  """Whether an array has this dtype (None: any) and this spec (None: any)."""
+  if spec is not None:
+    there = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    if not there.is_equivalent_to(x.sharding, x.ndim):
+      return False
+  return dtype is None or x.dtype == dtype
+
+
+def _is_fp32(path) -> bool:
+  name = str(path[-2].key) if len(path) > 1 else ""
+  return name.startswith(_FP32)
+
+
+@functools.partial(jax.jit, static_argnames="kinds")
+def _as(arrays, kinds):
+  """Arrays of these dtypes (None: their own), with these specs."""
+  return [
+    sharding.put(x if dtype is None else x.astype(dtype), spec)
+    for x, (dtype, spec) in zip(arrays, kinds)
+  ]

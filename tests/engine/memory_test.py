@@ -1,0 +1,154 @@
+"""A step of decoding takes no memory for what is cached, nor copies of weights.
+
+Read off the compiled program, which is not run.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+import dsa_jax
+from dsa_jax.engine import programs
+from tests.kernels import hlo
+from tests.model import models
+
+SLOTS, PAGE = 4, 64
+LARGE = 2**20  # bytes
+# Both a layer's experts and its part of the pool, of 4K tokens for each slot,
+# are larger, each of their arrays; all that a step computes is smaller.
+CONFIG = dataclasses.replace(
+  models.CONFIG,
+  num_layers=2,
+  num_dense_layers=0,
+  embed_dim=64,
+  kv_rank=32,
+  index_head_dim=32,
+  num_experts=16,
+  expert_ffn_dim=384,
+)
+KINDS: dict[str, Any] = {
+  "sparse": dict(attention="sparse", speculates=False),
+  "sparse, with drafts": dict(attention="sparse", speculates=True),
+  "dense": dict(attention="dense", speculates=False),
+}
+kinds = pytest.mark.parametrize(
+  "kind",
+  [
+    k if k == "sparse" else pytest.param(k, marks=pytest.mark.slow)
+    for k in KINDS
+  ],
+)
+
+# A result: its computation's name or its own, its shape, and what made it.
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_RESULT = re.compile(
+  r"^\s+(ROOT )?%?[\w.-]+ = (\w+)\[([\d,]+)\]\S* ([\w-]+)\((.*)$"
+)
+_CALLED = re.compile(r"calls=%?([\w.-]+)")
+_BYTES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, u16=2, s64=8, u64=8, f64=8)
+# They make nothing new, or write in place.
+_NO_COPIES = ("parameter", "get-tuple-element", "bitcast", "scatter")
+
+
+@contextlib.contextmanager
+def as_for_a_user():
+  """Optimized; and not checked: what is lowered has shapes for arrays."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  jaxtyping.config.update("jaxtyping_disable", True)
+  try:
+    yield
+  finally:
+    jaxtyping.config.update("jaxtyping_disable", False)
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@functools.cache
+def compiled(kind: str, length: int) -> tuple[jax.stages.Compiled, int]:
+  """`decode` for slots of so many tokens each; and the bytes of their pool."""
+  make = lambda: dsa_jax.Transformer(CONFIG, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(nnx.eval_shape(make))
+  pages = length // PAGE
+  table = jax.ShapeDtypeStruct((SLOTS, pages), jnp.int32)
+  stays = jax.ShapeDtypeStruct((SLOTS,), jnp.bool)
+  with as_for_a_user():
+    pool = programs.make_pool.eval_shape(CONFIG, SLOTS * pages, PAGE)
+    slots = programs.make_slots.eval_shape(CONFIG, SLOTS)
+    step = programs.decode.lower(
+      *(graphdef, params, pool, slots, table, stays),
+      jax.ShapeDtypeStruct((), jnp.bool),
+      kind=programs.Kind(
+        **KINDS[kind], steps=4, kept=False, experts=False, selected=False
+      ),
+    ).compile()
+  leaves = jax.tree.leaves(pool)
+  return step, sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def copies(compiled: jax.stages.Compiled) -> list[str]:
+  """Large results that are no views of others, nor updates in place."""
+  text = compiled.as_text()
+  assert text is not None, "This backend does not say."
+  found, roots, computation = [], {}, ""
+  for line in text.splitlines():
+    if match := _COMPUTATION.match(line):
+      computation = match[1]
+    if not (match := _RESULT.match(line)):
+      continue
+    root, dtype, shape, op, rest = match.groups()
+    if root:
+      roots[computation] = op
+    size = math.prod(map(int, shape.split(","))) * _BYTES.get(dtype, 4)
+    called = _CALLED.search(rest)
+    if called is not None:
+      op = roots[called[1]]  # of a fusion; it comes before
+    if size > LARGE and op not in _NO_COPIES:
+      found.append(f"{op} {dtype}[{shape}]")
+  assert len(roots) > 1, "This is no program."
+  return found
+
+
+@kinds
+def test_memory_does_not_grow_with_what_is_cached(kind):
+  short, long = (
+    hlo.temporary_bytes(compiled(kind, length)[0]) for length in (4096, 65536)
+  )
+  assert long < 1.1 * short
+
+
+@kinds
+def test_the_pool_is_updated_in_place(kind):
+  step, pool_bytes = compiled(kind, 65536)
+  memory = step.memory_analysis()
+  assert memory is not None, "This backend does not say."
+  assert memory.alias_size_in_bytes >= pool_bytes > 100 * LARGE
+
+
+@kinds
+def test_nothing_large_is_copied(kind):
+  step, pool_bytes = compiled(kind, 4096)
+  experts = CONFIG.num_experts * CONFIG.embed_dim * CONFIG.expert_ffn_dim
+  assert 4 * experts > LARGE  # of a layer, each of three matrices
+  assert pool_bytes > 6 * LARGE  # three layers of two arrays
+  assert copies(step) == []
+
+
+def test_what_is_cut_out_of_a_stack_is_found():
+  """As a layer of a pool, or of weights, that goes through a scan."""
+
+  def layers(pool, x):
+    write = lambda x, layer: (x + 1, layer.at[0].set(x))
+    return jax.lax.scan(write, x, pool)[1]
+
+  pool, x = jnp.zeros((3, 512, 1024)), jnp.zeros(1024)
+  with as_for_a_user():
+    step = jax.jit(layers, donate_argnums=0).lower(pool, x).compile()
+  assert copies(step)
