@@ -22,13 +22,14 @@ from dsa_jax.engine import weights
 _HELP: Final = """\
 modes:
   decode  ms a step for each number of --slots and each of --lengths, on a pool
-          of random rows, and the memory of the compiled program
+          of random rows, and the memory of the compiled program; --speculate
+          for steps that verify a draft and make the next
   prefill seconds to cache a prompt of each of --lengths, in chunks
   group   seconds to the last first token of 8 samples of one prompt, as one
           request and as 8 prompts that share nothing
-  load    tokens/s of --prompts x --samples with log-normal lengths: by an
-          engine, or with --static by batches of `generate`
-  host    the share of the engine's time that the device waits for the host
+  load    tokens/s of --prompts x --samples with log-normal lengths
+  host    what the host does for a call, and how many calls come so late that
+          the device has waited for them
 
 examples:
   python -m dsa_jax.engine.bench decode --slots 1 8 32 --lengths 4096 131072
@@ -42,7 +43,6 @@ _WIDE: Final[dict[str, Any]] = dict(
   expert_groups=1,
   groups_per_token=1,
   vocab_size=32768,
-  num_mtp_layers=0,
   param_dtype="bfloat16",
 )
 MODELS: Final = {
@@ -50,6 +50,7 @@ MODELS: Final = {
   "tiny": config_lib.tiny,
 }
 _PAGE: Final = 128
+_CALLS: Final = 20  # that `host` looks at
 
 
 def make_model(cfg: dsa_jax.ModelConfig) -> dsa_jax.Transformer:
@@ -88,9 +89,10 @@ class Decoding:
   """The decoding program on a pool of random rows, all slots equally long."""
 
   def __init__(self, model, slots: int, length: int, args):
-    graphdef, self._params, _ = weights.prepare(model)
-    per_slot = length // _PAGE
-    pool = programs.make_pool(model.config, slots * per_slot, _PAGE)
+    cfg = weights.config_for_decoding(model.config)
+    graphdef, self._params, _ = weights.prepare(model, cfg)
+    per_slot = -(-max(length, cfg.top_k) // _PAGE)  # an engine's least
+    pool = programs.make_pool(cfg, slots * per_slot, _PAGE)
     key = jax.random.key(1)
     self._pool = dataclasses.replace(
       pool,
@@ -102,12 +104,12 @@ class Decoding:
     blank = state.blank(slots)
     blank.how.temperature[:], blank.how.seed[:] = 1, np.arange(slots)
     blank.left[:], blank.live[:] = 2**30, True
-    blank.length[:] = length - 1 - 8 * args.steps
+    blank.length[:] = length - _fed(args)
     self._slots = jax.tree.map(jnp.asarray, blank)
     kind = programs.Kind(
       attention=args.attention,
       steps=args.steps,
-      speculates=False,
+      speculates=args.speculate,
       kept=False,
       experts=False,
       selected=False,
@@ -122,11 +124,21 @@ class Decoding:
     stays = np.ones(len(self._pages), bool)
     return self._pages, stays, np.asarray(False)
 
+  def tokens(self) -> int:
+    """Tokens of the slots in the cache, all together."""
+    return int(np.asarray(self._slots.length).sum())
+
   def __call__(self):
     self._pool, self._slots, given = self._program(
       self._params, self._pool, self._slots, *self._rest()
     )
     return given
+
+
+def _fed(args) -> int:
+  """The most tokens that a slot is fed while it is timed."""
+  calls = 2 * _CALLS + 8 if args.mode == "host" else 7
+  return calls * args.steps * (2 if args.speculate else 1) + 1
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -140,12 +152,16 @@ def decode(model, args) -> None:
   for slots in args.slots:
     for length in args.lengths:
       program = Decoding(model, slots, length, args)
+      before, runs = program.tokens(), 5
+      seconds = timed(program, runs)
+      fed = (program.tokens() - before) / ((runs + 1) * args.steps * slots)
       _say(
         mode="decode",
         attention=args.attention,
         slots=slots,
         length=length,
-        ms_a_step=round(timed(program) / args.steps * 1e3, 3),
+        ms_a_step=round(seconds / args.steps * 1e3, 3),
+        tokens_a_step=round(fed, 2),
         temporaries_mb=round(program.memory.temp_size_in_bytes / 1e6, 1),
         aliased_mb=round(program.memory.alias_size_in_bytes / 1e6, 1),
         pool_mb=round(program.pool_bytes / 1e6, 1),
@@ -162,7 +178,6 @@ def prefill(model, args) -> None:
       steps=1,
       attention=args.attention,
     )
-    engine.warm_up()
     rng, seconds = np.random.default_rng(0), []
     for _ in range(4):
       prompt = rng.integers(0, model.config.vocab_size, length)
@@ -179,7 +194,7 @@ def prefill(model, args) -> None:
 
 
 def group(model, args) -> None:
-  """A group's first tokens; the prompts of the others differ in one token."""
+  """First tokens of a group, and of as many prompts that share nothing."""
   samples, length = 8, args.lengths[-1]
   engine = dsa_jax.Engine(
     model,
@@ -210,71 +225,61 @@ def group(model, args) -> None:
 def load(model, args) -> None:
   """Prompts of one length; tokens of a sample are log-normal, or all alike."""
   rng = np.random.default_rng(0)
-  slots, prompt, n = args.slots[-1], args.prompt, args.samples
-  prompts = rng.integers(0, model.config.vocab_size, (args.prompts, prompt))
+  slots, n, shape = args.slots[-1], args.samples, (args.prompts, args.prompt)
+  prompts = rng.integers(0, model.config.vocab_size, shape)
   lengths = np.exp(rng.normal(0, args.sigma, args.prompts * n))
   lengths = np.maximum(lengths * args.mean / lengths.mean(), 1).astype(int)
-  run = _static if args.static else _continuous
-  run(model, args, slots, prompts[:1].repeat(slots, 0), lengths[:slots] * 0 + 4)
+  if lengths.max() > args.longest:
+    raise ValueError(
+      f"--longest={args.longest}: a sample of {lengths.max()} tokens is drawn; "
+      "give more."
+    )
+  longest = args.prompt + args.longest
+  engine = dsa_jax.Engine(
+    model,
+    slots=slots,
+    pool_tokens=slots * (-(-longest // _PAGE) + 1) * _PAGE,
+    max_length=longest,
+    chunk=args.chunk,
+    lanes=args.lanes,
+    steps=args.steps,
+  )
+  engine.warm_up()
+  params = [
+    dsa_jax.SamplingParams(max_tokens=int(T), seed=i)
+    for i, T in enumerate(lengths)
+  ]
   begin = time.perf_counter()
-  stats = run(model, args, slots, prompts.repeat(n, 0), lengths)
+  engine.generate(list(prompts.repeat(n, 0)), params)
   seconds = time.perf_counter() - begin
   _say(
     mode="load",
-    how="static" if args.static else "continuous",
     slots=slots,
     tokens=int(lengths.sum()),
     longest_over_mean=round(float(lengths.max() / lengths.mean()), 2),
     seconds=round(seconds, 2),
     tokens_a_second=round(float(lengths.sum() / seconds), 1),
-    **stats,
+    calls=engine.stats.calls,
+    found=engine.stats.found_tokens,
   )
 
 
-_engines: dict[int, dsa_jax.Engine] = {}
+class _Watched(dsa_jax.Engine):
+  """Counts the calls of `decode` that came when the device had nothing left."""
 
+  late = 0
+  given: programs.Decoded | None = None
 
-def _continuous(model, args, slots, prompts, lengths):
-  longest = prompts.shape[1] + args.longest
-  if slots not in _engines:
-    _engines[slots] = dsa_jax.Engine(
-      model,
-      slots=slots,
-      pool_tokens=slots * (-(-longest // _PAGE) + 1) * _PAGE,
-      max_length=longest,
-      chunk=args.chunk,
-      lanes=args.lanes,
-      steps=args.steps,
-    )
-    _engines[slots].warm_up()
-  engine = _engines[slots]
-  params = [
-    dsa_jax.SamplingParams(max_tokens=int(T), seed=i)
-    for i, T in enumerate(lengths)
-  ]
-  engine.generate(list(prompts), params)
-  return {"calls": engine.stats.calls, "found": engine.stats.found_tokens}
-
-
-def _static(model, args, slots, prompts, lengths):
-  """Batches of `generate`: each takes as long as its longest row."""
-  key = jax.random.key(0)
-  for i in range(0, len(prompts), slots):
-    T = int(lengths[i : i + slots].max())
-    # Few lengths, so that few programs are compiled: in favour of this way,
-    # compiling is not timed.
-    jax.block_until_ready(
-      dsa_jax.generate(model, prompts[i : i + slots], T, 1.0, key)
-    )
-  return {}
+  def _run_decode(self, stays, hurries):
+    self.late += self.given is not None and self.given.tokens.is_ready()
+    self.given = super()._run_decode(stays, hurries)
+    return self.given
 
 
 def host(model, args) -> None:
-  """The engine's loop beside the same program called with nothing between."""
+  """Work of the host while all slots decode, and nobody waits for one."""
   slots, length = args.slots[-1], args.lengths[-1]
-  calls, program = 20, Decoding(model, slots, length, args)
-  alone = timed(lambda: [program() for _ in range(calls)][-1], 3) / calls
-  engine = dsa_jax.Engine(
+  engine = _Watched(
     model,
     slots=slots,
     pool_tokens=slots * (length + 2 * _PAGE),
@@ -282,27 +287,56 @@ def host(model, args) -> None:
     chunk=args.chunk,
     steps=args.steps,
   )
-  params = dsa_jax.SamplingParams(max_tokens=(calls + 8) * args.steps)
-  prompt = np.zeros(length - params.max_tokens - 1, np.int32)
-  engine.submit(dsa_jax.Request(prompt, dataclasses.replace(params, n=slots)))
-  while engine.stats.decoded_tokens < slots * args.steps:
+  params = dsa_jax.SamplingParams(max_tokens=_fed(args) - 1)
+  shape = slots, length - params.max_tokens
+  for prompt in np.random.default_rng(0).integers(
+    0, model.config.vocab_size, shape
+  ):
+    engine.submit(dsa_jax.Request(prompt, params))
+  while engine.stats.decoded_tokens < 2 * slots * args.steps:
     engine.step()
-  begin = time.perf_counter()
-  for _ in range(calls):
+  engine.late, begin = 0, time.perf_counter()
+  for _ in range(_CALLS):
     engine.step()
-  loop = (time.perf_counter() - begin) / calls
+  seconds, late = time.perf_counter() - begin, engine.late
+  work = []
+  for _ in range(_CALLS):
+    jax.block_until_ready(engine.given)  # so that the host waits for nothing
+    begin = time.perf_counter()
+    engine.step()
+    work.append(time.perf_counter() - begin)
   _say(
     mode="host",
     slots=slots,
     length=length,
-    ms_a_call=round(loop * 1e3, 2),
-    ms_of_the_program=round(alone * 1e3, 2),
-    idle=round(1 - alone / loop, 4),
+    ms_a_call=round(seconds / _CALLS * 1e3, 2),
+    ms_of_the_host=round(sorted(work)[_CALLS // 2] * 1e3, 2),
+    late=f"{late} of {_CALLS} calls",
   )
 
 
 def _say(**row: object) -> None:
   print(json.dumps(row), flush=True)
+
+
+def _count(text: str) -> int:
+  if not text.isascii() or not text.isdigit() or int(text) == 0:
+    raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+  return int(text)
+
+
+def _check(args) -> None:
+  """Raises a ValueError for what a mode cannot time."""
+  if args.speculate and args.mode != "decode":
+    raise ValueError(f"--speculate is for decode, not for {args.mode}.")
+  for length in args.lengths if args.mode in ("decode", "host") else ():
+    if length % _PAGE or length <= _fed(args):
+      raise ValueError(
+        f"--lengths {length}: {args.mode} with --steps={args.steps} takes "
+        f"multiples of {_PAGE} above {_fed(args)}."
+      )
+  if not 0 <= args.sigma <= 4:
+    raise ValueError(f"--sigma={args.sigma} is not from 0 to 4.")
 
 
 def main() -> None:
@@ -315,25 +349,37 @@ def main() -> None:
   modes = {f.__name__: f for f in (decode, prefill, group, load, host)}
   parser.add_argument("mode", choices=modes)
   parser.add_argument("--model", choices=MODELS, default="wide")
-  parser.add_argument("--slots", type=int, nargs="+", default=[32])
-  parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
-  parser.add_argument("--steps", type=int, default=16)
-  parser.add_argument("--chunk", type=int, default=512)
-  parser.add_argument("--lanes", type=int, default=1)
+  add = functools.partial(parser.add_argument, type=_count, metavar="N")
+  add("--slots", nargs="+", default=[32], help="sequences at once")
+  add("--lengths", nargs="+", default=[4096], help="tokens of a sequence")
+  add("--steps", default=16, help="steps of a call (default: 16)")
+  add("--chunk", default=512, help="tokens cached at once (default: 512)")
+  add("--lanes", default=1, help="prompts cached at once (default: 1)")
   parser.add_argument(
     "--attention", choices=["sparse", "dense"], default="sparse"
   )
-  parser.add_argument("--prompts", type=int, default=64)
-  parser.add_argument("--samples", type=int, default=8)
-  parser.add_argument("--prompt", type=int, default=128)
-  parser.add_argument("--mean", type=int, default=128)
-  parser.add_argument("--sigma", type=float, default=1.0)
-  parser.add_argument("--longest", type=int, default=4096)
-  parser.add_argument("--static", action="store_true")
+  parser.add_argument("--speculate", action="store_true")
+  load_only = parser.add_argument_group("of load")
+  add = functools.partial(load_only.add_argument, type=_count, metavar="N")
+  add("--prompts", default=64, help="prompts (default: 64)")
+  add("--samples", default=8, help="samples of each (default: 8)")
+  add("--prompt", default=128, help="tokens of a prompt (default: 128)")
+  add("--mean", default=128, help="tokens of a sample (default: 128)")
+  add("--longest", default=4096, help="the most of a sample (default: 4096)")
+  load_only.add_argument(
+    "--sigma", type=float, default=1.0, help="of their logarithms (default: 1)"
+  )
   args = parser.parse_args()
-  device = jax.devices()[0].device_kind
-  _say(device=device, jax=jax.__version__, **vars(args))
-  modes[args.mode](make_model(MODELS[args.model]()), args)
+  cfg = dataclasses.replace(
+    MODELS[args.model](), num_mtp_layers=int(args.speculate)
+  )
+  try:
+    _check(args)
+    device = jax.devices()[0].device_kind
+    _say(device=device, jax=jax.__version__, **vars(args))
+    modes[args.mode](make_model(cfg), args)
+  except ValueError as e:
+    parser.error(str(e))
 
 
 if __name__ == "__main__":

@@ -120,8 +120,7 @@ class Engine:
       speculate=speculate,
       returns=returns,
     )
-    rules = weights.rules_for_decoding(model.config)
-    cfg = dataclasses.replace(model.config, rules=rules)
+    cfg = weights.config_for_decoding(model.config)
     self._mesh = jax.sharding.get_mesh()
     self._groups = cfg.rules.shards("batch")
     self._settings.check(cfg, self._groups)
@@ -129,7 +128,7 @@ class Engine:
     self._longest = min(max_length or pages * page, pages * page)
     self.model_config, self.version = cfg, 0
     self._tokenizer = tokenizer
-    self._graphdef, self._params, self._shapes = weights.prepare(model)
+    self._graphdef, self._params, self._shapes = weights.prepare(model, cfg)
     self._kind = programs.Kind(
       attention=attention,
       steps=steps,

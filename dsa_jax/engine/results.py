@@ -166,7 +166,7 @@ class Results:
     self.counts.steps += int((tokens >= 0).any((1, 2)).sum())
     for slot, sequence in call.sequences:
       count = 0
-      for i, t in np.argwhere(tokens[:, slot] >= 0):
+      for i, t in np.argwhere(tokens[:, slot] >= 0).tolist():
         count += 1
         if sequence.finish is None:
           self._take(sequence, given, i, slot, t, call.version)

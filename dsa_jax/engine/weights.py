@@ -18,10 +18,10 @@ from dsa_jax import transformer
 _FP32: Final = ("w_DM", "w_DE", "scale_", "bias_")
 
 
-def rules_for_decoding(
+def config_for_decoding(
   cfg: config_lib.ModelConfig,
-) -> sharding.ShardingRules:
-  """The model's rules, but that no device waits for others' weights.
+) -> config_lib.ModelConfig:
+  """A model's config with rules by which no device waits for others' weights.
 
   Weights are whole on every device but for their heads, ffn, vocabulary and
   experts; experts are spread over all devices of a batch that share weights in
@@ -34,15 +34,20 @@ def rules_for_decoding(
     wider = (*spread, axis)
     fits = cfg.num_experts % math.prod(map(sharding.size, wider)) == 0
     spread = wider if axis in share and fits else spread
-  return dataclasses.replace(
+  rules = dataclasses.replace(
     old, seq=None, embed=None, rank=None, experts=spread or None
   )
+  return dataclasses.replace(cfg, rules=rules)
 
 
 def prepare(
-  model: transformer.Transformer,
+  model: transformer.Transformer, cfg: config_lib.ModelConfig
 ) -> tuple[nnx.GraphDef[transformer.Transformer], nnx.State, nnx.State]:
   """A model by its rules for decoding.
+
+  Args:
+    model: The model.
+    cfg: Its `config_for_decoding`.
 
   Returns:
     The model without its parameters; the parameters, placed; and their shapes,
@@ -53,12 +58,10 @@ def prepare(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
   )
   if not jax.sharding.get_abstract_mesh().empty:
-    rules = rules_for_decoding(model.config)
-    cfg = dataclasses.replace(model.config, rules=rules)
     graphdef, shapes = nnx.split(
       nnx.eval_shape(lambda: transformer.Transformer(cfg, rngs=nnx.Rngs(0)))
     )
-  return graphdef, place(params, shapes, model.config), shapes
+  return graphdef, place(params, shapes, cfg), shapes
 
 
 def place(

@@ -291,5 +291,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
   """Lets engines that are made from now on run on it."""
   for program in (make_pool, make_slots, admit, copy_pages, prefill, decode):
     monkeypatch.setattr(programs, program.__name__, program)
-  monkeypatch.setattr(weights, "prepare", lambda model: (None, params(0), None))
+  monkeypatch.setattr(weights, "prepare", lambda *_: (None, params(0), None))
   monkeypatch.setattr(weights, "place", lambda params, shapes, cfg: params)
