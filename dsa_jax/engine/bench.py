@@ -268,7 +268,7 @@ class _Watched(dsa_jax.Engine):
   """Counts the calls of `decode` that came when the device had nothing left."""
 
   late = 0
-  given: programs.Decoded | None = None
+  given: Any = None  # of the last one
 
   def _run_decode(self, stays, hurries):
     self.late += self.given is not None and self.given.tokens.is_ready()
@@ -371,7 +371,7 @@ def main() -> None:
   )
   args = parser.parse_args()
   cfg = dataclasses.replace(
-    MODELS[args.model](), num_mtp_layers=int(args.speculate)
+    MODELS[args.model](), num_mtp_layers=1 if args.speculate else 0
   )
   try:
     _check(args)

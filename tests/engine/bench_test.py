@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from dsa_jax.engine import bench
 
 
-def run(monkeypatch, capsys, *options) -> list[dict[str, object]]:
+def run(monkeypatch, capsys, *options) -> list[dict[str, Any]]:
   """The rows that it prints after its own settings."""
   monkeypatch.setattr(sys, "argv", ["bench", *options, "--model=tiny"])
   bench.main()
