@@ -38,10 +38,16 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     case tuple() | list() if val:
       between = "x" if all(isinstance(x, int) for x in val) else " "
       return between.join(map(_shown, val))
+    case bytes():
+      return _shown(val)
   return None  # pytest's own
 
 
 def _shown(value: object) -> str:
+  # They may be compressed, with the time at which that was done: each worker
+  # would collect tests of other names.
+  if isinstance(value, bytes):
+    return "bytes"
   return getattr(value, "__name__", None) or str(value)
 
 
