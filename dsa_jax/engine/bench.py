@@ -24,7 +24,7 @@ modes:
   decode  ms a step for each number of --slots and each of --lengths, on a pool
           of random rows, and the memory of the compiled program; --speculate
           for steps that verify a draft and make the next
-  prefill seconds to cache a prompt of each of --lengths, in chunks
+  prefill ms to cache a prompt of each of --lengths, in chunks
   group   seconds to the last first token of 8 samples of one prompt, as one
           request and as 8 prompts that share nothing
   load    tokens/s of --prompts x --samples with log-normal lengths
@@ -329,6 +329,10 @@ def _check(args) -> None:
   """Raises a ValueError for what a mode cannot time."""
   if args.speculate and args.mode != "decode":
     raise ValueError(f"--speculate is for decode, not for {args.mode}.")
+  if args.attention == "dense" and args.mode not in ("decode", "prefill"):
+    raise ValueError(
+      f"--attention=dense is for decode and prefill, not for {args.mode}."
+    )
   for length in args.lengths if args.mode in ("decode", "host") else ():
     if length % _PAGE or length <= _fed(args):
       raise ValueError(

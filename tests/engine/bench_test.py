@@ -76,6 +76,7 @@ def test_the_host_is_watched(monkeypatch, capsys):
     (["decode", "--lengths", "200"], "multiples of 128 above 113"),
     (["host", "--lengths", "768"], "multiples of 128 above 769"),
     (["group", "--speculate"], "--speculate is for decode, not for group"),
+    (["host", "--attention=dense"], "for decode and prefill, not for host"),
     (["load", "--sigma=nan"], "--sigma=nan is not from 0 to 4"),
     (["load", "--longest=100"], "--longest=100: a sample of"),
     (["prefill", "--chunk=70000"], "chunk=70000"),
