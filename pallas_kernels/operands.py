@@ -22,6 +22,9 @@ class Index:
   pool of pages, [pages, page, I]."""
   w: Float[Array, "B T M"]
   """Head weights of each query, with all scales folded in."""
+  k_scale: Float[Array, "BX S"] | None = None
+  """Scales of keys that are kept in 8 bits, as `fp8.quantize` made them; k is
+  float8_e4m3fn then."""
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,7 @@
 """Places in shared and device memory, as single threads address them."""
 
 from collections.abc import Sequence
+import copy
 import dataclasses
 
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -20,9 +21,14 @@ class Place:
 
   value: ir.Value
   is_shared: bool
+  in_cluster: bool
+  """Whether it may be in the shared memory of another block of the cluster."""
 
-  def __init__(self, value: ir.Value, is_shared: bool):
+  def __init__(
+    self, value: ir.Value, is_shared: bool, in_cluster: bool = False
+  ):
     self.value, self.is_shared = value, is_shared
+    self.in_cluster = in_cluster
 
   @classmethod
   def of(cls, ref: ir.Value) -> "Place":
@@ -37,17 +43,29 @@ class Place:
   @property
   def space(self) -> str:
     """Name in PTX."""
-    return "shared" if self.is_shared else "global"
+    if not self.is_shared:
+      return "global"
+    return "shared::cluster" if self.in_cluster else "shared"
+
+  def in_block(self, block: U32) -> "Place":
+    """Same place in the shared memory of this block of the cluster."""
+    text = "mapa.shared::cluster.u32 $0, $1, $2;"
+    args = [self.value, block.value]
+    [value] = threads.assembly(text, args, [threads.i32()])
+    return Place(value, is_shared=True, in_cluster=True)
 
   def __add__(self, offset: U32 | int) -> "Place":
     """Place so many bytes further on, at least 0."""
-    return Place(arith.addi(self.value, self._wide(offset)), self.is_shared)
+    return self._further(self._wide(offset))
 
   def step(self, index: U32, stride: int) -> "Place":
     """Place `index * stride` bytes further on; the product has 64 bits in
     device memory."""
-    offset = arith.muli(self._wide(index), self._constant(stride))
-    return Place(arith.addi(self.value, offset), self.is_shared)
+    return self._further(arith.muli(self._wide(index), self._constant(stride)))
+
+  def _further(self, offset: ir.Value) -> "Place":
+    value = arith.addi(self.value, offset)
+    return Place(value, self.is_shared, self.in_cluster)
 
   def _wide(self, offset: U32 | int) -> ir.Value:
     if isinstance(offset, int):
@@ -178,6 +196,12 @@ class Memory:
     if row is not None:
       *_, words = ir.MemRefType(ref.type).shape
       self._place = self._place.step(row, 4 * words)
+
+  def in_block(self, block: U32) -> "Memory":
+    """The same words of shared memory of this block of the cluster."""
+    there = copy.copy(self)
+    there._place = self._place.in_block(block)
+    return there
 
   def _address(self, i: U32 | int) -> ir.Value:
     return self._place.step(U32(i), 4).value

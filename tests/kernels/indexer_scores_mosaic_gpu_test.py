@@ -8,32 +8,59 @@ import numpy as np
 import pytest
 
 from pallas_kernels import shapes
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import plan as plan_lib
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import scores as scores_lib
 from tests.kernels import by_thread
 from tests.kernels import simulated
 from tests.kernels.simulated import memory
 from tests.kernels.simulated import threads
 
-bS = scores_lib.bS
+bS = plan_lib.bS
 
 
-def inputs(T, S, M=64, I=128, dtype=jnp.bfloat16):
+def inputs(B, T, P, page=128, M=64, I=128, dtype=jnp.bfloat16, pool=3000):
   struct = jax.ShapeDtypeStruct
   scaled = dtype == jnp.float8_e4m3fn
-  number = struct((T,), jnp.int32)
+  number = struct((B, T), jnp.int32)
   return (
-    struct((T, M, I), dtype),
-    struct((S, I), dtype),
-    struct((T, M), jnp.float32),
+    struct((B, T, M, I), dtype),
+    struct((pool, page, I), dtype),
+    struct((B, T, M), jnp.float32),
     number,
     number,
-    struct((S,), jnp.float32) if scaled else None,
+    struct((B, P), jnp.int32),
+    struct((pool, page), jnp.float32) if scaled else None,
   )
 
 
-def lower(*args, **kwargs):
-  traced = jax.jit(scores_lib.scores).trace(*inputs(*args, **kwargs))
+def lower(**kwargs):
+  traced = jax.jit(scores_lib.scores).trace(*inputs(**kwargs))
   return traced.lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("heads", plan_lib.HEADS)
+def test_warpgroups_share_few_queries_and_their_keys(heads):
+  """Together, all of a tile's keys with all of a group's queries, once."""
+  each = plan_lib.COLUMNS // heads
+  for T in (1, each, each + 1, 2 * each, 2 * each + 1, 9 * each):
+    plan = plan_lib.Plan.of(T, heads)
+    seen = []
+    for warpgroup in range(plan_lib.WARPGROUPS):
+      reader = warpgroup if plan.readers > 1 else 0
+      columns = plan.columns(5, reader, heads)
+      assert columns.size == plan.accumulators * plan_lib.COLUMNS
+      seen += [
+        (column, half)
+        for column in range(columns.start, columns.start + columns.size)
+        for half in plan.halves(warpgroup)
+      ]
+    of_group = range(5 * plan.queries * heads, 6 * plan.queries * heads)
+    assert sorted(seen) == [
+      (column, half) for column in of_group for half in (0, 1)
+    ]
+    # Few queries of a row are one group, as narrow as can be.
+    if T <= 2 * each:
+      assert plan.readers == 1 and T <= plan.queries < T + each
 
 
 def visits(shares, groups):
@@ -73,7 +100,9 @@ def test_each_visible_tile_once(kind):
       seen |= {(t // bT, tile) for tile in tiles}
 
   start, end = (jnp.asarray(x, jnp.int32) for x in (start, end))
-  shares, groups = scores_lib.share_out(start, end, bT)
+  shares, groups = plan_lib.share_out(
+    start.reshape(-1, bT), end.reshape(-1, bT)
+  )
   visited = list(visits(shares, groups))
   assert sum(visited, []) == sorted(seen)
   sizes = [len(mine) for mine in visited]
@@ -81,7 +110,7 @@ def test_each_visible_tile_once(kind):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("heads", scores_lib.HEADS)
+@pytest.mark.parametrize("heads", plan_lib.HEADS)
 def test_threads_sum_over_heads(heads, scaled):
   """Of a product of 64 keys with all heads of some queries, the last of which
   does not exist."""
@@ -101,7 +130,8 @@ def test_threads_sum_over_heads(heads, scaled):
       by_thread.by_column(w),
       [by_thread.by_row(scale)] if scaled else [],
       memory.Place(written),
-      *(threads.U32(query), threads.U32(key), heads, (T, S)),
+      *map(threads.U32, (query, T, key)),
+      *(heads, S),
     )
   weighted = np.maximum(product.astype(np.float64), 0) * w
   sums = weighted.reshape(keys, queries, heads).sum(2)
@@ -116,11 +146,16 @@ def test_threads_sum_over_heads(heads, scaled):
 @pytest.mark.parametrize(
   "kwargs",
   [
-    *(dict(T=2048, S=shapes.SHAPES[name].S) for name in ("32k", "128k")),
-    dict(T=512, S=32_768, dtype=jnp.float8_e4m3fn),
-    dict(T=3, S=95),
-    dict(T=100, S=1000, M=32),
-    dict(T=100, S=1000, M=16, I=64),
+    *(
+      dict(B=1, T=2048, P=1, page=shapes.SHAPES[name].S, pool=1)
+      for name in ("32k", "128k")
+    ),
+    *(dict(B=64, T=T, P=1024, pool=70_000) for T in (1, 2, 4)),
+    dict(B=64, T=1, P=1024, dtype=jnp.float8_e4m3fn),
+    dict(B=1, T=512, P=256, dtype=jnp.float8_e4m3fn),
+    dict(B=2, T=3, P=3, page=64),
+    dict(B=1, T=100, P=1, page=1024, M=32),
+    dict(B=3, T=1, P=8, M=16, I=64),
   ],
 )
 def test_lowers_for_cuda(kwargs):

@@ -1,5 +1,7 @@
 """The selection kernel is exact, and the op lowers for Hopper."""
 
+import dataclasses
+import re
 from typing import Any
 from unittest import mock
 
@@ -31,8 +33,8 @@ def choose(scores, start, end, top_k):
   )
 
 
-def simulate(scores, start, end, top_k):
-  """What the kernel's threads do with one row."""
+def simulate(scores, start, end, top_k, parts=1):
+  """What the threads of a row's blocks do."""
   indices = np.full(top_k, -9, np.int32)
   chosen = np.full(top_k, np.nan, np.float32)
   scores = scores.copy()
@@ -43,13 +45,34 @@ def simulate(scores, start, end, top_k):
     words = garbage.integers(0, 2**32, size, np.uint32)
     return memory.Memory(words, shared=True)
 
-  with simulated.run_as(n, sources), simulated.run_as(n, select_lib):
-    select_lib.Row(
-      *(lambda x=x: memory.Memory(x) for x in (scores, indices, chosen)),
-      *map(threads.U32, (start, end)),
-      scratch=jax.tree.map(shared, select_lib.Scratch.sizes(top_k)),
-      top_k=top_k,
-    ).emit()
+  scratch = [
+    jax.tree.map(shared, select_lib.Scratch.sizes(top_k)) for _ in range(parts)
+  ]
+  for field in dataclasses.fields(select_lib.Scratch):
+    of_blocks = [getattr(block, field.name) for block in scratch]
+    for words in of_blocks:
+      words.blocks = of_blocks
+  with (
+    simulated.run_as(n, sources),
+    simulated.run_as(n, select_lib),
+    mock.patch.object(select_lib, "cluster", mock.Mock()) as cluster,
+  ):
+    rows = []
+    for part in range(parts):
+      cluster.rank.return_value = threads.U32(part)
+      row = select_lib.Row(
+        *(lambda x=x: memory.Memory(x) for x in (scores, indices, chosen)),
+        *map(threads.U32, (start, end)),
+        scratch=scratch[part],
+        top_k=top_k,
+        parts=parts,
+      )
+      rows.append(row)
+    phases = [select_lib.Row.list_part, select_lib.Row.send]
+    for phase in (*phases[: 1 + (parts > 1)], select_lib.Row.finish):
+      for row in rows:
+        phase(row)
+      threads.barrier()
   return indices, chosen
 
 
@@ -87,16 +110,17 @@ def rows():
   return rows | {"denormal": tiny}
 
 
-def assert_exact(scores, start=3, end=S - 5, top_k=K):
-  indices, chosen = simulate(scores, start, end, top_k)
+def assert_exact(scores, start=3, end=S - 5, top_k=K, parts=1):
+  indices, chosen = simulate(scores, start, end, top_k, parts)
   expected_indices, expected_scores = choose(scores, start, end, top_k)
   np.testing.assert_array_equal(indices, expected_indices)
   np.testing.assert_array_equal(chosen, expected_scores)
 
 
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("name", rows())
-def test_scores(name):
-  assert_exact(rows()[name])
+def test_scores(name, parts):
+  assert_exact(rows()[name], parts=parts)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +132,8 @@ def test_scores(name):
 )
 def test_ranges(start, end):
   for name in ("normal", "few values"):
-    assert_exact(rows()[name], start, end)
+    for parts in (1, 8):
+      assert_exact(rows()[name], start, end, parts=parts)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 64, 2048, 5000, select_lib.LARGEST_K])
@@ -127,10 +152,20 @@ def test_numbers_of_keys(top_k):
 def test_reads_most_rows_once(name, times):
   """A guess that is bad, or many ties, and the row is read again."""
   read = mock.Mock(wraps=select_lib.Row._row)
-  row = lambda self, loads: read(self, loads)
+  row = lambda self, *args: read(self, *args)
   with mock.patch.object(select_lib.Row, "_row", row):
     assert_exact(rows()[name])
   assert read.call_count == times
+
+
+def test_blocks_share_few_and_long_rows():
+  for T in (1, 5, 16, 17, 64, 66, 67, 132, 133, 4096):
+    parts = select_lib.num_parts(T, 131072)
+    assert parts == 1 or T * parts <= 132
+    assert parts == 8 or 2 * T * parts > 132
+  sizes = 100, 32767, 32768, 65536, 131072, 10**6
+  parts = [select_lib.num_parts(1, size) for size in sizes]
+  assert parts == [1, 1, 2, 4, 8, 8]
 
 
 def test_long_rows():
@@ -171,37 +206,51 @@ def test_lowers_at_real_shapes(T, S, score_dtype):
   assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("score_dtype", [None, "float8_e4m3fn"])
-def test_lowers_with_pages(score_dtype):
-  """A decoding step of 3 rows; one row's keys are copied at a time."""
-  B, M, I, page, P, pool = 3, 64, 128, 64, 32, 1000
+@pytest.mark.parametrize("eight", [False, True])
+@pytest.mark.parametrize("B, T", [(64, 1), (3, 2), (1, 512)])
+def test_lowers_with_pages(B, T, eight):
+  """No key is copied, and as many rows as fit are scored at once."""
+  M, I, page, P, pool = 64, 128, 64, 500, 1000
   struct = jax.ShapeDtypeStruct
+  k_dtype = jnp.float8_e4m3fn if eight else jnp.bfloat16
   args = [
-    *(struct((B, 1, M, I), jnp.bfloat16), struct((pool, page, I), "bfloat16")),
-    *(struct((B, 1, M), jnp.float32), struct((B, 1), jnp.int32)),
+    *(struct((B, T, M, I), jnp.bfloat16), struct((pool, page, I), k_dtype)),
+    *(struct((B, T, M), jnp.float32), struct((B, T), jnp.int32)),
     struct((B, P), jnp.int32),
+    struct((pool, page), jnp.float32) if eight else None,
   ]
 
-  def step(q, k, w, end, pages):
+  def step(q, k, w, end, pages, k_scale):
     return mosaic_gpu.indexer_topk(
-      *(operands.Index(q, k, w), jnp.zeros_like(end), end, 2048),
+      *(operands.Index(q, k, w, k_scale), jnp.zeros_like(end), end, 2048),
       pages=pages,
-      score_dtype=score_dtype,
     )
 
   traced = jax.jit(step).trace(*args)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert "mosaic_gpu" in text
-  assert f"tensor<{P}x{page}x{I}xbf16>" in text
-  assert f"tensor<{B}x{P}x{page}x{I}xbf16>" not in text
+  assert text.count("custom_call @mosaic_gpu") == 2
+  name = "f8E4M3FN" if eight else "bf16"
+  keys = rf"tensor<(?:{B}x)?{P}x{page}x{I}x{name}>"
+  assert not re.search(keys, text)
 
 
-def test_scores_the_keys_of_each_rows_pages(monkeypatch):
-  """With kernels that take a key's first number for its score."""
+@pytest.mark.parametrize("chunk_bytes", [1 << 28, 6 * 4 * 256, 1])
+@pytest.mark.parametrize("T", [1, 20])
+@pytest.mark.parametrize("eight", [False, True])
+def test_scores_the_keys_of_each_rows_pages(eight, T, chunk_bytes, monkeypatch):
+  """With kernels that take a key's number in the pool for its score, and the
+  first weight of a query with it; in chunks of some rows, or of one row's
+  queries."""
+  B, M, I, page, K = 5, 8, 128, 64, 2
+  number = np.arange(9 * page).reshape(9, page)
 
-  def scores(q, k, w, start, end, k_scale):
-    del w, start, end, k_scale
-    return jnp.broadcast_to(k[:, 0].astype(jnp.float32), (len(q), len(k)))
+  def scores(q, k, w, start, end, pages, k_scale):
+    del start, end
+    assert q.dtype == k.dtype
+    k_first, k_second = k[..., 0].astype(jnp.float32), k[..., 1]
+    number = k_first * page + k_second if k_scale is None else k_scale
+    number_B1S = number[pages].reshape(len(q), 1, -1)
+    return jnp.pad(number_B1S + w[:, :, :1], [(0, 0), (0, 0), (0, page)])
 
   def select(scores_TS, start, end, top_k):
     del start
@@ -212,22 +261,30 @@ def test_scores_the_keys_of_each_rows_pages(monkeypatch):
 
   monkeypatch.setattr(mosaic_gpu.scores_lib, "scores", scores)
   monkeypatch.setattr(mosaic_gpu.select_lib, "select", select)
-  B, T, M, I, page = 2, 5, 8, 128, 4
-  pool = jnp.arange(9 * page).reshape(9, page, 1).astype(jnp.bfloat16)
+  monkeypatch.setattr(mosaic_gpu, "_CHUNK_BYTES", chunk_bytes)
+  rng = np.random.default_rng(0)
+  k = np.zeros((9, page, I), np.float32)
+  k[..., 0], k[..., 1] = number // page, number % page
+  w = rng.integers(0, 1000, (B, T, M)).astype(np.float32)
+  dtype = jnp.float8_e4m3fn if eight else jnp.bfloat16
   index = operands.Index(
     jnp.ones((B, T, M, I), jnp.bfloat16),
-    jnp.broadcast_to(pool, (9, page, I)),
-    jnp.ones((B, T, M)),
+    jnp.asarray(k, dtype),
+    jnp.asarray(w),
+    jnp.asarray(number, jnp.float32) if eight else None,
   )
-  pages = jnp.array([[7, 2, 8], [2, 0, -1]])
-  end = jnp.broadcast_to(jnp.array([[10], [8]]), (B, T))
+  pages = rng.integers(0, 9, (B, 3)).astype(np.int32)
+  end = rng.integers(K, 3 * page, (B, T)).astype(np.int32)
   indices, chosen = jax.jit(
-    lambda *args: mosaic_gpu.indexer_topk(*args, 2, pages=pages)
-  )(index, jnp.zeros_like(end), end)
-  expected = [[9, 8], [3, 2]], [[33, 32], [11, 10]]
-  for actual, rows in zip((indices, chosen), expected, strict=True):
-    for t in range(T):
-      np.testing.assert_array_equal(actual[:, t], rows)
+    lambda *args: mosaic_gpu.indexer_topk(*args, K, pages=jnp.asarray(pages))
+  )(index, jnp.zeros(end.shape, jnp.int32), jnp.asarray(end))
+  # Of queries of ones the rotation leaves one number, of a known scale.
+  scale = 2.0**-5 if eight else 1.0
+  for b, t in np.ndindex(B, T):
+    row = number[pages[b]].reshape(-1)[: end[b, t]]
+    best = np.argsort(-row, kind="stable")[:K]
+    np.testing.assert_array_equal(indices[b, t], best)
+    np.testing.assert_array_equal(chosen[b, t], row[best] + scale * w[b, t, 0])
 
 
 @pytest.mark.parametrize(
@@ -238,6 +295,8 @@ def test_scores_the_keys_of_each_rows_pages(monkeypatch):
     (dict(I=64, score_dtype="float8_e4m3fn"), "I=64"),
     (dict(dtype=jnp.float32), "float32"),
     (dict(top_k=select_lib.LARGEST_K + 1), "top_k"),
+    (dict(page=96), "96 keys"),
+    (dict(page=64, score_dtype="float8_e4m3fn"), "k_scale"),
   ],
 )
 def test_refuses_what_its_kernels_cannot_do(sizes, reason):
@@ -245,23 +304,30 @@ def test_refuses_what_its_kernels_cannot_do(sizes, reason):
     refused(**sizes)
 
 
-def refused(M=64, I=128, dtype=jnp.bfloat16, top_k=8, score_dtype: Any = None):
+def refused(
+  M=64, I=128, dtype=jnp.bfloat16, top_k=8, score_dtype: Any = None, page=None
+):
   ranges = jnp.zeros((1, 8), jnp.int32)
   q_BTMI = jax.ShapeDtypeStruct((1, 8, M, I), dtype)
-  k_BSI = jax.ShapeDtypeStruct((1, 9000, I), dtype)
+  keys = (1, 9000) if page is None else (30, page)
+  k_BSI = jax.ShapeDtypeStruct((*keys, I), dtype)
   w_BTM = jax.ShapeDtypeStruct((1, 8, M), jnp.float32)
 
   def op(q, k, w):
     index = operands.Index(q, k, w)
     return mosaic_gpu.indexer_topk(
-      index, ranges, ranges, top_k, score_dtype=score_dtype
+      *(index, ranges, ranges, top_k),
+      pages=None if page is None else ranges,
+      score_dtype=score_dtype,
     )
 
   jax.eval_shape(op, q_BTMI, k_BSI, w_BTM)
 
 
 def test_chunks_keep_the_memory_law():
-  for T, S in ((4096, 131072), (1, 1), (5000, 32768), (8192, 1000)):
-    chunk = mosaic_gpu.chunk_size(T, S)
-    assert 4 * chunk * S <= 256 << 20
-    assert -(-T // chunk) * chunk < T + 8 * (1 + T // chunk)
+  sizes = (1, 4096, 131072), (64, 1, 131072), (900, 2, 131072), (1, 1, 1)
+  for B, T, S in (*sizes, (3, 5000, 32768), (2, 8192, 1000)):
+    rows, chunk = mosaic_gpu.chunk_size(B, T, S)
+    assert 4 * rows * chunk * S <= 256 << 20
+    assert 1 <= rows <= B and (rows == 1 or chunk == T)
+    assert T <= -(-T // chunk) * chunk < T + 8 * (1 + T // chunk)

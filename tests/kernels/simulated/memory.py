@@ -25,6 +25,8 @@ class Memory(memory_lib.Memory):
     "added": ("read", "stored"),
   }
 
+  blocks: Any  # those words of each block of the cluster
+
   def __init__(self, words, shared=False):
     self.words = words.view(np.uint32)
     self._shared = shared
@@ -61,6 +63,10 @@ class Memory(memory_lib.Memory):
 
   def cursor(self, i):
     return i
+
+  def in_block(self, block):
+    [number] = np.unique(block.value)
+    return self.blocks[number]
 
   def _targets(self, what, i, where):
     write = (

@@ -4,6 +4,7 @@ Letters: R rows, sorted by group, E groups, X groups that there are matrices of,
 D and F widths, G blocks of b rows, P = G b.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -26,13 +27,17 @@ def grouped_mlp(
   blocks = blocks_lib.Blocks.of(R, sizes.astype(jnp.int32), size)
   group_G = first.astype(jnp.int32) + blocks.group_G
   count = blocks.count[None]
+  # Once: else they are computed again for each number of a row.
+  row_P, place_R, in_group_R = jax.lax.optimization_barrier(
+    (blocks.rows().reshape(-1), blocks.places(R), jnp.arange(R) < sizes.sum())
+  )
   # Each block writes rows of its own: what it computes of other groups' rows is
   # not looked at.
-  x_PD = x.at[blocks.rows().reshape(-1)].get(mode="clip")
+  x_PD = x.at[row_P].get(mode="clip")
   h_PF = kernel.product(x_PD, (gate, up), group_G, count)
   y_PD = kernel.product(h_PF, (down,), group_G, count)
-  y_RD = y_PD.at[blocks.places(R)].get(mode="clip")
-  return jnp.where((jnp.arange(R) < sizes.sum())[:, None], y_RD, 0)
+  y_RD = y_PD.at[place_R].get(mode="clip")
+  return jnp.where(in_group_R[:, None], y_RD, 0)
 
 
 def check(

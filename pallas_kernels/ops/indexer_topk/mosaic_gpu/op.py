@@ -1,6 +1,5 @@
 """Scores and selection on Hopper, a chunk of queries at a time."""
 
-import functools
 from typing import Final, Literal
 
 import jax
@@ -11,6 +10,7 @@ from pallas_kernels import operands
 from pallas_kernels import tiles
 from pallas_kernels.ops.indexer_topk import fp8
 from pallas_kernels.ops.indexer_topk import paging
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import plan as plan_lib
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import scores as scores_lib
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import select as select_lib
 
@@ -30,62 +30,89 @@ def indexer_topk(
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
   """See `api.indexer_topk`. Holds the scores of one chunk of queries.
 
-  With `pages`, also a copy of one row's keys.
+  Reads keys where they lie in their pages.
   """
-  check(index, top_k, score_dtype)
+  check(index, top_k, pages, score_dtype)
   index = jax.lax.stop_gradient(index)
-  T, S = index.q.shape[1], paging.num_keys(index.k, pages)
-  bT = chunk_size(T, S)
+  (B, T), S = start.shape, paging.num_keys(index.k, pages)
+  q, k, k_scale, w = index.q, index.k, index.k_scale, index.w
+  if pages is None:  # each row's keys are a page of their own
+    k = jnp.pad(k, [(0, 0), (0, -S % plan_lib.ROWS), (0, 0)])
+    pages = jnp.arange(B, dtype=jnp.int32)[:, None]
+  if score_dtype is not None and k_scale is None:
+    k, k_scale = fp8.quantize(k)
+  rows, bT = chunk_size(B, T, S)
 
-  def chunk(queries, k, k_scale):
-    q, w, start, end = queries
-    if score_dtype is not None:
+  def chunk(xs):
+    q, w, start, end, pages = xs
+    w = w.astype(jnp.float32)
+    if k_scale is not None:
       q, q_scale = fp8.quantize(q)
       w = w * q_scale
-    scores_TS = scores_lib.scores(q, k, w, start, end, k_scale)
-    end = jnp.minimum(end, S)  # rows of scores are longer
-    return select_lib.select(scores_TS, start, end, top_k)
-
-  def row(xs):
-    *queries, k = xs
-    if pages is not None:
-      k = paging.gather(index.k, k)
-    k, k_scale = (k, None) if score_dtype is None else fp8.quantize(k)
-    tiled = [tiles.split(x, bT) for x in queries]
-    indices, scores = jax.lax.map(
-      functools.partial(chunk, k=k, k_scale=k_scale), tiled
+    missing = _fitting_heads(q.shape[2]) - q.shape[2]
+    heads = [(0, 0), (0, 0), (0, missing)]  # of zero weight
+    q, w = jnp.pad(q, [*heads, (0, 0)]), jnp.pad(w, heads)
+    scores_BTS = scores_lib.scores(q, k, w, start, end, pages, k_scale)
+    chosen = select_lib.select(
+      scores_BTS.reshape(rows * bT, -1),
+      start.reshape(-1),
+      jnp.minimum(end, S).reshape(-1),  # rows of scores are longer
+      top_k,
     )
-    return tiles.join(indices, T), tiles.join(scores, T)
+    return [x.reshape(rows, bT, top_k) for x in chosen]
 
-  missing = _fitting_heads(index.q.shape[2]) - index.q.shape[2]
-  heads = [(0, 0), (0, 0), (0, missing)]  # of zero weight
-  q = jnp.pad(index.q, [*heads, (0, 0)]) if missing else index.q
-  w = index.w.astype(jnp.float32)
-  w = jnp.pad(w, heads) if missing else w
-  keys = index.k if pages is None else pages
-  return jax.lax.map(row, (q, w, start, end, keys))
+  # A chunk is some rows of the batch, or some of a row's queries.
+  parts = -(-T // bT)
+  queries = [
+    jnp.pad(x, [(0, 0), (0, -T % bT), *[(0, 0)] * (x.ndim - 2)])
+    for x in (q, w, start, end)
+  ]
+  queries = [x.reshape(B * parts, bT, *x.shape[2:]) for x in queries]
+  inputs = *queries, jnp.repeat(pages, parts, 0)
+  chosen = jax.lax.map(chunk, [tiles.split(x, rows) for x in inputs])
+  indices, scores = (
+    tiles.join(x, B * parts).reshape(B, parts * bT, top_k)[:, :T]
+    for x in chosen
+  )
+  return indices, scores
 
 
 def _fitting_heads(M: int) -> int:
   """The fewest index heads that the kernels take and that M fit into."""
-  return min(n for n in scores_lib.HEADS if n >= M)
+  return min(n for n in plan_lib.HEADS if n >= M)
 
 
-def check(index: operands.Index, top_k: int, score_dtype: str | None) -> None:
+def check(
+  index: operands.Index,
+  top_k: int,
+  pages: Int[Array, "B P"] | None,
+  score_dtype: str | None,
+) -> None:
   """Raises NotImplementedError for what the kernels cannot do."""
   M, I = index.q.shape[2:]
-  for name, x in (("q", index.q), ("k", index.k)):
+  is_kept = index.k_scale is not None  # in 8 bits
+  for name, x in (("q", index.q), *[("k", index.k)] * (not is_kept)):
     if score_dtype is None and x.dtype != jnp.bfloat16:
       raise NotImplementedError(
         f"index.{name}.dtype={x.dtype} is not bfloat16."
       )
-  if not 0 < M <= (most := max(scores_lib.HEADS)):
+  if not 0 < M <= (most := max(plan_lib.HEADS)):
     raise NotImplementedError(f"{M=} index heads: 1 to {most} can be done.")
-  dtype = jnp.dtype(score_dtype or jnp.bfloat16)
+  eight = is_kept or score_dtype is not None
+  dtype = jnp.dtype(jnp.float8_e4m3fn if eight else jnp.bfloat16)
   if I * dtype.itemsize not in scores_lib.WIDTHS:
     raise NotImplementedError(
       f"Index heads of {I=} {dtype.name} are none of {scores_lib.WIDTHS} bytes "
       "wide."
+    )
+  if pages is not None and eight and not is_kept:
+    raise NotImplementedError(
+      f"{score_dtype=} of a pool would quantise all of it: give keys that have "
+      "index.k_scale."
+    )
+  if pages is not None and index.k.shape[1] % plan_lib.ROWS:
+    raise NotImplementedError(
+      f"Pages of {index.k.shape[1]} keys are no multiple of {plan_lib.ROWS}."
     )
   if top_k > select_lib.LARGEST_K:
     raise NotImplementedError(
@@ -94,9 +121,14 @@ def check(index: operands.Index, top_k: int, score_dtype: str | None) -> None:
     )
 
 
-def chunk_size(T: int, S: int) -> int:
-  """Queries whose scores fit the budget; chunks of about the same size."""
-  row_bytes = 4 * (S + -S % scores_lib.bS)
+def chunk_size(B: int, T: int, S: int) -> tuple[int, int]:
+  """Rows of the batch and queries of each whose scores fit the budget.
+
+  Several rows, with all their T queries; or chunks of about the same size.
+  """
+  row_bytes = 4 * (S + -S % plan_lib.bS)
   most = max(_CHUNK_BYTES // row_bytes // _QUERIES, 1) * _QUERIES
+  if T <= most:
+    return min(B, most // T), T
   chunks = -(-T // most)
-  return -(-T // (chunks * _QUERIES)) * _QUERIES
+  return 1, -(-T // (chunks * _QUERIES)) * _QUERIES

@@ -1,19 +1,15 @@
-"""Index scores of a chunk of queries, on Hopper.
+"""Index scores of some queries of each row of a batch, on Hopper.
 
 A warpgroup multiplies a tile of 64 keys by 128 columns, all heads of some
 queries: a row of its accumulator is a key, so a thread holds a quarter of the
 heads of two keys and sums relu(x) w in its registers; the four threads that
-share a key then add their sums.
+share a key then add their sums. While the tensor cores fill one accumulator,
+the warpgroup reduces another. A third warpgroup prefetches keys.
 
-Each of two warpgroups has two such accumulators: while the tensor cores fill
-one, it reduces the other, across tiles too. Both read the same keys, each for
-its own queries, which stay in shared memory; a third warpgroup prefetches keys.
-
-All visible tiles of (queries, keys) are split evenly over the blocks: each has
-one contiguous range of them, ordered by queries, then keys.
+The blocks, one for each multiprocessor, share all visible tiles of (queries,
+keys) evenly, see `plan`. So the keys of a single query are read by all of them.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -37,17 +33,29 @@ from pallas_kernels.hopper.memory import Place
 from pallas_kernels.hopper.threads import Bool
 from pallas_kernels.hopper.threads import F32
 from pallas_kernels.hopper.threads import U32
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import plan as plan_lib
+from pallas_kernels.ops.indexer_topk.mosaic_gpu.plan import COLUMNS
+from pallas_kernels.ops.indexer_topk.mosaic_gpu.plan import HALVES
+from pallas_kernels.ops.indexer_topk.mosaic_gpu.plan import ROWS
+from pallas_kernels.ops.indexer_topk.mosaic_gpu.plan import WARPGROUPS
 
-bS: Final = 128  # keys per tile
-HEADS: Final = (8, 16, 32, 64)
 _SWIZZLE: Final = 128  # bytes of a row that are swizzled together
 WIDTHS: Final = (_SWIZZLE, 2 * _SWIZZLE)  # of a head, in bytes
-_ROWS: Final = tiles.ROWS  # of an accumulator: keys
-_COLUMNS: Final = 128  # of an accumulator: queries x heads
-_ACCUMULATORS: Final = 2  # of a warpgroup
-_WARPGROUPS: Final = 2  # that multiply
-_BLOCKS: Final = 132  # multiprocessors of an H100 or H200
-_STAGES: Final = 3  # tiles of keys in shared memory
+_MOST_STAGES: Final = 8  # tiles of keys in shared memory
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+  """Arguments of `scores` in device memory; keys as rows of the whole pool."""
+
+  q: Any
+  k: Any
+  k_scale: Any  # or None
+  w: Any
+  pages: Any
+  shares: Any
+  groups: Any
 
 
 @jax.tree_util.register_dataclass
@@ -55,230 +63,250 @@ _STAGES: Final = 3  # tiles of keys in shared memory
 class _Scratch:
   """Shared memory of a block."""
 
-  q: Any  # of each warpgroup
-  k: Any  # a ring of tiles
+  q: Any  # of each warpgroup, or of both
+  k: Any  # a ring of tiles, in halves
+  k_scale: Any  # or None
   q_full: Any
   q_free: Any
   k_full: Any
   k_free: Any
 
   @classmethod
-  def types(cls, I: int, dtype: DTypeLike) -> Any:
+  def types(
+    cls, plan: plan_lib.Plan, I: int, dtype: DTypeLike, is_scaled: bool
+  ) -> Any:
+    q = (plan.readers, plan.accumulators * COLUMNS, I)
+    size = jnp.dtype(dtype).itemsize
+    room = tiles.SHARED_MEMORY - q[0] * q[1] * I * size
+    tile = plan_lib.bS * (I * size + 4 * is_scaled)
+    stages = min(room // tile, _MOST_STAGES)
+    scales = plgpu.SMEM((HALVES * stages, ROWS), jnp.float32)
     return cls(
-      q=tiles.shared((_WARPGROUPS, _ACCUMULATORS * _COLUMNS, I), dtype),
-      k=tiles.shared((_STAGES, bS, I), dtype),
-      q_full=plgpu.Barrier(num_barriers=_WARPGROUPS),
-      q_free=plgpu.Barrier(num_barriers=_WARPGROUPS),
-      k_full=plgpu.Barrier(num_barriers=_STAGES),
-      k_free=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+      q=tiles.shared(q, dtype),
+      k=tiles.shared((HALVES * stages, ROWS, I), dtype),
+      k_scale=scales if is_scaled else None,
+      q_full=plgpu.Barrier(num_barriers=plan.readers),
+      q_free=plgpu.Barrier(
+        num_arrivals=WARPGROUPS // plan.readers, num_barriers=plan.readers
+      ),
+      k_full=plgpu.Barrier(
+        num_arrivals=HALVES * (1 + is_scaled), num_barriers=stages
+      ),
+      k_free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     )
+
+  @property
+  def stages(self) -> int:
+    return self.k.shape[0] // HALVES
 
 
 def scores(
-  q: Float[Array, "T M I"],
-  k: Float[Array, "S I"],
-  w: Float[Array, "T M"],
-  start: Int[Array, " T"],
-  end: Int[Array, " T"],
-  k_scale: Float[Array, " S"] | None = None,
-) -> Float[Array, "T paddedS"]:
+  q: Float[Array, "B T M I"],
+  k: Float[Array, "A page I"],
+  w: Float[Array, "B T M"],
+  start: Int[Array, "B T"],
+  end: Int[Array, "B T"],
+  pages: Int[Array, "B P"],
+  k_scale: Float[Array, "A page"] | None = None,
+) -> Float[Array, "B T paddedS"]:
   """Computes `k_scale[s] sum_j w[t, j] relu(q[t, j] . k[s])` in float32.
 
   Scores outside [start, end) are undefined. Each score is independent of the
-  tiling of queries and keys, and never -0.0.
+  tiling of queries and keys, of the rest of the batch, and never -0.0.
 
   Args:
-    q: Index queries, bfloat16 or float8_e4m3fn: `HEADS` heads of `WIDTHS`.
-    k: Index keys, of the same dtype.
+    q: Index queries, bfloat16 or float8_e4m3fn: `plan.HEADS` heads of `WIDTHS`.
+    k: Pages of index keys, of the same dtype; `page` is a multiple of
+      `plan.ROWS`.
     w: Head weights.
     start: First key that each query sees.
     end: One past the last key.
+    pages: Pages of each row's keys, in order; S = P page.
     k_scale: Scales of the keys, if these are in 8 bits.
 
   Returns:
-    The scores, S padded to a multiple of `bS`.
+    The scores, S padded to a multiple of `plan.bS`.
   """
-  T, M, I = q.shape
-  S = k.shape[0]
-  paddedS = -(-S // bS) * bS
-  bT = _WARPGROUPS * _ACCUMULATORS * _COLUMNS // M
+  (B, T, M, I), page, P = q.shape, k.shape[1], pages.shape[1]
+  S = P * page
+  plan = plan_lib.Plan.of(T, M)
+  missing = -T % plan.queries
   start, end = (
-    jnp.pad(jnp.clip(x, 0, S).astype(jnp.int32), (0, -T % bT))
+    jnp.pad(jnp.clip(x, 0, S).astype(jnp.int32), [(0, 0), (0, missing)])
     for x in (start, end)
   )
-  k = jnp.pad(k, [(0, paddedS - S), (0, 0)])
-  w = jnp.pad(w.astype(jnp.float32), [(0, -T % bT), (0, 0)])
-  shares, groups = share_out(start, end, bT)
-  scales = () if k_scale is None else (jnp.pad(k_scale, (0, paddedS - S)),)
-  return plgpu.kernel(
-    functools.partial(_block, heads=M),
-    out_type=jax.ShapeDtypeStruct((T, paddedS), jnp.float32),
-    grid=(_BLOCKS,),
+  q = jnp.pad(q, [(0, 0), (0, missing), (0, 0), (0, 0)])
+  w = jnp.pad(w.astype(jnp.float32), [(0, 0), (0, missing), (0, 0)])
+  group_shape = -1, plan.queries
+  shares, groups = plan_lib.share_out(
+    start.reshape(group_shape), end.reshape(group_shape)
+  )
+  kernel = plgpu.kernel(
+    functools.partial(_block, plan=plan, page=page, P=P, heads=M),
+    out_type=jax.ShapeDtypeStruct(
+      (B, T, -(-S // plan_lib.bS) * plan_lib.bS), jnp.float32
+    ),
+    grid=(plan_lib.BLOCKS,),
     grid_names=("block",),
-    num_threads=_WARPGROUPS + 1,
+    num_threads=WARPGROUPS + 1,
     thread_name="warpgroup",
-    scratch_types=[_Scratch.types(I, q.dtype)],
-  )(q.reshape(-1, I), k, w.reshape(-1), shares.ravel(), groups.ravel(), *scales)
+    scratch_types=[_Scratch.types(plan, I, q.dtype, k_scale is not None)],
+    kernel_name="indexer_scores",
+  )
+  return kernel(
+    _Operands(
+      q=q.reshape(-1, I),
+      k=k.reshape(-1, I),
+      k_scale=None if k_scale is None else k_scale.reshape(-1),
+      w=w.reshape(-1),
+      pages=pages.astype(jnp.int32).reshape(-1),
+      shares=shares.reshape(-1),
+      groups=groups.reshape(-1),
+    )
+  )
 
 
-def share_out(
-  start: Int[Array, " T"], end: Int[Array, " T"], bT: int, blocks: int = _BLOCKS
-) -> tuple[Int[Array, "blocks 4"], Int[Array, "nT 3"]]:
-  """Splits the visible tiles of `bT` queries x `bS` keys over the blocks.
+def _block(operands, scores, scratch, *, plan, page, P, heads):
+  wg = lax.axis_index("warpgroup")
+  share = plan_lib.Share.of_block(operands.shares, operands.groups)
+  # Groups of queries of a row of the batch.
+  per_row = -(-scores.shape[1] // plan.queries)
 
-  All of them form one sequence, group of queries by group of queries.
+  @pl.when(wg == WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(40, action="decrease")
+    table = _Table(operands.pages, P, page, operands.k.shape[0] // page)
+    _copy(operands, table, share, scratch, plan, per_row, heads)
 
-  Returns:
-    For each block its range of the sequence, first and one past the last, and
-    the range of its groups. For each group its range of the sequence, and the
-    offset from a position in it to the index of the tile of keys.
-  """
-  start, end = start.reshape(-1, bT), end.reshape(-1, bT)
-  alive = start < end
-  first = jnp.min(jnp.where(alive, start, jnp.iinfo(jnp.int32).max), 1) // bS
-  last = -(-jnp.max(jnp.where(alive, end, 0), 1) // bS)
-  tiles = jnp.maximum(last - first, 0)
-  after = jnp.cumsum(tiles)
-  before = after - tiles
-  groups = jnp.stack([before, after, first - before], 1)
-
-  block, total = jnp.arange(blocks + 1, dtype=jnp.int32), after[-1]
-  bound = block * (total // blocks) + jnp.minimum(block, total % blocks)
-  begin, stop = bound[:-1], bound[1:]
-  # Groups that end before a position: comparing all takes one pass.
-  ended = lambda x: jnp.sum(after[None] <= x[:, None], 1, dtype=jnp.int32)
-  first_group = ended(begin)
-  last_group = jnp.where(begin < stop, ended(stop - 1) + 1, first_group)
-  return jnp.stack([begin, stop, first_group, last_group], 1), groups
+  @pl.when(wg < WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(232, action="increase")
+    _compute(operands.w, scores, share, scratch, wg, plan, per_row, heads)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
-  """What a block has of the sequence of tiles, see `share_out`."""
+class _Table:
+  """Where keys lie in the pool."""
 
-  begin: Int[Array, ""]
-  stop: Int[Array, ""]
-  first_group: Int[Array, ""]
-  last_group: Int[Array, ""]
-  groups: Any
+  pages: Any
+  P: int
+  page: int
+  count: int
+  """Pages of the pool."""
 
-  @classmethod
-  def of_block(cls, shares, groups) -> "_Share":
-    first = 4 * lax.axis_index("block")
-    return cls(*(shares[first + i] for i in range(4)), groups)
-
-  def visit(self, body: Callable[[Int[Array, ""]], None]) -> None:
-    """Calls `body(group)` for each group of queries."""
-    lax.fori_loop(
-      self.first_group, self.last_group, lambda group, _: body(group), None
-    )
-
-  def stretch(self, group):
-    """Range of the group's tiles in this block, and their keys."""
-    before, after, shift = (self.groups[3 * group + i] for i in range(3))
-    first, last = jnp.maximum(self.begin, before), jnp.minimum(self.stop, after)
-    return first, last, lambda i: pl.ds((i + shift) * bS, bS)
-
-  def slot(self, i: Int[Array, ""]) -> Int[Array, ""]:
-    """Slot of a tile of keys in the ring."""
-    return lax.rem(i - self.begin, _STAGES)
+  def find(self, b: Int[Array, ""], block: Int[Array, ""]) -> Int[Array, ""]:
+    """Where a block of `ROWS` keys of batch row b is, in such blocks of the
+    pool; beyond the row's pages it is any."""
+    size = self.page // ROWS
+    place = jnp.clip(lax.div(block, size), 0, self.P - 1)
+    # A page without a visible key may have any number.
+    page = jnp.clip(self.pages[b * self.P + place], 0, self.count - 1)
+    return page * size + lax.rem(block, size)
 
 
-def _block(q, k, w, shares, groups, *refs, heads):
-  *k_scale, scores, scratch = refs
-  wg = lax.axis_index("warpgroup")
-  share = _Share.of_block(shares, groups)
-
-  @pl.when(wg == _WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(40, action="decrease")
-    _copy(q, k, share, scratch)
-
-  @pl.when(wg < _WARPGROUPS)
-  def _():
-    plgpu.set_max_registers(232, action="increase")
-    _compute(w, k_scale, scores, share, scratch, wg, heads)
-
-
-def _copy(q, k, share, scratch):
+def _copy(operands, table, share, scratch, plan, per_row, heads):
   """Copies the queries of each group, and the keys of each tile."""
 
   def copy_group(group):
-    for i in range(_WARPGROUPS):
+    for i in range(plan.readers):
       # Bound now: `pl.when` calls it at once.
       wait = functools.partial(plgpu.barrier_wait, scratch.q_free.at[i])
       pl.when(group > share.first_group)(wait)
+      columns = plan.columns(group, i, heads)
       plgpu.copy_gmem_to_smem(
-        q.at[_columns(group, i)], scratch.q.at[i], scratch.q_full.at[i]
+        operands.q.at[columns], scratch.q.at[i], scratch.q_full.at[i]
       )
-    first, last, keys = share.stretch(group)
+    first, last, key = share.stretch(group)
+    b = lax.div(group, per_row)
 
-    def copy_keys(i, _):
-      at = share.slot(i)
+    def find(i):
+      """Both halves of a tile in the pool."""
+      block = lax.div(key(i), ROWS)
+      return [table.find(b, block + half) for half in range(HALVES)]
+
+    def copy_keys(i, here):
+      # The next tile's, so that the wait for them is not in its way.
+      following = find(jnp.minimum(i + 1, last - 1))
+      at = share.slot(i, scratch.stages)
       free, full = scratch.k_free.at[at], scratch.k_full.at[at]
-      pl.when(i - share.begin >= _STAGES)(lambda: plgpu.barrier_wait(free))
-      plgpu.copy_gmem_to_smem(k.at[keys(i)], scratch.k.at[at], full)
+      pl.when(i - share.begin >= scratch.stages)(
+        lambda: plgpu.barrier_wait(free)
+      )
+      for half, block in enumerate(here):
+        source = pl.ds(block * ROWS, ROWS)  # seen to be a multiple
+        plgpu.copy_gmem_to_smem(
+          operands.k.at[source], scratch.k.at[HALVES * at + half], full
+        )
+        if scratch.k_scale is not None:
+          plgpu.copy_gmem_to_smem(
+            operands.k_scale.at[source],
+            scratch.k_scale.at[HALVES * at + half],
+            full,
+          )
+      return following
 
-    lax.fori_loop(first, last, copy_keys, None)
+    lax.fori_loop(first, last, copy_keys, find(first))
 
   share.visit(copy_group)
 
 
-def _compute(w, k_scale, scores, share, scratch, wg, heads):
-  """Computes the scores of a warpgroup's queries in each group."""
+def _compute(w, scores, share, scratch, wg, plan, per_row, heads):
+  """Computes the scores of a warpgroup's queries, or keys, in each group."""
+  reader = wg if plan.readers > 1 else 0
 
   def compute_group(group):
-    columns = _columns(group, wg)
+    columns = plan.columns(group, reader, heads)
     w_N = [
-      tiles.load(w.at[x], tiles.BY_COLUMN) for x in _parts(columns, _COLUMNS)
+      tiles.load(w.at[pl.ds(columns.start + i, COLUMNS)], tiles.BY_COLUMN)
+      for i in range(0, columns.size, COLUMNS)
     ]
-    first, last, keys = share.stretch(group)
-    plgpu.barrier_wait(scratch.q_full.at[wg])
+    first, last, key = share.stretch(group)
+    b, T, each = lax.div(group, per_row), scores.shape[1], COLUMNS // heads
+    # The first query among those of all rows, and where its row's end.
+    missing = per_row * plan.queries - T  # before it, of each row
+    query, stop = lax.div(columns.start, heads) - b * missing, (b + 1) * T
+    plgpu.barrier_wait(scratch.q_full.at[reader])
 
     def compute_tile(i, _):
-      at = share.slot(i)
-      rows = _parts(keys(i), _ROWS)
-      scales = [
-        [tiles.load(x.at[y], tiles.BY_ROW) for x in k_scale] for y in rows
-      ]
+      at = share.slot(i, scratch.stages)
       plgpu.barrier_wait(scratch.k_full.at[at])
+      halves = plan.halves(wg)
+      scales = [_load_scale(scratch.k_scale, at, half) for half in halves]
 
-      def reduce(x_SN, row, column):
-        query = lax.div(columns.start + column * _COLUMNS, heads)
-        args = scores, query, rows[row].start, heads
-        _reduce(x_SN, w_N[column], scales[row], *args)
+      def reduce(x_SN, which, column):
+        place = query + column * each, stop, key(i) + ROWS * halves[which]
+        args = scales[which], scores, *place, heads
+        _reduce(x_SN, w_N[column], *args)
 
+      k_s = [scratch.k.at[HALVES * at + half] for half in halves]
       free = lambda: plgpu.barrier_arrive(scratch.k_free.at[at])
-      _multiply_tile(scratch.k.at[at], scratch.q.at[wg], reduce, free)
+      _multiply_tile(k_s, scratch.q.at[reader], reduce, free)
 
     lax.fori_loop(first, last, compute_tile, None)
-    plgpu.barrier_arrive(scratch.q_free.at[wg])
+    plgpu.barrier_arrive(scratch.q_free.at[reader])
 
   share.visit(compute_group)
 
 
-def _columns(group, wg):
-  """Slice of a warpgroup's queries in all queries x heads."""
-  n = _ACCUMULATORS * _COLUMNS
-  return pl.ds((group * _WARPGROUPS + wg) * n, n)
-
-
-def _parts(whole: pl.Slice, size: int) -> list[pl.Slice]:
-  return [pl.ds(whole.start + i, size) for i in range(0, whole.size, size)]
+def _load_scale(k_scale, at, half):
+  """Scales of half a tile's keys; none if they have none."""
+  if k_scale is None:
+    return []
+  return [tiles.load(k_scale.at[HALVES * at + half], tiles.BY_ROW)]
 
 
 def _multiply_tile(k_s, q_s, reduce, free):
-  """Calls `reduce(k qᵀ, row, column)` for each accumulator of a tile.
+  """Calls `reduce(k qᵀ, which, column)` for each of some halves of a tile's
+  keys, and each accumulator.
 
   While it reduces one, the next is computed; `free` is called when the last has
   been.
   """
-  places = list(np.ndindex(bS // _ROWS, _ACCUMULATORS))
+  places = list(np.ndindex(len(k_s), q_s.shape[0] // COLUMNS))
   x_SN = None
-  for i, (row, column) in enumerate(places):
-    k_part = k_s.at[pl.ds(row * _ROWS, _ROWS)]
-    q_part = q_s.at[pl.ds(column * _COLUMNS, _COLUMNS)]
-    ready, x_SN = _multiply(k_part, q_part, x_SN)
+  for i, (which, column) in enumerate(places):
+    q_part = q_s.at[pl.ds(column * COLUMNS, COLUMNS)]
+    ready, x_SN = _multiply(k_s[which], q_part, x_SN)
     if i:
       reduce(ready, *places[i - 1])
   x_SN = _wait(x_SN)
@@ -309,13 +337,13 @@ def _multiply(k_s, q_s, before):
 
   @threads.code(
     *(matrix, matrix, [tiles.MATRIX] * len(before)),
-    returns=[fragments.matrix(_COLUMNS, jnp.float32)] * (len(before) + 1),
+    returns=[fragments.matrix(COLUMNS, jnp.float32)] * (len(before) + 1),
   )
   def emit(k_s, q_s, before):
     products = wgmma.multiply_next(
       *(operand(k_s), operand(q_s)),
       [x for product in before for x in fragments.floats(product)],
-      columns=_COLUMNS,
+      columns=COLUMNS,
       tiles=row_bytes // _SWIZZLE,
       is_8_bit=is_8_bit,
     )
@@ -328,25 +356,26 @@ def _multiply(k_s, q_s, before):
 def _wait(product):
   """Waits for the last product."""
 
-  @threads.code(tiles.MATRIX, returns=fragments.matrix(_COLUMNS, jnp.float32))
+  @threads.code(tiles.MATRIX, returns=fragments.matrix(COLUMNS, jnp.float32))
   def emit(product):
     return fragments.of_floats(wgmma.wait(0, fragments.floats(product)))
 
   return emit(product)
 
 
-def _reduce(x_SN, w_N, scale_S, scores, query, key, heads):
-  """Writes the scores of an accumulator's queries, from `query` on."""
+def _reduce(x_SN, w_N, scale_S, scores, query, stop, key, heads):
+  """Writes the scores of an accumulator's queries, [query, stop) of all."""
 
   @threads.code(
     *(tiles.MATRIX, tiles.BY_COLUMN, [tiles.BY_ROW] * len(scale_S)),
-    *(threads.REF, threads.NUMBER, threads.NUMBER),
+    *(threads.REF, *[threads.NUMBER] * 3),
   )
-  def emit(x, w, scale, out, query, key):
+  def emit(x, w, scale, out, query, stop, key):
     x, w, *scale = map(fragments.floats, (x, w, *scale))
-    write(x, w, scale, Place.of(out), query, key, heads, scores.shape)
+    size = scores.shape[-1]
+    write(x, w, scale, Place.of(out), query, stop, key, heads, size)
 
-  emit(x_SN, w_N, scale_S, scores, query, key)
+  emit(x_SN, w_N, scale_S, scores, query, stop, key)
 
 
 def write(
@@ -355,9 +384,10 @@ def write(
   scale: Sequence[Sequence[F32]],
   scores: Place,
   query: U32,
+  stop: U32,
   key: U32,
   heads: int,
-  shape: tuple[int, int],
+  size: int,
 ) -> None:
   """Writes the scores of one product, as one of a warpgroup's threads.
 
@@ -366,10 +396,11 @@ def write(
     w: Weights of its columns.
     scale: Scales of its two keys, if keys have scales.
     scores: Result, float32.
-    query: First query of the product.
+    query: First query of the product, and row of the result.
+    stop: From here on queries are not written.
     key: First key.
     heads: Heads of a query.
-    shape: Queries and keys of the result; further queries are not written.
+    size: Keys of a row of the result.
   """
   thread = threads.thread()
   # Of two queries and two keys, each of the four lanes keeps one score.
@@ -377,7 +408,7 @@ def write(
   query = query + query_bit
   key = key + thread.bits(5, 2) * 16 + key_bit * 8 + thread.bits(2, 3)
   is_odd, is_low = query_bit.differs(0), key_bit.differs(0)
-  for i in range(0, _COLUMNS // heads, 2):
+  for i in range(0, COLUMNS // heads, 2):
     keys = [
       _fold([_weighted(x, w, low, i + j, heads) for j in (0, 1)], is_odd, 1)
       for low in (0, 1)
@@ -385,8 +416,8 @@ def write(
     total = _fold(keys, is_low, 2)
     for of_upper, of_lower in scale:
       total = total * is_low.where_float(of_lower, of_upper)
-    place = scores.step(query + i, 4 * shape[1]).step(key, 4)
-    place.store([total], where=query + i < shape[0])
+    place = scores.step(query + i, 4 * size).step(key, 4)
+    place.store([total], where=query + i < stop)
   # Free of cost; without it ptxas delays sums and runs out of registers.
   signals.meet_warp()
 

@@ -1,10 +1,12 @@
 """Exact selection of the highest scores of each row, on Hopper.
 
-One thread block takes one row:
+One thread block takes one row, or where rows are few and long, a cluster of
+blocks does:
 
   1. It guesses, from a sample of the row, a score that somewhat more than K
-     scores reach.
-  2. It reads the row once and lists the scores that reach the guess, in order.
+     scores reach; each block of a cluster does.
+  2. It reads the row once and lists the scores that reach the guess, in order;
+     each block of a cluster reads a part, and the first gets all their lists.
   3. It finds the K-th highest of the list by radix: counts the scores by their
      leading digit, finds the digit that holds the K-th, and continues with the
      next digit among the scores that share it.
@@ -29,9 +31,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import cluster
 from pallas_kernels.hopper import threads
 from pallas_kernels.hopper.memory import Memory
+from pallas_kernels.hopper.threads import Bool
 from pallas_kernels.hopper.threads import U32
+from pallas_kernels.ops.indexer_topk.mosaic_gpu import plan
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import sources
 
 _THREADS: Final = sources.THREADS
@@ -47,7 +52,10 @@ _BINS_PER_THREAD: Final = _BINS // _THREADS
 _LARGEST_LIST: Final = 16384
 LARGEST_K: Final = _LARGEST_LIST // 2
 # Places in `Scratch.words`.
-_SUMS, _FOUND, _WORDS = 0, 96, 99
+_SUMS, _FOUND, _GATE, _LISTED, _TOTAL, _WORDS = 0, 96, 99, 100, 101, 102
+# Blocks of a cluster, at most, and the fewest scores of a row for each.
+_MOST_PARTS: Final = 8
+_PART: Final = 16384
 _TIES: Final = 2  # a slot of sums
 
 
@@ -91,26 +99,36 @@ def select(
   start = jnp.clip(start, 0, S).astype(jnp.int32)
   end = jnp.clip(end, start, S).astype(jnp.int32)
   words = lambda size: plgpu.SMEM((size,), jnp.int32)
+  parts = num_parts(T, S)
   kernel = plgpu.kernel(
-    functools.partial(_kernel, top_k=top_k),
+    functools.partial(_kernel, top_k=top_k, parts=parts),
     out_type=(
       jax.ShapeDtypeStruct((T, top_k), jnp.int32),
       jax.ShapeDtypeStruct((T, top_k), jnp.float32),
     ),
     grid=(T,),
     grid_names=("row",),
+    cluster=(parts,),
+    cluster_names=("part",),
     num_threads=_THREADS // threads.WARPGROUP,
     thread_name="warpgroup",
     scratch_types=[jax.tree.map(words, Scratch.sizes(top_k))],
+    kernel_name="indexer_select",
   )
   return kernel(scores, start, end)
+
+
+def num_parts(T: int, S: int) -> int:
+  """Blocks that share a row, a power of two: as many as there is room for."""
+  most = min(_MOST_PARTS, S // _PART, plan.BLOCKS // max(T, 1))
+  return 1 << max(most, 1).bit_length() - 1
 
 
 def _list_size(top_k: int) -> int:
   return min(max(4 * top_k, _SAMPLE), _LARGEST_LIST)
 
 
-def _kernel(*refs, top_k):
+def _kernel(*refs, top_k, parts):
   *arrays, scratch = refs
   ref = threads.REF
 
@@ -123,15 +141,18 @@ def _kernel(*refs, top_k):
       *(Memory(ref).load(row) for ref in (start, end)),
       scratch=jax.tree.map(Memory, scratch),
       top_k=top_k,
+      parts=parts,
     ).emit()
 
   emit(lax.axis_index("row"), arrays, scratch)
 
 
 class Row:
-  """Emits a block's selection of one row."""
+  """Emits a block's part of the selection of one row."""
 
-  def __init__(self, scores, indices, chosen, start, end, *, scratch, top_k):
+  def __init__(
+    self, scores, indices, chosen, start, end, *, scratch, top_k, parts=1
+  ):
     # Each use recomputes the address of its row: registers are scarce.
     self._scores, self._indices, self._chosen = scores, indices, chosen
     self._start, self._end = start, end
@@ -139,39 +160,97 @@ class Row:
     self._list_stride = self._list_size + _VECTOR
     self._listed, self._bins = scratch.listed, scratch.bins
     self._words = scratch.words
-    self._top_k = top_k
+    self._top_k, self._parts = top_k, parts
+    self._part = cluster.rank() if parts > 1 else U32(0)
     self._thread = threads.thread()
     self._warp, self._lane = threads.warp(), threads.lane()
 
   def emit(self) -> None:
-    seen = self._end - self._start
+    meet = cluster.meet if self._parts > 1 else threads.barrier
+    self.list_part()
+    meet()
+    if self._parts > 1:
+      self.send()
+      meet()
+    self.finish()
 
-    @threads.when(seen <= self._top_k)
-    def _():
-      self._copy(seen)
+  @property
+  def _seen(self) -> U32:
+    return self._end - self._start
 
-    @threads.when(seen > self._top_k)
+  def list_part(self) -> None:
+    """Lists the scores of this part that reach the guess."""
+
+    @threads.when(self._seen > self._top_k)
     def _():
       self._clear_bins()
       threads.barrier()
-      gate = self._gate(seen)
+      gate = self._gate(self._seen)
       listed = self._list(gate)
-      fits = (listed >= self._top_k) & (listed <= self._list_size)
+      first = self._thread.equals(0)
+      for word, x in ((_GATE, gate), (_LISTED, listed), (_TOTAL, listed)):
+        self._words.store(word, x, where=first)
+
+  def send(self) -> None:
+    """Sends the list to the first block, behind those of the parts before."""
+
+    @threads.when(self._seen > self._top_k)
+    def _():
+      before = total = U32(0)
+      for part in range(self._parts):
+        listed = self._words.in_block(U32(part)).load(_LISTED)
+        before = before + (self._part > part).where(listed, 0)
+        total = total + listed
+      first = U32(0)
+      is_first = self._part.equals(0)
+      is_one = self._thread.equals(0)
+      self._words.store(_TOTAL, total, where=is_first & is_one)
+
+      @threads.when(self._fits(total) & ~is_first)
+      def _():
+        listed = self._words.load(_LISTED)
+        target = self._listed.in_block(first)
+
+        def body(i):
+          place = i * _THREADS + self._thread
+          inside = place < listed
+          mine = inside.where(place, 0)
+          for at in (0, self._list_stride):
+            word = self._listed.load(mine + at)
+            target.store(before + place + at, word, where=inside)
+          return ()
+
+        threads.loop((listed + _THREADS - 1) // _THREADS, body, ())
+
+  def _fits(self, total: U32) -> Bool:
+    """Whether the list has the K highest, and all of it has room."""
+    return (total >= self._top_k) & (total <= self._list_size)
+
+  def finish(self) -> None:
+    """Writes the result, in the first block."""
+    is_short = self._seen <= self._top_k
+    is_first = self._part.equals(0)
+    threads.when(is_first & is_short)(lambda: self._copy(self._seen))
+
+    @threads.when(is_first & ~is_short)
+    def _():
+      total, gate = self._words.load(_TOTAL), self._words.load(_GATE)
+      fits = self._fits(total)
 
       @threads.when(fits)
       def _():
         stride = self._list_stride
         scores = lambda at: self._listed.load4s([i + stride for i in at])
         self._choose(
-          sources.Source(scores, 0, listed), self._listed.load4s, gate
+          sources.Source(scores, 0, total), self._listed.load4s, gate
         )
 
       @threads.when(~fits)
       def _():
-        self._choose(self._row(1), _neighbours, U32(0))
+        start, end = self._start.opaque(), self._end.opaque()
+        self._choose(self._row(start, end, 1), _neighbours, U32(0))
 
-  def _row(self, loads: int) -> sources.Source:
-    start, end = self._start.opaque(), self._end.opaque()
+  def _row(self, start: U32, end: U32, loads: int) -> sources.Source:
     return sources.Source(self._scores().load4s, start, end, loads)
 
   def _copy(self, seen: U32) -> None:
@@ -235,9 +314,20 @@ class Row:
           )
       return [listed + count]
 
-    [listed] = self._row(_MOST_LOADS).visit(body, [U32(0)])
+    [listed] = self._row(*self._range(), _MOST_LOADS).visit(body, [U32(0)])
     threads.barrier()
     return listed
+
+  def _range(self) -> tuple[U32, U32]:
+    """The scores of this part, which begins with a whole vector."""
+    start, end = self._start.opaque(), self._end.opaque()
+    if self._parts == 1:
+      return start, end
+    base = start & -_VECTOR
+    share = (end - base + (self._parts - 1)) // self._parts
+    share = (share + (_VECTOR - 1)) & -_VECTOR
+    low, stop = base + self._part * share, base + (self._part + 1) * share
+    return low.max(start).min(end), stop.min(end)
 
   def _choose(
     self,
