@@ -107,7 +107,6 @@ class Block(nnx.Module):
     frame: frame_lib.Frame,
     cache: cache_lib.LayerCache,
     shared: Int[Array, "B T K"] | None = None,
-    full: Bool[Array, ""] | None = None,
     layer: Int[Array, ""] | None = None,
   ) -> Decoded:
     """The same over a cache.
@@ -117,12 +116,11 @@ class Block(nnx.Module):
       frame: With paging.
       cache: The layer's.
       shared: See `MLA.decode`.
-      full: Likewise.
       layer: Which of a stack this is, if its routed experts' matrices are those
         of the whole stack, see `decode_stack`.
     """
     y, cache, selected = self.attention.decode(
-      self.attention_norm(x), frame, cache, shared, full
+      self.attention_norm(x), frame, cache, shared
     )
     x, experts = x + y, None
     if isinstance(self.ffn, moe.MoE):
@@ -200,55 +198,63 @@ def decode_stack(
   frame: frame_lib.Frame,
   pool: cache_lib.Pool,
   first: int,
+  full: Bool[np.ndarray, " L"],
   selected: Int[Array, "B T K"] | None = None,
-  full: Bool[np.ndarray, " L"] | None = None,
 ) -> tuple[
   Float[Array, "B T D"],
   cache_lib.Pool,
   Int[Array, "L B T K"] | None,
   Int[Array, "L B T J"] | None,
 ]:
-  """Runs the layers over a cache.
+  """Runs the layers over a cache; in the program, too, one after another.
 
-  The pool is carried from layer to layer, and the routed experts' matrices are
-  read where they lie in the stack: neither is ever cut into layers.
+  A scan would cut each layer's parameters out of the stack, and write them once
+  more, in every step. Nothing is copied here where a parameter is a tuple of
+  the layers' arrays. The routed experts' matrices are one array of all layers,
+  and read where they lie, and the pool goes from layer to layer.
 
   Args:
-    stack: From `make_stack`.
+    stack: From `make_stack`; what are no routed experts' matrices may be tuples
+      of the layers' arrays, as of `layer_of`.
     x: The residual stream.
     frame: With paging.
     pool: The cache of all layers.
     first: Which of them is the first of this stack.
+    full: Which layers have an indexer of their own.
     selected: What the last full layer of the stack before chose; None if this
-      is the first stack, or without sharing.
-    full: Which layers have an indexer of their own; None without sharing, or in
-      dense attention.
+      is the first stack, or in dense attention.
 
   Returns:
     The stream, the pool with these tokens in it, and each layer's selected keys
     (None in dense attention) and experts (None for dense MLPs).
   """
   graphdef, routed, rest = nnx.split(stack, moe.is_routed, ...)
-  layers = len(jax.tree.leaves(rest)[0])
 
-  def layer(carry, of_layer):
-    (x, pool, shared), (rest, i, full) = carry, of_layer
+  @jax.jit  # traced once for all layers that are alike
+  def layer(routed, rest, x, pool, shared, i):
     block = nnx.merge(graphdef, routed, rest)
     cache = cache_lib.LayerCache(pool, first + i)
-    done = block.decode(x, frame, cache, shared, full, i)
-    shared = None if full is None else done.selected
-    return (done.x, done.cache.pool, shared), (done.selected, done.experts)
+    return block.decode(x, frame, cache, shared, i)
 
-  if full is not None and selected is None:
-    selected = jnp.full(
-      (*x.shape[:2], stack.attention.cfg.top_k),
-      -1,
-      out_sharding=stack.attention.cfg.rules("batch", None, None),
-    )
-  (x, pool, _), (chosen, experts) = jax.lax.scan(
-    layer, (x, pool, selected), (rest, jnp.arange(layers), full)
-  )
+  given = []
+  for i, is_full in enumerate(full):
+    shared = None if is_full else selected
+    done = layer(routed, layer_of(rest, i), x, pool, shared, jnp.int32(i))
+    x, pool, selected = done.x, done.cache.pool, done.selected
+    given.append((selected, done.experts))
+  chosen, experts = jax.tree.map(lambda *xs: jnp.stack(xs), *given)
   return x, pool, chosen, experts
+
+
+def layer_of(params: nnx.State, i: int) -> nnx.State:
+  """One layer of a stack's parameters.
+
+  Args:
+    params: Arrays with the layer in front, or tuples of the layers' arrays.
+    i: The layer.
+  """
+  is_tuple = lambda x: isinstance(x, tuple)
+  return jax.tree.map(lambda x: x[i], params, is_leaf=is_tuple)
 
 
 def _unread(stack, x, frame) -> indexer.Indexed:

@@ -164,8 +164,6 @@ class Indexer(nnx.Module):
     q_latent: Float[Array, "B T Q"],
     frame: frame_lib.Frame,
     cache: cache_lib.LayerCache,
-    shared: Int[Array, "B T K"] | None = None,
-    full: Bool[Array, ""] | None = None,
   ) -> Int[Array, "B T K"]:
     """The cached keys to attend to, ascending, then -1.
 
@@ -174,22 +172,12 @@ class Indexer(nnx.Module):
       q_latent: See `x`.
       frame: See `x`.
       cache: The layer's, with the keys of these tokens.
-      shared: What the last full layer chose, likewise.
-      full: As of `find`.
     """
-
-    def own():
-      with jax.named_scope("indexer"):
-        q_BTMI, w_BTM = self._queries(x, q_latent, frame)
-      with jax.named_scope("select"):
-        top_k, rules = self.cfg.top_k, self.cfg.rules
-        return cached_attention.select(
-          q_BTMI, w_BTM, cache, frame, top_k, rules
-        )
-
-    if full is None:
-      return own()
-    return jax.lax.cond(full, own, lambda: shared)
+    with jax.named_scope("indexer"):
+      q_BTMI, w_BTM = self._queries(x, q_latent, frame)
+    with jax.named_scope("select"):
+      top_k, rules = self.cfg.top_k, self.cfg.rules
+      return cached_attention.select(q_BTMI, w_BTM, cache, frame, top_k, rules)
 
   @jax.named_scope("select")
   def select(

@@ -121,7 +121,6 @@ class MLA(nnx.Module):
     frame: frame_lib.Frame,
     cache: cache_lib.LayerCache,
     shared: Int[Array, "B T K"] | None = None,
-    full: Bool[Array, ""] | None = None,
   ) -> tuple[
     Float[Array, "B T D"], cache_lib.LayerCache, Int[Array, "B T K"] | None
   ]:
@@ -131,8 +130,8 @@ class MLA(nnx.Module):
       x: As of a call.
       frame: With paging.
       cache: The layer's.
-      shared: See `Indexer.find_cached`.
-      full: Likewise.
+      shared: Keys that an earlier layer chose, to be read here, too; None if
+        this layer's own indexer chooses, or in dense attention.
 
     Returns:
       The result, the cache with these tokens in it, and the keys that were
@@ -140,14 +139,13 @@ class MLA(nnx.Module):
     """
     cfg, rules = self.cfg, self.cfg.rules
     is_sparse = frame.attention == "sparse"
+    chooses = is_sparse and shared is None
     q_latent, queries, kv_BTX = self._project(x, frame)
-    k_BTI = self.indexer.cached_keys(x, frame) if is_sparse else None
+    k_BTI = self.indexer.cached_keys(x, frame) if chooses else None
     cache = cache.write(frame, kv_BTX, k_BTI, rules)
-    selected_BTK = None
-    if is_sparse:
-      selected_BTK = self.indexer.find_cached(
-        x, q_latent, frame, cache, shared, full
-      )
+    selected_BTK = shared
+    if chooses:
+      selected_BTK = self.indexer.find_cached(x, q_latent, frame, cache)
     T, paging = x.shape[1], frame.paging
     assert paging is not None  # there is a cache
     S = paging.pages.shape[1] * cache.pool.page_size

@@ -222,17 +222,15 @@ class Transformer(nnx.Module):
     """
     cfg, x, selected = self.config, self._embed(tokens), None
     chosen, experts, first = [], None, 0
-    shares = cfg.shares_index and frame.attention == "sparse"
     for name, stack, length in self._stacks():
       layers = slice(first, first + length)
       with jax.named_scope(name):
         x, pool, of_stack, experts = block.decode_stack(
-          *(stack, x, frame, pool, first, selected),
-          cfg.has_indexer[layers] if shares else None,
+          *(stack, x, frame, pool, first, cfg.has_indexer[layers], selected)
         )
       if of_stack is not None:
         chosen.append(of_stack)
-        selected = of_stack[-1] if shares else None
+        selected = of_stack[-1]
       first += length
     return Decoded(self.final_norm(x), pool, _join(chosen), experts)
 
