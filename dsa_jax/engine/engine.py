@@ -260,8 +260,8 @@ class Engine:
 
     Args:
       params: All of a model's parameters and biases, of the same shapes. Those
-        that have the activations' dtype, and what stays fp32, are not copied:
-        do not donate them.
+        of layers are copied, but for routed experts' matrices. Others that have
+        the activations' dtype, or stay fp32, are not: do not donate them.
       version: Their number; results say which gave each token.
 
     Raises:

@@ -1,4 +1,9 @@
-"""A model's parameters as the engine holds them."""
+"""A model's parameters as the engine holds them.
+
+A parameter of a stack of layers is a tuple of the layers' arrays, not one array
+of all, so that a step copies none of it, see `block.decode_stack`. Only the
+routed experts' matrices are as a model has them.
+"""
 
 import dataclasses
 import functools
@@ -9,6 +14,7 @@ from flax import nnx
 import jax
 
 from dsa_jax import config as config_lib
+from dsa_jax import moe
 from dsa_jax import sharding
 from dsa_jax import transformer
 
@@ -69,12 +75,19 @@ def place(
 ) -> nnx.State:
   """Parameters where the engine wants them, in the dtype it computes with.
 
-  Those that are so already are not copied.
+  Those that are so already are not copied, but for layers: each one's arrays
+  are new, cut from those given, whatever their dtype. So the result takes as
+  much memory as these layers' parameters, and as what has another dtype or
+  place, and nothing else is made on the way.
 
   Args:
     params: A model's.
     shapes: What they must be, from `prepare`.
     cfg: The model's config.
+
+  Returns:
+    The parameters; those of layers, but for routed experts' matrices, are
+    tuples of the layers' arrays.
 
   Raises:
     ValueError: They are not those of this model.
@@ -91,20 +104,24 @@ def place(
       )
 
   on_mesh = not jax.sharding.get_abstract_mesh().empty
+
+  def put(path, x, shape):
+    dtype = None if _is_fp32(path) else cfg.dtype
+    spec = shape.sharding.spec if on_mesh else None
+    if _is_cut(path):
+      return tuple(_as(x, dtype, spec, i) for i in range(len(x)))
+    return x if _is_so(x, dtype, spec) else _as(x, dtype, spec)
+
   leaves, tree = jax.tree.flatten_with_path(params)
-  kinds = tuple(
-    (
-      None if _is_fp32(path) else cfg.dtype,
-      shape.sharding.spec if on_mesh else None,
-    )
-    for (path, _), shape in zip(leaves, jax.tree.leaves(shapes))
-  )
-  arrays = [x for _, x in leaves]
-  todo = [i for i, x in enumerate(arrays) if not _is_so(x, *kinds[i])]
-  done = _as([arrays[i] for i in todo], tuple(kinds[i] for i in todo))
-  for i, x in zip(todo, done):
-    arrays[i] = x
-  return jax.tree.unflatten(tree, arrays)
+  each = zip(leaves, jax.tree.leaves(shapes), strict=True)
+  return jax.tree.unflatten(tree, [put(*leaf, x) for leaf, x in each])
+
+
+def _is_cut(path) -> bool:
+  """Whether the engine has an array for each layer of a parameter."""
+  names = tuple(key.key for key in path[:-1])
+  is_of_stack = names[0] in ("dense_layers", "moe_layers")
+  return is_of_stack and not moe.is_routed(names, None)
 
 
 def _is_so(x, dtype, spec) -> bool:
@@ -121,10 +138,10 @@ def _is_fp32(path) -> bool:
   return name.startswith(_FP32)
 
 
-@functools.partial(jax.jit, static_argnames="kinds")
-def _as(arrays, kinds):
-  """Arrays of these dtypes (None: their own), with these specs."""
-  return [
-    sharding.put(x if dtype is None else x.astype(dtype), spec)
-    for x, (dtype, spec) in zip(arrays, kinds)
-  ]
+@functools.partial(jax.jit, static_argnames=("dtype", "spec"))
+def _as(x, dtype, spec, layer=None):
+  """An array, or a layer of a stack's, of this dtype (None: its own)."""
+  if layer is not None:
+    x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    spec = spec if spec is None else jax.P(*spec[1:])
+  return sharding.put(x if dtype is None else x.astype(dtype), spec)

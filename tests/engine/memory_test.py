@@ -18,23 +18,31 @@ import pytest
 
 import dsa_jax
 from dsa_jax.engine import programs
+from dsa_jax.engine import weights
 from tests.kernels import hlo
 from tests.model import models
 
 SLOTS, PAGE = 4, 64
 LARGE = 2**20  # bytes
-# Both a layer's experts and its part of the pool, of 4K tokens for each slot,
-# are larger, each of their arrays; all that a step computes is smaller.
+# A layer's experts and its part of the pool, of 4K tokens for each slot, are
+# larger, each of their arrays, and so are MATRICES; all that a step computes is
+# smaller.
 CONFIG = dataclasses.replace(
   models.CONFIG,
   num_layers=2,
   num_dense_layers=0,
-  embed_dim=64,
+  embed_dim=256,
+  num_heads=8,
+  nope_head_dim=128,
+  value_head_dim=144,
+  q_rank=256,
   kv_rank=32,
   index_head_dim=32,
   num_experts=16,
   expert_ffn_dim=384,
+  num_shared_experts=3,
 )
+MATRICES = {"q_b_QNX", "out_NUD", "gate_DF", "up_DF", "down_FD"}
 KINDS: dict[str, Any] = {
   "sparse": dict(attention="sparse", speculates=False),
   "sparse, with drafts": dict(attention="sparse", speculates=True),
@@ -71,11 +79,18 @@ def as_for_a_user():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+def model() -> tuple[Any, nnx.State]:
+  """A model without its parameters, and the shapes of those of an engine."""
+  make = lambda: dsa_jax.Transformer(CONFIG, rngs=nnx.Rngs(0))
+  graphdef, shapes = nnx.split(nnx.eval_shape(make))
+  place = lambda params: weights.place(params, shapes, CONFIG)
+  return graphdef, jax.eval_shape(place, shapes)
+
+
 @functools.cache
 def compiled(kind: str, length: int) -> tuple[jax.stages.Compiled, int]:
   """`decode` for slots of so many tokens each; and the bytes of their pool."""
-  make = lambda: dsa_jax.Transformer(CONFIG, rngs=nnx.Rngs(0))
-  graphdef, params = nnx.split(nnx.eval_shape(make))
+  graphdef, params = model()
   pages = length // PAGE
   table = jax.ShapeDtypeStruct((SLOTS, pages), jnp.int32)
   stays = jax.ShapeDtypeStruct((SLOTS,), jnp.bool)
@@ -135,8 +150,12 @@ def test_the_pool_is_updated_in_place(kind):
 @kinds
 def test_nothing_large_is_copied(kind):
   step, pool_bytes = compiled(kind, 4096)
-  experts = CONFIG.num_experts * CONFIG.embed_dim * CONFIG.expert_ffn_dim
-  assert 4 * experts > LARGE  # of a layer, each of three matrices
+  large = {
+    path[-2 if x.ndim > 3 else -3].key
+    for path, x in jax.tree.leaves_with_path(model()[1]["moe_layers"])
+    if x.size * x.dtype.itemsize > LARGE
+  }
+  assert large == MATRICES | {"gate_EDF", "up_EDF", "down_EFD"}
   assert pool_bytes > 6 * LARGE  # three layers of two arrays
   assert copies(step) == []
 
