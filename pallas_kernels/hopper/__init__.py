@@ -6,7 +6,7 @@
   barriers      threads that wait for each other: named, or in shared memory
   signals       the same, as single threads use them
   instructions  arithmetic that stays where it is written
-  cluster       what passes between the two blocks of a cluster
+  cluster       what passes between the blocks of a cluster
   wgmma         products on tensor cores, on the registers of single threads
   fragments     registers of arrays that a warpgroup holds together
   rows          a warpgroup gathers rows of device memory, or adds to them

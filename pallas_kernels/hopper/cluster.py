@@ -1,4 +1,4 @@
-"""What passes between the two blocks of a cluster, by single threads."""
+"""What passes between the blocks of a cluster, by single threads."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,26 @@ def rank() -> U32:
 
 
 def there(here: Place) -> Place:
-  """Same place in the other block's shared memory."""
-  text, other = "mapa.shared::cluster.u32 $0, $1, $2;", rank() ^ 1
-  args = [here.value, other.value]
+  """Same place in the other block's shared memory, of two."""
+  return in_block(here, rank() ^ 1)
+
+
+def in_block(here: Place, which: U32) -> Place:
+  """Same place in the shared memory of the block of this rank."""
+  text = "mapa.shared::cluster.u32 $0, $1, $2;"
+  args = [here.value, which.value]
   [value] = threads.assembly(text, args, [threads.i32()])
   return Place(value, is_shared=True)
 
 
+def load(there: Place, offset: int = 0) -> F32:
+  """Loads a float of another block, from a place `in_block`."""
+  text = f"ld.shared::cluster.f32 $0, [$1+{offset}];"
+  return F32(*threads.assembly(text, [there.value], [threads.f32()]))
+
+
 def arrive(barrier: Place, where: Bool) -> None:
-  """Arrives at the other block's barrier, without publishing stores to it."""
+  """Arrives at another block's barrier, without publishing stores to it."""
   text = "@$1 mbarrier.arrive.shared::cluster.b64 _, [$0];"
   threads.assembly(text, [barrier.value, where.value])
 
@@ -32,7 +43,7 @@ def arrive(barrier: Place, where: Bool) -> None:
 def send(
   values: Sequence[F32], target: Place, offset: int, barrier: Place
 ) -> None:
-  """Stores four floats in the other block; its barrier counts the bytes."""
+  """Stores four floats in another block; its barrier counts the bytes."""
   threads.assembly(
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
     f"[$0+{offset}], {{$1, $2, $3, $4}}, [$5];",
@@ -43,7 +54,7 @@ def send(
 def send_bytes(
   source: Place, target: Place, size: int, barrier: Place, where: Bool
 ) -> None:
-  """Copies `size` bytes to the other block; its barrier counts them."""
+  """Copies `size` bytes to another block; its barrier counts them."""
   threads.assembly(
     "@$3 cp.async.bulk.shared::cluster.shared::cta"
     f".mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];",
@@ -52,6 +63,6 @@ def send_bytes(
 
 
 def meet() -> None:
-  """Waits until all threads of both blocks have come."""
+  """Waits until all threads of all blocks have come, and sees their writes."""
   text = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
   threads.assembly(text)

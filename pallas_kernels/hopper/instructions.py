@@ -30,6 +30,11 @@ def exp2(x: F32) -> F32:
   return _float("ex2.approx.ftz.f32 $0, $1;", x)
 
 
+def log2(x: F32) -> F32:
+  """Computes the base-2 logarithm, to about 22 bits."""
+  return _float("lg2.approx.ftz.f32 $0, $1;", x)
+
+
 def exchange(x: F32, distance: int) -> F32:
   """Gets the value of the lane whose index differs in this bit."""
   return _float(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", x)

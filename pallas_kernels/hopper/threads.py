@@ -355,6 +355,9 @@ class F32:
   def __add__(self, other: "F32") -> "F32":
     return F32(arith.addf(self.value, other.value))
 
+  def __sub__(self, other: "F32") -> "F32":
+    return F32(arith.subf(self.value, other.value))
+
   def __mul__(self, other: "F32") -> "F32":
     return F32(arith.mulf(self.value, other.value))
 
@@ -480,11 +483,15 @@ def warp_sums(x: U32) -> U32:
 
 
 def warp_sum(x: U32) -> U32:
-  return U32(
-    mgpu_utils.redux(
-      x.value, U32(_EVERY_LANE).value, mgpu_utils.ReductionKind.ADD
-    )
-  )
+  return _reduce(x, mgpu_utils.ReductionKind.ADD)
+
+
+def warp_max(x: U32) -> U32:
+  return _reduce(x, mgpu_utils.ReductionKind.UMAX)
+
+
+def _reduce(x: U32, kind: mgpu_utils.ReductionKind) -> U32:
+  return U32(mgpu_utils.redux(x.value, U32(_EVERY_LANE).value, kind))
 
 
 def barrier() -> None:

@@ -5,10 +5,11 @@ import numpy as np
 from tests.kernels.simulated import threads
 
 
-def registers(matrix):
+def registers(*matrices):
   """Numbers of each thread of a warpgroup in a matrix [64, columns], in the
-  order of `hopper.fragments`."""
-  return [threads.F32(x) for x in _by_thread(matrix)]
+  order of `hopper.fragments`; or of several, with a matrix each."""
+  warpgroups = [_by_thread(matrix) for matrix in matrices]
+  return [threads.F32(x) for x in np.concatenate(warpgroups, 1)]
 
 
 def words(matrix):

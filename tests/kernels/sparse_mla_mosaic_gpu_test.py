@@ -1,10 +1,12 @@
 """The Hopper kernels of sparse_mla: what they take, and that they lower.
 
-The forward kernel's producer runs as simulated in numpy. What the kernels
+The forward kernel's producer and its count of steps run as simulated in numpy;
+`sparse_mla_combine_test.py` has what passes between blocks. What the kernels
 compute is compared on a GPU: `python -m pallas_kernels.bench`.
 """
 
 import functools
+import re
 from unittest import mock
 
 import chex
@@ -18,8 +20,8 @@ from pallas_kernels.ops.sparse_mla import api
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import launch
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import gather
-from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 from tests.kernels import simulated
 from tests.kernels import swizzle
 from tests.kernels.simulated import memory
@@ -63,6 +65,28 @@ def lowered(f, *args):
 def test_forward(sizes):
   text = lowered(attend, *shapes(**sizes))
   assert "sparse_mla_forward" in text
+
+
+@pytest.mark.parametrize("B, blocks", [(64, 1), (32, 2), (16, 4), (1, 8)])
+def test_few_queries_have_more_blocks(B, blocks):
+  """And nothing runs but the kernel."""
+  sizes = shapes(B=B, T=1, S=32768)
+  assert plan.blocks(2 * B, 2048 // plan.STEP) == blocks
+  text = lowered(attend, *sizes)
+  assert text.count("stablehlo.custom_call") == 1
+  ops = set(re.findall(r"stablehlo\.(\w+)", text))
+  assert ops <= {"constant", "convert", "custom_call", "pad", "reshape"}
+  assert not re.search(r"high = \[[0, ]*[1-9]", text)  # it pads by nothing
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 16, 64])
+def test_blocks_fill_the_device_and_not_more(steps):
+  for work in range(1, 400):
+    blocks = plan.blocks(work, steps)
+    assert blocks in (1, 2, 4, 8)
+    assert blocks == 1 or (work * blocks <= 132 and blocks <= steps)
+    more = 2 * blocks
+    assert more > 8 or more > steps or work * more > 132
 
 
 @pytest.mark.parametrize(
@@ -214,14 +238,16 @@ class Consumers:
     return part.tile, slice(None), slice(columns[0], columns[-1] + plan.COLUMNS)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_producer_fills_each_part_when_it_is_free(steps):
+@pytest.mark.parametrize("steps, apart", [(1, 1), (3, 1), (2, 4)])
+def test_the_producer_fills_each_part_when_it_is_free(steps, apart):
   S, first_row = 300, 20
   x = np.random.default_rng(steps)
   kv = x.normal(size=(first_row + S, CR)).astype(jnp.bfloat16)
   indices = x.integers(0, S, (steps, 2, plan.ROWS), np.int32)
   invalid = x.choice([-1, -(2**31), S, 2**31 - 1], indices.shape)
   indices = np.where(x.random(indices.shape) < 0.25, invalid, indices)
+  given = x.integers(0, S, (steps, apart, *indices.shape[1:]), np.int32)
+  given[:, 0] = indices  # the other steps are other blocks'
   valid = (indices >= 0) & (indices < S)
   rows = kv[first_row + np.where(valid, indices, 0)]
   rows[~valid] = 0
@@ -233,11 +259,12 @@ def test_the_producer_fills_each_part_when_it_is_free(steps):
   ):
     gather.fill(
       memory.Place(kv) + 2 * CR * first_row,
-      memory.Place(indices.astype(np.int32)),
+      memory.Place(given),
       memory.Place(consumers.tiles_s, is_shared=True),
       memory.Place(consumers.rows_s, is_shared=True),
       threads.U32(steps),
       S,
+      apart,
     )
   consumers.look()
   of_step = [x for part in Consumers.PARTS for x in (part.free, part.ready)]
@@ -245,13 +272,34 @@ def test_the_producer_fills_each_part_when_it_is_free(steps):
   assert consumers.passed == of_step * steps
 
 
-def test_steps_end_after_the_last_valid_index():
-  S, K = 1000, 192
-  last = np.array([[-1, 0, 126, 127], [128, 190, 191, 5]])
-  place = np.arange(K)
-  indices = np.where(place < last[..., None], 3 * place, S)
-  indices = np.where(place == last[..., None], S - 1, indices)
-  filled, steps = kernel.whole_steps(jnp.asarray(indices, jnp.int32), S)
-  np.testing.assert_array_equal(filled[:, :K], indices.reshape(8, K))
-  np.testing.assert_array_equal(filled[:, K:], np.full((8, 64), -1))
-  np.testing.assert_array_equal(steps, [1, 1, 1, 1, 2, 2, 2, 1])
+def count_steps(indices, keys, rank, blocks):
+  """Steps of a block, as all its threads count them."""
+  with simulated.run_as(plan.THREADS, steps_lib):
+    place = memory.Place(indices)
+    last = steps_lib.last_of_warp(place, indices.size, keys)
+    noted = memory.Place(last.value[:: threads.WARP].copy(), is_shared=True)
+    steps = steps_lib.count_own(noted, threads.U32(rank), blocks)
+  [number] = np.unique(steps.value)
+  return number
+
+
+@pytest.mark.parametrize("K", [128, 2048, 8192])
+def test_steps_end_after_the_last_valid_index(K):
+  S = 30000
+  for last in {-1, 0, 126, 127, 128 % K, 190 % K, K - 2, K - 1}:
+    place = np.arange(K)
+    indices = np.where(place < last, 3 * place, S)  # some of them are none
+    indices[1::7] = -1
+    indices = np.where(place == last, S - 1, indices).astype(np.int32)
+    indices[last + 1 :] = np.resize([-1, S, -(2**31), 2**31 - 1], K - last - 1)
+    assert count_steps(indices, S, 0, 1) == max(last // 128 + 1, 1)
+
+
+@pytest.mark.parametrize("blocks", [2, 4, 8])
+def test_blocks_take_turns_at_the_steps(blocks):
+  K = 2048
+  for steps in range(K // 128 + 1):
+    indices = np.where(np.arange(K) < 128 * steps, 7, -1).astype(np.int32)
+    for rank in range(blocks):
+      own = len(range(rank, steps, blocks))
+      assert count_steps(indices, 10, rank, blocks) == max(own, 1)

@@ -1,13 +1,14 @@
 """Runs on a CPU what a kernel's threads do: doubles of `hopper`, in numpy.
 
 They have the names of its modules and are computed at once for all threads of
-one block, or of one warpgroup.
+one block, of one warpgroup, or of one warpgroup of each block of a cluster.
 """
 
 from typing import Any
 from unittest import mock
 
 from tests.kernels.simulated import block
+from tests.kernels.simulated import cluster
 from tests.kernels.simulated import copies
 from tests.kernels.simulated import instructions
 from tests.kernels.simulated import memory
@@ -15,6 +16,7 @@ from tests.kernels.simulated import signals
 from tests.kernels.simulated import threads
 
 _DOUBLES: dict[str, Any] = {
+  "cluster": cluster,
   "copies": copies,
   "instructions": instructions,
   "signals": signals,

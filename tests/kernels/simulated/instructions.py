@@ -17,6 +17,11 @@ def exp2(x):
   return threads.F32(np.exp2(x.value))
 
 
+def log2(x):
+  with np.errstate(divide="ignore"):
+    return threads.F32(np.log2(x.value))
+
+
 def exchange(x, distance):
   return threads.exchange(x, distance)
 

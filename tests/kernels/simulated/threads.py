@@ -134,6 +134,9 @@ class F32(threads_lib.F32):
   def __add__(self, other):
     return F32(self.value + other.value)
 
+  def __sub__(self, other):
+    return F32(self.value - other.value)
+
   def __mul__(self, other):
     return F32(self.value * other.value)
 
@@ -267,3 +270,4 @@ def _by_warp(compute):
 last_lane = _by_warp(lambda x, axis: x[:, -1])
 warp_sums = _by_warp(functools.partial(np.cumsum, dtype=np.uint32))
 warp_sum = _by_warp(functools.partial(np.sum, dtype=np.uint32))
+warp_max = _by_warp(np.max)

@@ -1,5 +1,8 @@
 """Sparse attention forward on Hopper: one block for 64 heads of a query.
 
+Where there are fewer of these than the device has multiprocessors, a cluster of
+2, 4 or 8 blocks takes turns at the query's keys, and combines what each has.
+
 A producer warpgroup gathers selected rows into two tiles of 64. Two consumer
 warpgroups hold the same 64 heads: each computes the logits of one tile, and
 each keeps half of the output's columns, for which it needs the weights of both
@@ -18,7 +21,9 @@ right), each free again as soon as its last product is done.
 The maximum that weights refer to is raised only where a logit exceeds it by
 `_SLACK`, not with every new maximum: the output then seldom needs rescaling.
 
-  kernel  what each warpgroup of a block does, and its inputs and results
-  plan    shared memory, and the barriers that guard it
-  gather  the producer
+  kernel   what each warpgroup of a block does, and its inputs and results
+  plan     shared memory, the barriers that guard it, and blocks of a cluster
+  steps    how many the query and this block have
+  gather   the producer
+  combine  what the blocks of a cluster have of a query
 """

@@ -32,8 +32,10 @@ def gather(
   shared: plan.Shared,
   first_row: Int[Array, ""],
   token: Int[Array, ""],
+  first_step: Int[Array, ""],
   steps: Int[Array, ""],
   keys: int,
+  apart: int,
 ) -> None:
   """Fills the parts of both tiles, step by step, as they become free.
 
@@ -43,26 +45,30 @@ def gather(
     shared: Holds the tiles, their masks and the barriers.
     first_row: First row of this query's batch row in `kv`.
     token: Index of this query in `indices`.
-    steps: Pairs of tiles.
+    first_step: Of this block, among those of the query.
+    steps: Of this block: pairs of tiles.
     keys: S; an index outside [0, S) gives zeros and a mask of -inf.
+    apart: From one step of this block to its next, among those of the query.
   """
   width = 4 * indices.shape[1]
 
   @threads.code(
     *(threads.REF, threads.REF, plgpu.RefType(tiles.SWIZZLED), threads.REF),
-    *[threads.NUMBER] * 3,
+    *[threads.NUMBER] * 4,
   )
-  def emit(kv, indices, target, numbers, first_row, token, steps):
+  def emit(kv, indices, target, numbers, first_row, token, first_step, steps):
     fill(
       Place.of(kv).step(first_row, _BYTES),
-      Place.of(indices).step(token, width),
+      Place.of(indices).step(token, width).step(first_step, 4 * plan.STEP),
       Place.of(target),
       Place.of(numbers),
       steps,
       keys,
+      apart,
     )
 
-  emit(kv, indices, shared.kv, shared.rows, first_row, token, steps)
+  numbers = first_row, token, first_step, steps
+  emit(kv, indices, shared.kv, shared.rows, *numbers)
 
 
 def fill(
@@ -72,6 +78,7 @@ def fill(
   numbers: Place,
   steps: U32,
   keys: int,
+  apart: int = 1,
 ) -> None:
   """Runs a thread of the producer.
 
@@ -80,11 +87,12 @@ def fill(
 
   Args:
     kv: Rows of this batch row.
-    indices: Of this query.
+    indices: Of this query, from the block's first step on.
     target: Both tiles.
     numbers: The array of `plan.Row`.
     steps: Pairs of tiles.
     keys: Rows that there are.
+    apart: From one step to the next, in steps.
   """
   thread = threads.thread_of_warpgroup()
   row, piece = thread >> 3, thread & 7
@@ -95,6 +103,11 @@ def fill(
   all_barriers = numbers + 4 * plan.ROWS * plan.Row.BARRIERS
   barrier = lambda which: all_barriers + barriers.BYTES * which
 
+  def load(i):
+    """Loads this thread's indices of a step, in the order of `_GROUPS`."""
+    here = indices.step(i, 4 * plan.STEP * apart)
+    return [here.load(4 * (plan.ROWS * tile + j)) for tile, j in _GROUPS]
+
   def step(i, *chosen):
     parity = (i & 1) ^ 1
     real = [x < keys for x in chosen]
@@ -104,7 +117,7 @@ def fill(
     ]
     sizes = [ok.where(copies.BYTES, 0) for ok in real]
     following = i + 1
-    upcoming = _load(indices, following.equals(steps).where(i, following))
+    upcoming = load(following.equals(steps).where(i, following))
 
     def copy(part):
       _copy(part, target, sources, sizes)
@@ -125,13 +138,7 @@ def fill(
       copy(part)
     return upcoming
 
-  threads.loop(steps, step, _load(indices, U32(0)))
-
-
-def _load(indices: Place, step: U32) -> list[U32]:
-  """Loads this thread's indices of a step, in the order of `_GROUPS`."""
-  here = indices.step(step, 4 * plan.STEP)
-  return [here.load(4 * (plan.ROWS * tile + i)) for tile, i in _GROUPS]
+  threads.loop(steps, step, load(U32(0)))
 
 
 def _copy(

@@ -14,12 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.hopper import barriers
+from pallas_kernels.hopper import cluster
 from pallas_kernels.hopper import fragments
 from pallas_kernels.hopper import threads
 from pallas_kernels.hopper import tiles
 from pallas_kernels.hopper import widths
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import combine
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import gather
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward.plan import Barrier
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward.plan import Meeting
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward.plan import Row
@@ -134,6 +137,15 @@ class _Consumer:
       plgpu.copy_smem_to_gmem(shared.q.at[i], out_ref.at[:, columns])
     return total
 
+  def combine(
+    self, total: Float[Array, "64"], out_ref: Any, lse_ref: Any, blocks: int
+  ) -> None:
+    """Writes what this block owns of the whole cluster's output and lse."""
+    plgpu.wgmma_wait(0)
+    self.shared.rows[Row.SUM_0 + self.which] = total
+    out = plgpu.wgmma_accumulator_load(self.out)
+    combine.combine(out, self.shared, out_ref, lse_ref, self.which, blocks)
+
 
 def _zero(i):
   """A 0 opaque to the compiler, so that operand addresses are recomputed in
@@ -242,7 +254,6 @@ def _write_lse(top, total, shared, lse_ref):
 
 
 def _kernel(
-  steps_ref,
   q_ref,
   kv_ref,
   indices_ref,
@@ -251,19 +262,23 @@ def _kernel(
   shared,
   *,
   scale,
+  groups,
   blocks,
   T,
   S,
 ):
-  block = lax.axis_index("block")
-  token = block // blocks
-  heads = pl.ds((block % blocks) * _ROWS, _ROWS)
-  steps = steps_ref[token]
+  group = lax.axis_index("group")
+  token = group // groups
+  heads = pl.ds((group % groups) * _ROWS, _ROWS)
+  rank = lax.axis_index("rank") if blocks > 1 else jnp.int32(0)
   warpgroup = lax.axis_index("wg")
   q_ref, out_ref, lse_ref = (
     x.at[token, heads] for x in (q_ref, out_ref, lse_ref)
   )
+  pl.when(warpgroup == 0)(lambda: _load_q(q_ref, shared))
+  steps_lib.note_last(indices_ref.at[token], shared, S)
   shared.start()
+  steps = steps_lib.count(shared, rank, blocks)
 
   def with_accumulators(run):
     pl.run_scoped(
@@ -276,14 +291,16 @@ def _kernel(
   @pl.when(warpgroup == 0)
   def _():
     plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-    _load_q(q_ref, shared)
     plgpu.barrier_wait(shared.q_here)
 
     @with_accumulators
     def _(out, logits):
       consumer = _Consumer(0, shared, out, logits, scale)
       _, total = _attend_left(consumer, steps)
-      consumer.finish(total, out_ref)
+      if blocks > 1:
+        consumer.combine(total, out_ref, lse_ref, blocks)
+      else:
+        consumer.finish(total, out_ref)
 
   @pl.when(warpgroup == 1)
   def _():
@@ -294,32 +311,22 @@ def _kernel(
     def _(out, logits):
       consumer = _Consumer(1, shared, out, logits, scale)
       top, total = _attend_right(consumer, steps)
-      total = consumer.finish(total, out_ref)
-      _write_lse(top, total, shared, lse_ref)
+      if blocks > 1:
+        consumer.combine(total, out_ref, lse_ref, blocks)
+      else:
+        total = consumer.finish(total, out_ref)
+        _write_lse(top, total, shared, lse_ref)
 
   @pl.when(warpgroup == 2)
   def _():
     plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-    first_row = (token // T) * S
-    gather.gather(*(kv_ref, indices_ref, shared), *(first_row, token, steps), S)
-
-
-def whole_steps(
-  indices: Int[Array, "B T K"], keys: int
-) -> tuple[Int[Array, "Q K2"], Int[Array, " Q"]]:
-  """Fills the indices of all Q = B T queries up to whole steps with -1.
-
-  Returns:
-    Indices, and each query's steps up to its last valid one, at least 1: later
-    queries see more keys.
-  """
-  B, T, K = indices.shape
-  missing = [(0, 0), (0, 0), (0, -K % plan.STEP)]
-  indices = jnp.pad(indices, missing, constant_values=-1).reshape(B * T, -1)
-  places = jnp.arange(1, indices.shape[1] + 1, dtype=jnp.int32)[None]
-  valid = (indices >= 0) & (indices < keys)
-  last = jnp.max(jnp.where(valid, places, 0), axis=-1)
-  return indices, jnp.maximum(-(-last // plan.STEP), 1)
+    gather.gather(
+      *(kv_ref, indices_ref, shared),
+      *((token // T) * S, token, rank, steps),
+      *(S, blocks),
+    )
+    if blocks > 1:
+      threads.code()(cluster.meet)()  # as the consumers do, to combine
 
 
 def forward(
@@ -330,34 +337,39 @@ def forward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
   """Computes out and lse of `api.sparse_mla`, for bfloat16, C = 512, R = 64.
 
-  Fewer than 64 heads cost as much as 64. Reads `indices` up to each query's
-  last valid one, in steps of 128.
+  Fewer than 64 heads cost as much as 64. Attends in steps of 128 indices up to
+  each query's last valid one. One launch, no memory but the results; where K is
+  no multiple of 128, or N of 64, copies of what is filled up.
   """
   B, T, N, _ = q.shape
-  S = kv.shape[1]
-  blocks = pl.cdiv(N, _ROWS)
-  padded = blocks * _ROWS
+  S, K = kv.shape[1], indices.shape[2]
+  groups, steps = pl.cdiv(N, _ROWS), pl.cdiv(K, plan.STEP)
+  padded = groups * _ROWS
   q = jnp.pad(q, [(0, 0), (0, 0), (0, padded - N), (0, 0)])
-  indices, steps = whole_steps(indices, S)
+  missing = [(0, 0), (0, 0), (0, steps * plan.STEP - K)]
+  indices = jnp.pad(indices, missing, constant_values=-1)
+  blocks = plan.blocks(B * T * groups, steps)
+  sizes = dict(groups=groups, blocks=blocks, T=T, S=S)
   kernel = plgpu.kernel(
-    functools.partial(_kernel, scale=scale, blocks=blocks, T=T, S=S),
+    functools.partial(_kernel, scale=scale, **sizes),
     out_type=(
       jax.ShapeDtypeStruct((B * T, padded, widths.C), q.dtype),
       jax.ShapeDtypeStruct((B * T, padded), jnp.float32),
     ),
-    grid=(B * T * blocks,),
-    grid_names=("block",),
-    num_threads=3,
+    grid=(B * T * groups,),
+    grid_names=("group",),
+    cluster=(blocks,) if blocks > 1 else (),
+    cluster_names=("rank",) if blocks > 1 else (),
+    num_threads=plan.THREADS // threads.WARPGROUP,
     thread_name="wg",
     scratch_types=[plan.Shared.types()],
     compiler_params=tiles.BY_HAND,
     kernel_name="sparse_mla_forward",
   )
   out, lse = kernel(
-    steps,
     q.reshape(B * T, padded, widths.CR),
     kv.reshape(B * S, widths.CR),
-    indices,
+    indices.reshape(B * T, -1),
   )
   return (
     out[:, :N].reshape(B, T, N, widths.C),

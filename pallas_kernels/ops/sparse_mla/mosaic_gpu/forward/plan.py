@@ -17,16 +17,34 @@ from pallas_kernels.hopper.threads import WARPGROUP
 
 ROWS: Final = tiles.ROWS  # keys a tile, and heads a block
 STEP: Final = 2 * ROWS  # keys of both tiles
+THREADS: Final = 3 * WARPGROUP  # two that multiply, and the producer
 COLUMNS: Final = 64  # of a column tile
 COLUMN_TILES: Final = widths.CR // COLUMNS
 # Bytes that lie together: eight rows of a column tile, eight rows, a tile.
 BLOCK: Final = 2 * 8 * COLUMNS
 EIGHT: Final = COLUMN_TILES * BLOCK
 TILE: Final = ROWS // 8 * EIGHT
+_MULTIPROCESSORS: Final = 132  # of an H100 and an H200; each has one block
+_MOST_BLOCKS: Final = 8  # of a cluster
+
+
+def blocks(work: int, steps: int) -> int:
+  """Chooses how many blocks share the keys of 64 heads of a query.
+
+  A power of two: as many as the device has multiprocessors for at once, and
+  not more than there are steps.
+
+  Args:
+    work: Times of 64 heads of a query.
+    steps: Of a query, K / `STEP`.
+  """
+  most = min(_MULTIPROCESSORS // work, steps, _MOST_BLOCKS)
+  return 1 << max(most, 1).bit_length() - 1
 
 
 class Barrier(enum.IntEnum):
-  """Barriers in shared memory: part of a tile is full, or empty again."""
+  """Barriers in shared memory: part of a tile is full, or empty again; and what
+  a consumer combines has come from all blocks."""
 
   READY_0L = 0
   READY_0R = enum.auto()
@@ -37,6 +55,13 @@ class Barrier(enum.IntEnum):
   FREE_0R = enum.auto()
   FREE_1L = enum.auto()
   FREE_1R = enum.auto()
+  COMBINED_0 = enum.auto()
+  COMBINED_1 = enum.auto()
+
+  @property
+  def arrivals(self) -> int:
+    """Threads that arrive at it."""
+    return 1 if self >= Barrier.COMBINED_0 else WARPGROUP
 
 
 class Meeting(enum.IntEnum):
@@ -75,6 +100,7 @@ class Row(enum.IntEnum):
   TOP_1 = enum.auto()
   SUM_0 = enum.auto()  # of weights
   SUM_1 = enum.auto()
+  LAST = enum.auto()  # each warp's place after the last valid index
   BARRIERS = enum.auto()
 
 
@@ -90,7 +116,7 @@ class Shared:
   weights_1: Any
   """[64, 64]: weights of tile 1."""
   rows: Any
-  """[7, 64]: see `Row`; one array, since each begins a kilobyte of its own."""
+  """[8, 64]: see `Row`; one array, since each begins a kilobyte of its own."""
   q_here: Any
 
   @classmethod
@@ -120,4 +146,4 @@ class Shared:
 
   def start(self) -> None:
     """Initialises the barriers; each thread of the block calls it."""
-    self.barriers.start([WARPGROUP] * len(Barrier))
+    self.barriers.start([barrier.arrivals for barrier in Barrier])
