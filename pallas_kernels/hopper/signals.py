@@ -46,10 +46,11 @@ def arrive_after_copies(barrier: Place) -> None:
   _at(barrier, "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", None)
 
 
-def expect(barrier: Place, size: int, where: Bool) -> None:
+def expect(barrier: Place, size: U32 | int, where: Bool) -> None:
   """Arrives, and expects `size` bytes before the phase completes."""
-  text = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};"
-  _at(barrier, text, where)
+  text = "@$2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
+  args = [barrier.value, U32(size).value, where.value]
+  threads.assembly(text, args)
 
 
 def _at(barrier, text, where):

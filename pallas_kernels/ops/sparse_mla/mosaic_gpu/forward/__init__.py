@@ -1,7 +1,7 @@
 """Sparse attention forward on Hopper: one block for 64 heads of a query.
 
 Where there are fewer of these than the device has multiprocessors, a cluster of
-2, 4 or 8 blocks takes turns at the query's keys, and combines what each has.
+2 to 8 blocks takes turns at the query's keys, and combines what each has.
 
 A producer warpgroup gathers selected rows into two tiles of 64. Two consumer
 warpgroups hold the same 64 heads: each computes the logits of one tile, and

@@ -2,9 +2,9 @@
 
 Each block has attended to other keys, and holds 64 heads' sums of weighted
 values in registers. When all have come, they read each other's maxima and sums
-of weights; then each scales its own and sends of every consumer's columns an
-equal part to each block, which adds up what it gets in the order of the blocks
-and writes it. What it gets lies where its keys were.
+of weights; then each scales its own and sends of every consumer's columns a
+part to each block, which adds up what it gets in the order of the blocks and
+writes it. What it gets lies where its keys were.
 
 A block leaves when it has everyone's part. None reads its memory any more then,
 since each has read before it sends.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import math
 from typing import Any, Final
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
@@ -86,7 +87,7 @@ def exchange(
 
   Args:
     out: Its registers of the weighted values.
-    buffer: Where the parts arrive: of each block, [2, 32 / blocks, 128, 4] of
+    buffer: Where the parts arrive: of each block, [2, most, 128, 4] of
       consumers, eights of columns, threads and their floats.
     numbers: The array of `plan.Row`.
     target: [64, C] in device memory.
@@ -100,33 +101,39 @@ def exchange(
   lses, factors = zip(
     *(_lse_and_factor(numbers.step(row + 8 * i, 4), blocks) for i in range(2))
   )
-  eights = _EIGHTS // blocks
-  own = buffer.step(threads.thread_of_warpgroup(), 16) + (
-    which * eights * _EIGHT
-  )
+  most = pl.cdiv(_EIGHTS, blocks)
+  own = buffer.step(threads.thread_of_warpgroup(), 16) + which * most * _EIGHT
   arrived = numbers + (
     4 * plan.ROWS * Row.BARRIERS
     + barriers.BYTES * (plan.Barrier.COMBINED_0 + which)
   )
-  part = _CONSUMERS * eights * _EIGHT
+  part = _CONSUMERS * most * _EIGHT
   _send(out, factors, own.step(rank, part), arrived, rank, blocks)
+  first = _first_eight(rank, blocks)
+  number = _first_eight(rank + 1, blocks) - first
   signals.expect(
-    arrived, _EIGHTS * _EIGHT, threads.thread_of_warpgroup().equals(0)
+    *(arrived, number * (blocks * _EIGHT)),
+    threads.thread_of_warpgroup().equals(0),
   )
   signals.wait(arrived, U32(0))
-  first = rank * (16 * eights) + (column << 2)
-  target = target.step(row, 2 * widths.C) + first
-  for i in range(eights):
+  target = target.step(row, 2 * widths.C) + ((first << 4) + (column << 2))
+  for i in range(most):
     sums = _sum(
       [own.load_floats(4, part * b + _EIGHT * i) for b in range(blocks)]
     )
     at = widths.C * which + 16 * i
-    target.store([sums[0].pack(sums[1])], at)
-    target.store([sums[2].pack(sums[3])], at + 16 * widths.C)
+    has = number > i
+    target.store([sums[0].pack(sums[1])], at, where=has)
+    target.store([sums[2].pack(sums[3])], at + 16 * widths.C, where=has)
   if not which:
     writes = rank.equals(0) & column.equals(0)
     for i, lse in enumerate(lses):
       lse_target.step(row, 4).store([lse], 32 * i, where=writes)
+
+
+def _first_eight[T: (int, U32)](block: T, blocks: int) -> T:
+  """First eight of a consumer's columns that a block gets."""
+  return block * _EIGHTS // blocks
 
 
 def _lse_and_factor(row: Place, blocks: int) -> tuple[F32, F32]:
@@ -168,7 +175,6 @@ def _send(
 
   A block begins with its own, so that no two send to the same at a time.
   """
-  eights = _EIGHTS // blocks
   scaled = [x * factors[i // 2 % 2] for i, x in enumerate(out)]
   every = range(blocks)
   there = [cluster.in_block(place, U32(b)) for b in every]
@@ -176,9 +182,11 @@ def _send(
 
   def send_from(first):
     for block in (*every[first:], *every[:first]):
-      for i in range(eights):
-        four = scaled[4 * (block * eights + i) :][:4]
-        cluster.send(four, there[block], _EIGHT * i, signal[block])
+      first_eight = _first_eight(block, blocks)
+      for eight in range(first_eight, _first_eight(block + 1, blocks)):
+        at = _EIGHT * (eight - first_eight)
+        four = scaled[4 * eight : 4 * eight + 4]
+        cluster.send(four, there[block], at, signal[block])
 
   for first in every:
     threads.when(rank.equals(first))(lambda first=first: send_from(first))

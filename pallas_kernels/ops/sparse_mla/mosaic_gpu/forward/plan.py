@@ -24,22 +24,24 @@ COLUMN_TILES: Final = widths.CR // COLUMNS
 BLOCK: Final = 2 * 8 * COLUMNS
 EIGHT: Final = COLUMN_TILES * BLOCK
 TILE: Final = ROWS // 8 * EIGHT
-_MULTIPROCESSORS: Final = 132  # of an H100 and an H200; each has one block
-_MOST_BLOCKS: Final = 8  # of a cluster
+# How many clusters of 1 to 8 blocks, a block a multiprocessor, run at once: by
+# cudaOccupancyMaxActiveClusters on an H200. A device with fewer multiprocessors
+# to a part that a cluster may span runs some of them later.
+_CLUSTERS: Final = (132, 66, 39, 30, 22, 17, 15, 15)
 
 
 def blocks(work: int, steps: int) -> int:
   """Chooses how many blocks share the keys of 64 heads of a query.
 
-  A power of two: as many as the device has multiprocessors for at once, and
-  not more than there are steps.
+  Of the numbers with which all blocks run at once, the least that leaves a
+  block the fewest steps; 1 if there is none.
 
   Args:
     work: Times of 64 heads of a query.
     steps: Of a query, K / `STEP`.
   """
-  most = min(_MULTIPROCESSORS // work, steps, _MOST_BLOCKS)
-  return 1 << max(most, 1).bit_length() - 1
+  fitting = [n for n, most in enumerate(_CLUSTERS, 1) if work <= most]
+  return min(fitting, key=lambda n: pl.cdiv(steps, n), default=1)
 
 
 class Barrier(enum.IntEnum):
