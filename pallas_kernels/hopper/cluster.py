@@ -28,12 +28,6 @@ def in_block(here: Place, which: U32) -> Place:
   return Place(value, is_shared=True)
 
 
-def load(there: Place, offset: int = 0) -> F32:
-  """Loads a float of another block, from a place `in_block`."""
-  text = f"ld.shared::cluster.f32 $0, [$1+{offset}];"
-  return F32(*threads.assembly(text, [there.value], [threads.f32()]))
-
-
 def arrive(barrier: Place, where: Bool) -> None:
   """Arrives at another block's barrier, without publishing stores to it."""
   text = "@$1 mbarrier.arrive.shared::cluster.b64 _, [$0];"
@@ -41,14 +35,21 @@ def arrive(barrier: Place, where: Bool) -> None:
 
 
 def send(
-  values: Sequence[F32], target: Place, offset: int, barrier: Place
+  values: Sequence[F32],
+  target: Place,
+  offset: int,
+  barrier: Place,
+  where: Bool | None = None,
 ) -> None:
   """Stores four floats in another block; its barrier counts the bytes."""
-  threads.assembly(
+  text = (
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
-    f"[$0+{offset}], {{$1, $2, $3, $4}}, [$5];",
-    [target.value, *(x.value for x in values), barrier.value],
+    f"[$0+{offset}], {{$1, $2, $3, $4}}, [$5];"
   )
+  args = [target.value, *(x.value for x in values), barrier.value]
+  if where is not None:
+    text, args = f"@$6 {text}", [*args, where.value]
+  threads.assembly(text, args)
 
 
 def send_bytes(

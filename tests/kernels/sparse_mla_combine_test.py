@@ -68,7 +68,8 @@ def run(mine, numbers, out, lse):
   """Runs both consumers of each block."""
   blocks = len(mine)
   n = 128 * blocks
-  buffer = np.full((blocks, 2 * N * 576), np.nan, jnp.bfloat16)
+  keys = np.full((blocks, 2 * N * 576), np.nan, jnp.bfloat16)
+  queries = np.full((blocks, N * 576), np.nan, jnp.bfloat16)
   with contextlib.ExitStack() as stack:
     for module in (fragments, combine):
       stack.enter_context(simulated.run_as(n, module))
@@ -76,8 +77,7 @@ def run(mine, numbers, out, lse):
     for which in range(2):
       combine.exchange(
         by_thread.registers(*mine[:, :, C // 2 * which :][:, :, : C // 2]),
-        cluster.place(buffer),
-        cluster.place(numbers),
+        *map(cluster.place, (keys, queries, numbers)),
         memory.Place(out),
         memory.Place(lse),
         which=which,

@@ -215,6 +215,9 @@ class Consumers:
   def wait(self, barrier, parity):
     self.look()
     which, step = self._pass(barrier)
+    if which == plan.Barrier.COUNTED:
+      assert (parity.value == 0).all()
+      return
     # Parts are free from the start: the first wait is for the phase before.
     assert (parity.value == (step + 1) % 2).all()
     [part] = (x for x in self.PARTS if x.free == which)
@@ -255,47 +258,58 @@ class Consumers:
     return part.tile, slice(None), slice(columns[0], columns[-1] + plan.COLUMNS)
 
 
-@pytest.mark.parametrize("steps, apart", [(1, 1), (3, 1), (2, 4)])
-def test_the_producer_fills_each_part_when_it_is_free(steps, apart):
+@pytest.mark.parametrize(
+  "steps, rank, blocks", [(1, 0, 1), (3, 0, 1), (2, 0, 4), (3, 4, 5)]
+)
+def test_the_producer_fills_each_part_when_it_is_free(steps, rank, blocks):
   S, first_row = 300, 20
   x = np.random.default_rng(steps)
   kv = x.normal(size=(first_row + S, CR)).astype(jnp.bfloat16)
   indices = x.integers(0, S, (steps, 2, plan.ROWS), np.int32)
   invalid = x.choice([-1, -(2**31), S, 2**31 - 1], indices.shape)
   indices = np.where(x.random(indices.shape) < 0.25, invalid, indices)
-  given = x.integers(0, S, (steps, apart, *indices.shape[1:]), np.int32)
-  given[:, 0] = indices  # the other steps are other blocks'
+  # All steps of the query: others are other blocks', or have no valid index.
+  given = x.integers(0, S, (steps, blocks, *indices.shape[1:]), np.int32)
+  given[:, rank] = indices
+  given = np.concatenate([given, np.full_like(given, -1)])
   valid = (indices >= 0) & (indices < S)
   rows = kv[first_row + np.where(valid, indices, 0)]
   rows[~valid] = 0
   masks = np.where(valid, np.float32(0), np.float32(-np.inf))
   consumers = Consumers(rows, masks)
+  noted = np.zeros(plan.CONSUMER_WARPS, np.uint32)
+  noted[3] = 2 * plan.ROWS * ((steps - 1) * blocks + rank) + 1  # in its last
+  consumers.rows_s[plan.Row.LAST, : noted.size] = noted.view(np.float32)
   with (
     simulated.run_as(128, gather),
+    simulated.run_as(128, steps_lib),
     mock.patch.object(gather, "signals", consumers),
+    mock.patch.object(steps_lib, "signals", consumers),
   ):
     gather.fill(
       memory.Place(kv) + 2 * CR * first_row,
       memory.Place(given),
       memory.Place(consumers.tiles_s, is_shared=True),
       memory.Place(consumers.rows_s, is_shared=True),
-      threads.U32(steps),
-      S,
-      apart,
+      threads.U32(rank),
+      **dict(steps=2 * steps * blocks, keys=S, blocks=blocks),
     )
   consumers.look()
   of_step = [x for part in Consumers.PARTS for x in (part.free, part.ready)]
   of_step.insert(of_step.index(plan.RIGHT_0.ready), plan.Barrier.MASKED)
+  of_step.append(plan.Barrier.COUNTED)
   assert consumers.passed == of_step * steps
 
 
 def count_steps(indices, keys, rank, blocks):
   """Steps of a block, as all its threads count them."""
-  with simulated.run_as(plan.THREADS, steps_lib):
-    place = memory.Place(indices)
-    last = steps_lib.last_of_warp(place, indices.size, keys)
-    noted = memory.Place(last.value[:: threads.WARP].copy(), is_shared=True)
-    steps = steps_lib.count_own(noted, threads.U32(rank), blocks)
+  numbers = np.zeros((len(plan.Row), plan.ROWS), np.uint32)
+  with simulated.run_as(32 * plan.CONSUMER_WARPS, steps_lib):
+    last = steps_lib.last_of_warp(memory.Place(indices), indices.size, keys)
+    noted = last.value[:: threads.WARP]
+    numbers[plan.Row.LAST, : noted.size] = noted
+    place = memory.Place(numbers, is_shared=True)
+    steps = steps_lib.count_own(place, threads.U32(rank), blocks)
   [number] = np.unique(steps.value)
   return number
 

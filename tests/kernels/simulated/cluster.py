@@ -28,17 +28,13 @@ def in_block(here, which):
   return memory.Place(here.array, is_shared=True, at=at)
 
 
-def load(there, offset=0):
-  return there.load_floats(1, offset)[0]
-
-
-def send(values, target, offset, barrier):
+def send(values, target, offset, barrier, where=None):
   """Stores, and counts the bytes in the barrier's first word."""
-  active = block.now.active
+  active = block.now.active if where is None else block.now.active & where.value
   of_block = [(x.at // _size(x))[active] for x in (target, barrier)]
   np.testing.assert_array_equal(*of_block, "the barrier of another block")
-  target.store(values, offset)
-  _, at = barrier.touched(0, 4)
+  target.store(values, offset, where)
+  _, at = barrier.touched(0, 4, where)
   np.add.at(barrier.array.view(np.int32), at[:, 0] // 4, 4 * len(values))
 
 

@@ -1,13 +1,12 @@
 """Combines what the blocks of a cluster have of a query: its output and lse.
 
 Each block has attended to other keys, and holds 64 heads' sums of weighted
-values in registers. When all have come, they read each other's maxima and sums
-of weights; then each scales its own and sends of every consumer's columns a
-part to each block, which adds up what it gets in the order of the blocks and
-writes it. What it gets lies where its keys were.
+values in registers. When all have come, each sends of every consumer's columns
+a part to each block, and what its weights refer to and sum up to. A block adds
+up what it gets, scaled, in the order of the blocks and writes it. What it gets
+lies where its keys and queries were.
 
-A block leaves when it has everyone's part. None reads its memory any more then,
-since each has read before it sends.
+A block leaves when it has everyone's part: none reads another's memory.
 """
 
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from pallas_kernels.softmax import LOG2E
 
 _EIGHTS: Final = widths.C // 2 // 8  # eights of columns that a consumer keeps
 _EIGHT: Final = 16 * threads.WARPGROUP  # bytes of an eight: 4 floats a thread
+_SUMS: Final = 8 * plan.ROWS  # bytes of 64 heads' tops and sums
 _CONSUMERS: Final = 2
 
 
@@ -57,25 +57,23 @@ def combine(
     blocks: Of the cluster.
   """
 
-  @threads.code(
-    *(tiles.MATRIX, plgpu.RefType(tiles.SWIZZLED), threads.REF),
-    *(threads.REF, threads.REF),
-  )
-  def emit(out, kv, rows, out_ref, lse_ref):
-    cluster.meet()
-    exchange(
-      fragments.floats(out),
-      *(Place.of(kv), Place.of(rows), Place.of(out_ref), Place.of(lse_ref)),
-      which=which,
-      blocks=blocks,
-    )
+  swizzled = plgpu.RefType(tiles.SWIZZLED)
 
-  emit(out, shared.kv, shared.rows, out_ref, lse_ref)
+  @threads.code(
+    *(tiles.MATRIX, swizzled, swizzled, threads.REF, threads.REF, threads.REF)
+  )
+  def emit(out, *refs):
+    cluster.meet()
+    places = map(Place.of, refs)
+    exchange(fragments.floats(out), *places, which=which, blocks=blocks)
+
+  emit(out, shared.kv, shared.q, shared.rows, out_ref, lse_ref)
 
 
 def exchange(
   out: Sequence[F32],
-  buffer: Place,
+  parts: Place,
+  sums: Place,
   numbers: Place,
   target: Place,
   lse_target: Place,
@@ -87,8 +85,10 @@ def exchange(
 
   Args:
     out: Its registers of the weighted values.
-    buffer: Where the parts arrive: of each block, [2, most, 128, 4] of
-      consumers, eights of columns, threads and their floats.
+    parts: Where these arrive: of each block, [2, most, 128, 4] of consumers,
+      eights of columns, threads and their floats.
+    sums: Where arrives what they refer to: of each block, [2, 32, 2, 2] of
+      consumers, pairs of heads, heads, and their top and sum of weights.
     numbers: The array of `plan.Row`.
     target: [64, C] in device memory.
     lse_target: [64], likewise.
@@ -98,33 +98,37 @@ def exchange(
   warp, row, column = fragments.place()
   row = (warp << 4) + row
   rank = cluster.rank()
-  lses, factors = zip(
-    *(_lse_and_factor(numbers.step(row + 8 * i, 4), blocks) for i in range(2))
-  )
+  thread = threads.thread_of_warpgroup()
   most = pl.cdiv(_EIGHTS, blocks)
-  own = buffer.step(threads.thread_of_warpgroup(), 16) + which * most * _EIGHT
+  part = _CONSUMERS * most * _EIGHT
+  parts = parts.step(thread, 16) + which * most * _EIGHT
+  sums = sums.step(thread >> 2, 16) + which * _SUMS
   arrived = numbers + (
     4 * plan.ROWS * Row.BARRIERS
     + barriers.BYTES * (plan.Barrier.COMBINED_0 + which)
   )
-  part = _CONSUMERS * most * _EIGHT
-  _send(out, factors, own.step(rank, part), arrived, rank, blocks)
+  _send(out, parts.step(rank, part), arrived, rank, blocks)
+  own = sums.step(rank, _CONSUMERS * _SUMS)
+  _send_sums(numbers.step(row, 4), own, arrived, column, blocks)
   first = _first_eight(rank, blocks)
   number = _first_eight(rank + 1, blocks) - first
-  signals.expect(
-    *(arrived, number * (blocks * _EIGHT)),
-    threads.thread_of_warpgroup().equals(0),
-  )
+  size = number * (blocks * _EIGHT) + blocks * _SUMS
+  signals.expect(arrived, size, thread.equals(0))
   signals.wait(arrived, U32(0))
+  # Of each block and head, and by head then.
+  pairs = [sums.load_floats(4, _CONSUMERS * _SUMS * b) for b in range(blocks)]
+  heads = zip(*((x[:2], x[2:]) for x in pairs), strict=True)
+  lses, factors = zip(*map(_lse_and_factors, heads), strict=True)
   target = target.step(row, 2 * widths.C) + ((first << 4) + (column << 2))
   for i in range(most):
-    sums = _sum(
-      [own.load_floats(4, part * b + _EIGHT * i) for b in range(blocks)]
-    )
+    fours = [parts.load_floats(4, part * b + _EIGHT * i) for b in range(blocks)]
     at = widths.C * which + 16 * i
-    has = number > i
-    target.store([sums[0].pack(sums[1])], at, where=has)
-    target.store([sums[2].pack(sums[3])], at + 16 * widths.C, where=has)
+    for head in range(2):
+      pair = [
+        _sum([x[2 * head + j] for x in fours], factors[head]) for j in range(2)
+      ]
+      pair = [pair[0].pack(pair[1])]
+      target.store(pair, at + 16 * widths.C * head, where=number > i)
   if not which:
     writes = rank.equals(0) & column.equals(0)
     for i, lse in enumerate(lses):
@@ -136,46 +140,13 @@ def _first_eight[T: (int, U32)](block: T, blocks: int) -> T:
   return block * _EIGHTS // blocks
 
 
-def _lse_and_factor(row: Place, blocks: int) -> tuple[F32, F32]:
-  """Computes a head's logsumexp, and the factor of this block's values.
-
-  Args:
-    row: Place of the head's number in the first `plan.Row`.
-    blocks: Of the cluster.
-  """
-  at = lambda number: 4 * plan.ROWS * number
-  places = [cluster.in_block(row, U32(b)) for b in range(blocks)]
-  tops = [cluster.load(x, at(Row.TOP_1)) for x in places]
-  sums = [
-    cluster.load(x, at(Row.SUM_0)) + cluster.load(x, at(Row.SUM_1))
-    for x in places
-  ]
-  top, total = tops[0], F32(0.0)
-  for x in tops[1:]:
-    top = top.max(x)
-  for x, y in zip(sums, tops, strict=True):
-    total = total + x * instructions.exp2(y - top)
-  [own] = row.load_floats(1, at(Row.TOP_1))
-  has_keys = total.differs(0.0)
-  # Without a key all values are 0, whatever the factor.
-  lse = top + has_keys.where_float(instructions.log2(total), 0.0)
-  factor = instructions.exp2(own - lse)
-  return has_keys.where_float(lse * F32(1 / LOG2E), -math.inf), factor
-
-
 def _send(
-  out: Sequence[F32],
-  factors: Sequence[F32],
-  place: Place,
-  arrived: Place,
-  rank: U32,
-  blocks: int,
+  out: Sequence[F32], place: Place, arrived: Place, rank: U32, blocks: int
 ) -> None:
-  """Sends each block its eights of columns, scaled.
+  """Sends each block its eights of columns.
 
   A block begins with its own, so that no two send to the same at a time.
   """
-  scaled = [x * factors[i // 2 % 2] for i, x in enumerate(out)]
   every = range(blocks)
   there = [cluster.in_block(place, U32(b)) for b in every]
   signal = [cluster.in_block(arrived, U32(b)) for b in every]
@@ -185,15 +156,56 @@ def _send(
       first_eight = _first_eight(block, blocks)
       for eight in range(first_eight, _first_eight(block + 1, blocks)):
         at = _EIGHT * (eight - first_eight)
-        four = scaled[4 * eight : 4 * eight + 4]
+        four = out[4 * eight : 4 * eight + 4]
         cluster.send(four, there[block], at, signal[block])
 
   for first in every:
     threads.when(rank.equals(first))(lambda first=first: send_from(first))
 
 
-def _sum(parts: Sequence[Sequence[F32]]) -> list[F32]:
-  total = list(parts[0])
-  for part in parts[1:]:
-    total = [x + y for x, y in zip(total, part, strict=True)]
+def _send_sums(
+  row: Place, place: Place, arrived: Place, column: U32, blocks: int
+) -> None:
+  """Sends tops and sums of two heads, which four threads share, to all blocks.
+
+  Args:
+    row: Place of the first head's number in the first `plan.Row`.
+    place: Where it goes in each block.
+    arrived: Barrier, likewise.
+    column: Of the four, this thread.
+    blocks: Of the cluster.
+  """
+  both = []
+  for i in range(2):
+    top, *halves = (
+      row.load_floats(1, 4 * plan.ROWS * number + 32 * i)[0]
+      for number in (Row.TOP_1, Row.SUM_0, Row.SUM_1)
+    )
+    both += [top, halves[0] + halves[1]]
+  for first in range(0, blocks, 4):
+    block = (column + first).min(blocks - 1)
+    there, signal = (cluster.in_block(x, block) for x in (place, arrived))
+    cluster.send(both, there, 0, signal, where=column + first < blocks)
+
+
+def _lse_and_factors(
+  tops_and_sums: Sequence[Sequence[F32]],
+) -> tuple[F32, list[F32]]:
+  """Computes a head's logsumexp, and the factor of each block's values."""
+  tops, sums = zip(*tops_and_sums, strict=True)
+  top = tops[0]
+  for x in tops[1:]:
+    top = top.max(x)
+  total = _sum(sums, [instructions.exp2(x - top) for x in tops])
+  has_keys = total.differs(0.0)
+  # Without a key all values are 0, whatever the factor.
+  log = has_keys.where_float(instructions.log2(total), 0.0)
+  lse = has_keys.where_float((top + log) * F32(1 / LOG2E), -math.inf)
+  return lse, [instructions.exp2(x - top - log) for x in tops]
+
+
+def _sum(parts: Sequence[F32], factors: Sequence[F32]) -> F32:
+  total = parts[0] * factors[0]
+  for x, factor in zip(parts[1:], factors[1:], strict=True):
+    total = x.multiply_add(factor, total)
   return total

@@ -17,6 +17,7 @@ from pallas_kernels.hopper.memory import Place
 from pallas_kernels.hopper.threads import Bool
 from pallas_kernels.hopper.threads import U32
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 
 _BYTES: Final = 2 * widths.CR  # of a row
 _APART: Final = 16  # rows from one of a thread's to its next: 8 threads a row
@@ -32,10 +33,9 @@ def gather(
   shared: plan.Shared,
   first_row: Int[Array, ""],
   token: Int[Array, ""],
-  first_step: Int[Array, ""],
-  steps: Int[Array, ""],
+  rank: Int[Array, ""],
   keys: int,
-  apart: int,
+  blocks: int,
 ) -> None:
   """Fills the parts of both tiles, step by step, as they become free.
 
@@ -45,30 +45,27 @@ def gather(
     shared: Holds the tiles, their masks and the barriers.
     first_row: First row of this query's batch row in `kv`.
     token: Index of this query in `indices`.
-    first_step: Of this block, among those of the query.
-    steps: Of this block: pairs of tiles.
+    rank: Of this block in its cluster.
     keys: S; an index outside [0, S) gives zeros and a mask of -inf.
-    apart: From one step of this block to its next, among those of the query.
+    blocks: Of the cluster.
   """
-  width = 4 * indices.shape[1]
+  K = indices.shape[1]
 
   @threads.code(
     *(threads.REF, threads.REF, plgpu.RefType(tiles.SWIZZLED), threads.REF),
-    *[threads.NUMBER] * 4,
+    *[threads.NUMBER] * 3,
   )
-  def emit(kv, indices, target, numbers, first_row, token, first_step, steps):
+  def emit(kv, indices, target, numbers, first_row, token, rank):
     fill(
       Place.of(kv).step(first_row, _BYTES),
-      Place.of(indices).step(token, width).step(first_step, 4 * plan.STEP),
+      Place.of(indices).step(token, 4 * K),
       Place.of(target),
       Place.of(numbers),
-      steps,
-      keys,
-      apart,
+      rank,
+      **dict(steps=K // plan.STEP, keys=keys, blocks=blocks),
     )
 
-  numbers = first_row, token, first_step, steps
-  emit(kv, indices, shared.kv, shared.rows, *numbers)
+  emit(kv, indices, shared.kv, shared.rows, first_row, token, rank)
 
 
 def fill(
@@ -76,23 +73,28 @@ def fill(
   indices: Place,
   target: Place,
   numbers: Place,
-  steps: U32,
+  rank: U32,
+  *,
+  steps: int,
   keys: int,
-  apart: int = 1,
+  blocks: int,
 ) -> None:
   """Runs a thread of the producer.
 
   Eight threads share a row: each copies the piece of its index of all column
-  tiles. The indices of a step are loaded one step early.
+  tiles. The indices of a step are loaded one step early. The first step, which
+  every block has, does not wait until the consumers have noted how many the
+  query has.
 
   Args:
     kv: Rows of this batch row.
-    indices: Of this query, from the block's first step on.
+    indices: Of this query.
     target: Both tiles.
     numbers: The array of `plan.Row`.
-    steps: Pairs of tiles.
+    rank: The block takes the query's steps rank, rank + blocks and so on.
+    steps: Of a query with K valid indices.
     keys: Rows that there are.
-    apart: From one step to the next, in steps.
+    blocks: Of the cluster.
   """
   thread = threads.thread_of_warpgroup()
   row, piece = thread >> 3, thread & 7
@@ -105,10 +107,12 @@ def fill(
 
   def load(i):
     """Loads this thread's indices of a step, in the order of `_GROUPS`."""
-    here = indices.step(i, 4 * plan.STEP * apart)
+    here = indices.step(rank + i * blocks, 4 * plan.STEP)
     return [here.load(4 * (plan.ROWS * tile + j)) for tile, j in _GROUPS]
 
-  def step(i, *chosen):
+  last = (U32(steps - 1) - rank) // blocks  # that there is room for
+
+  def step(i, _, *chosen):
     parity = (i & 1) ^ 1
     real = [x < keys for x in chosen]
     sources = [
@@ -116,8 +120,7 @@ def fill(
       for x, ok in zip(chosen, real, strict=True)
     ]
     sizes = [ok.where(copies.BYTES, 0) for ok in real]
-    following = i + 1
-    upcoming = load(following.equals(steps).where(i, following))
+    upcoming = load((i + 1).min(last))
 
     def copy(part):
       _copy(part, target, sources, sizes)
@@ -136,9 +139,11 @@ def fill(
     for part in (plan.RIGHT_1, plan.LEFT_1):
       wait_for(part)
       copy(part)
-    return upcoming
+    return [i + 1, steps_lib.count_own(numbers, rank, blocks), *upcoming]
 
-  threads.loop(steps, step, load(U32(0)))
+  threads.loop_while(
+    lambda i, own, *_: i < own, step, [U32(0), U32(1), *load(U32(0))]
+  )
 
 
 def _copy(

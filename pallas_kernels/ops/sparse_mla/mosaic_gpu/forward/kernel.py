@@ -276,9 +276,7 @@ def _kernel(
     x.at[token, heads] for x in (q_ref, out_ref, lse_ref)
   )
   pl.when(warpgroup == 0)(lambda: _load_q(q_ref, shared))
-  steps_lib.note_last(indices_ref.at[token], shared, S)
   shared.start()
-  steps = steps_lib.count(shared, rank, blocks)
 
   def with_accumulators(run):
     pl.run_scoped(
@@ -288,10 +286,15 @@ def _kernel(
     )
     plgpu.wait_smem_to_gmem(0)
 
+  def start_consumer():
+    plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+    steps_lib.note_last(indices_ref.at[token], shared, S)
+    plgpu.barrier_wait(shared.q_here)
+    return steps_lib.count(shared, rank, blocks)
+
   @pl.when(warpgroup == 0)
   def _():
-    plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-    plgpu.barrier_wait(shared.q_here)
+    steps = start_consumer()
 
     @with_accumulators
     def _(out, logits):
@@ -304,8 +307,7 @@ def _kernel(
 
   @pl.when(warpgroup == 1)
   def _():
-    plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-    plgpu.barrier_wait(shared.q_here)
+    steps = start_consumer()
 
     @with_accumulators
     def _(out, logits):
@@ -322,7 +324,7 @@ def _kernel(
     plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
     gather.gather(
       *(kv_ref, indices_ref, shared),
-      *((token // T) * S, token, rank, steps),
+      *((token // T) * S, token, rank),
       *(S, blocks),
     )
     if blocks > 1:

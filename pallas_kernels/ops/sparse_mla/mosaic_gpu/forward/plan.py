@@ -13,11 +13,13 @@ from jaxtyping import Array, Float
 from pallas_kernels.hopper import barriers
 from pallas_kernels.hopper import tiles
 from pallas_kernels.hopper import widths
+from pallas_kernels.hopper.threads import WARP
 from pallas_kernels.hopper.threads import WARPGROUP
 
 ROWS: Final = tiles.ROWS  # keys a tile, and heads a block
 STEP: Final = 2 * ROWS  # keys of both tiles
 THREADS: Final = 3 * WARPGROUP  # two that multiply, and the producer
+CONSUMER_WARPS: Final = 2 * WARPGROUP // WARP
 COLUMNS: Final = 64  # of a column tile
 COLUMN_TILES: Final = widths.CR // COLUMNS
 # Bytes that lie together: eight rows of a column tile, eight rows, a tile.
@@ -45,8 +47,8 @@ def blocks(work: int, steps: int) -> int:
 
 
 class Barrier(enum.IntEnum):
-  """Barriers in shared memory: part of a tile is full, or empty again; and what
-  a consumer combines has come from all blocks."""
+  """Barriers in shared memory: part of a tile is full, or empty again; the
+  query's steps are noted; what a consumer combines has come from all blocks."""
 
   READY_0L = 0
   READY_0R = enum.auto()
@@ -57,13 +59,16 @@ class Barrier(enum.IntEnum):
   FREE_0R = enum.auto()
   FREE_1L = enum.auto()
   FREE_1R = enum.auto()
+  COUNTED = enum.auto()
   COMBINED_0 = enum.auto()
   COMBINED_1 = enum.auto()
 
   @property
   def arrivals(self) -> int:
     """Threads that arrive at it."""
-    return 1 if self >= Barrier.COMBINED_0 else WARPGROUP
+    if self >= Barrier.COMBINED_0:
+      return 1
+    return CONSUMER_WARPS if self == Barrier.COUNTED else WARPGROUP
 
 
 class Meeting(enum.IntEnum):
@@ -102,7 +107,7 @@ class Row(enum.IntEnum):
   TOP_1 = enum.auto()
   SUM_0 = enum.auto()  # of weights
   SUM_1 = enum.auto()
-  LAST = enum.auto()  # each warp's place after the last valid index
+  LAST = enum.auto()  # each consumer warp's place after the last valid index
   BARRIERS = enum.auto()
 
 
