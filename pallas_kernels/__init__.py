@@ -12,6 +12,7 @@ attention, packed documents, padding (an empty range) and decoding.
 
 from pallas_kernels.operands import Attended
 from pallas_kernels.operands import Index
+from pallas_kernels.operands import QuantizedLatents
 from pallas_kernels.ops.dense_indexer_loss import dense_indexer_loss
 from pallas_kernels.ops.dense_mla import dense_mla
 from pallas_kernels.ops.grouped_matmul import grouped_matmul
@@ -24,6 +25,7 @@ from pallas_kernels.ops.sparse_mla_with_loss import sparse_mla_with_loss
 __all__ = [
   "Attended",
   "Index",
+  "QuantizedLatents",
   "dense_indexer_loss",
   "dense_mla",
   "grouped_matmul",

@@ -1,12 +1,12 @@
-"""Index queries and keys in 8 bits, against loops of numpy."""
+"""Index queries and keys in 8 bits, against numpy."""
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels.ops.indexer_topk import fp8
+from tests.kernels import eight_bits
 
 
 def numbers(*shape, dtype=jnp.bfloat16, seed=0):
@@ -14,34 +14,12 @@ def numbers(*shape, dtype=jnp.bfloat16, seed=0):
   return x.astype(dtype)
 
 
-def rotated(x):
-  """The butterflies, in float32; rounded to the dtype of x."""
-  y = np.asarray(x, np.float32).copy()
-  half = 1
-  while half < y.shape[-1]:
-    pairs = y.reshape(*y.shape[:-1], -1, 2, half)
-    low, high = pairs[..., 0, :], pairs[..., 1, :]
-    y = np.stack([low + high, low - high], -2).reshape(y.shape)
-    half *= 2
-  return (y * np.float32(y.shape[-1] ** -0.5)).astype(x.dtype)
-
-
-def quantized(x):
-  """Vector by vector, with a logarithm."""
-  x = np.asarray(x, np.float32)
-  values = np.zeros(x.shape, ml_dtypes.float8_e4m3fn)
-  scales = np.zeros(x.shape[:-1], np.float32)
-  for at in np.ndindex(scales.shape):
-    greatest = max(float(np.abs(x[at]).max()), 1e-4)
-    scales[at] = 2.0 ** np.ceil(np.log2(greatest / 448))
-    values[at] = np.clip(x[at] / scales[at], -448, 448).astype(values.dtype)
-  return values, scales
-
-
 @pytest.mark.parametrize("width", [2, 64, 128])
 def test_rotation_is_that_of_the_butterflies(width):
   x = numbers(5, 3, width)
-  got, want = (np.asarray(y, np.float32) for y in (fp8.rotate(x), rotated(x)))
+  got, want = (
+    np.asarray(y, np.float32) for y in (fp8.rotate(x), eight_bits.rotated(x))
+  )
   # Sums in another order: now and then the other neighbour in bfloat16.
   np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-6)
   assert np.mean(got == want) > 0.99
@@ -65,7 +43,9 @@ def test_values_and_scales():
   size = 10.0 ** jnp.arange(-9, 9)[:, None, None]
   x = (numbers(18, 4, 128) * size).astype(jnp.bfloat16)
   values, scales = jax.jit(fp8.quantize)(x)
-  want_values, want_scales = quantized(jax.jit(fp8.rotate)(x))
+  want_values, want_scales = eight_bits.quantized(
+    jax.jit(fp8.rotate)(x), eight_bits.LEAST["index"]
+  )
   np.testing.assert_array_equal(scales, want_scales)
   np.testing.assert_array_equal(
     np.asarray(values, np.float32), want_values.astype(np.float32)

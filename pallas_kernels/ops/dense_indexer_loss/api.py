@@ -54,7 +54,11 @@ def dense_indexer_loss(
 
   Returns:
     Nats for each query, at least 0 up to rounding; 0 if it sees no key.
+
+  Raises:
+    ValueError: The index's keys are in 8 bits.
   """
+  index.require_unquantized("dense_indexer_loss")
   args = index, attended, start, end, scale, heads_axis, measure
   return dispatch.call(
     "dense_indexer_loss", IMPLEMENTATIONS, implementation, *args

@@ -2,6 +2,7 @@
 
 from typing import Final, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -41,7 +42,9 @@ def indexer_topk(
   that lie in pages.
 
   Args:
-    index: Factors of the scores.
+    index: Factors of the scores. Keys may be in 8 bits already, with their
+      scales (`k_scale`): then the products are, too, as with `score_dtype`, and
+      only queries are rotated and rounded here.
     start: First key that each query sees.
     end: One past the last key it sees; with `start >= end` it sees none.
     top_k: K, at least 1; may exceed S.
@@ -62,10 +65,20 @@ def indexer_topk(
     sees fewer than K keys; and their scores, fp32, -inf there.
 
   Raises:
-    ValueError: `top_k` is below 1.
+    ValueError: `top_k` is below 1; or keys are in 8 bits without their scales,
+      or have scales, but more bits.
   """
   if top_k < 1:
     raise ValueError(f"indexer_topk: {top_k=} must be at least 1.")
+  if (index.k.dtype == jnp.float8_e4m3fn) != (index.k_scale is not None):
+    given = "no k_scale" if index.k_scale is None else "k_scale"
+    raise ValueError(
+      f"indexer_topk: index.k.dtype={index.k.dtype} with {given}: keys in 8 "
+      "bits come with their scales, and others without; give both results of "
+      "fp8.quantize."
+    )
+  if index.k_scale is not None:
+    score_dtype = "float8_e4m3fn"
   args = index, start, end, top_k
   return dispatch.call(
     "indexer_topk",

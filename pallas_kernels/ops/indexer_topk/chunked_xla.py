@@ -24,6 +24,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import contraction
@@ -56,13 +57,15 @@ def indexer_topk(
   the tile budget. Keys are taken in whole pages. None changes the result.
   """
   index = jax.lax.stop_gradient(index)
-  q, k, w = index.q, index.k, index.w
+  q, k, w, k_scale = index.q, index.k, index.w, index.k_scale
   T, S, M = q.shape[1], paging.num_keys(k, pages), q.shape[2]
   block = _BLOCK.get(dispatch.platform(), _BLOCK["gpu"])
   most = key_block or max(block, 4 * top_k)
   bT = query_tile or tiles.tile_size(T, 8 * min(S, most), largest=128)
   bS = key_tile or tiles.tile_size(S, 4 * bT * M)
   if pages is None:
+    if k_scale is not None:
+      k_scale = paging.cut(k_scale[..., None], bS)[0][..., 0]
     k, pages = paging.cut(k, bS)
   tile_pages = max(bS // k.shape[1], 1)
   bS = tile_pages * k.shape[1]
@@ -70,7 +73,7 @@ def indexer_topk(
   pages = jnp.pad(pages, [(0, 0), (0, -pages.shape[1] % tile_pages)])
 
   def row(q, w, start, end, pages):
-    keys = _Keys(k, pages, tile_pages, score_dtype)
+    keys = _Keys(k, k_scale, pages, tile_pages, score_dtype)
     tile = functools.partial(
       _select_tile, keys=keys, top_k=top_k, block_tiles=block_tiles, S=S
     )
@@ -95,6 +98,7 @@ class _Keys:
   """The keys of a batch row, read a tile of whole pages at a time."""
 
   pool: Float[Array, "pages page I"]
+  scale: Float[Array, "pages page"] | None
   pages: Int[Array, " P"]
   tile_pages: int
   score_dtype: Literal["float8_e4m3fn"] | None
@@ -104,12 +108,14 @@ class _Keys:
     """Keys of a tile."""
     return self.tile_pages * self.pool.shape[1]
 
-  def tile(self, i: Int[Array, ""]) -> Float[Array, "bS I"]:
-    """Keys i bS to (i + 1) bS."""
+  def tile(self, i: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "bS I"]:
+    """Keys i bS to (i + 1) bS; those of 8 bits in `dtype`."""
     n = self.tile_pages
     pages = jax.lax.dynamic_slice_in_dim(self.pages, i * n, n)
     k = paging.gather(self.pool, pages)
-    return k if self.score_dtype is None else fp8.rounded(k)
+    if self.score_dtype is None:
+      return k
+    return fp8.rounded_keys(k, paging.gather_scale(self.scale, pages), dtype)
 
 
 def _select_tile(q, w, start, end, *, keys, top_k, block_tiles, S):
@@ -174,7 +180,7 @@ def _scores(q, w, keys, tile, seen, block_tiles) -> Float[Array, "T S"]:
   """Scores of a block of key tiles from `tile` on, of those that are seen."""
 
   def key_tile(i, scores_TS):
-    logits = contraction.einsum("TMI,SI->TMS", q, keys.tile(i))
+    logits = contraction.einsum("TMI,SI->TMS", q, keys.tile(i, q.dtype))
     scores = jnp.sum(jax.nn.relu(logits) * w[..., None], axis=1)
     # -0.0 is a score of 0: it ties with 0.0.
     scores = jnp.where(scores == 0, 0.0, scores)

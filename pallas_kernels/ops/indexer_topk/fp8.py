@@ -12,15 +12,16 @@ from typing import Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 import numpy as np
 
 from pallas_kernels import contraction
+from pallas_kernels import e4m3
 
-LARGEST: Final = 448.0  # of e4m3
-_LEAST: Final = 1e-4  # lower bound of a vector's largest number
-_MANTISSA: Final = 23  # bits, of float32
-_BIAS: Final = 127  # of float32's exponent
+# Exponent of the least scale: a vector's largest number counts as 1e-4 at
+# least.
+_LEAST: Final = -22
 
 
 def quantize(
@@ -35,12 +36,7 @@ def quantize(
     The rotated numbers divided by their scale, float8_e4m3fn; and the scale of
     each vector, float32, a power of two (ue8m0 holds it exactly).
   """
-  rotated = rotate(x).astype(jnp.float32)
-  exponent = _exponent(jnp.max(jnp.abs(rotated), axis=-1))
-  # Products with a power of two are exact, and faster than quotients.
-  scaled = rotated * _power_of_two(-exponent)[..., None]
-  scaled = jnp.clip(scaled, -LARGEST, LARGEST)
-  return scaled.astype(jnp.float8_e4m3fn), _power_of_two(exponent)
+  return e4m3.quantize(rotate(x), _LEAST)
 
 
 def rounded(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
@@ -48,8 +44,16 @@ def rounded(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
 
   The dequantisation is exact: a number has 4 significant bits.
   """
-  values, scale = quantize(x)
-  return (values.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
+  return e4m3.dequantize(*quantize(x), x.dtype)
+
+
+def rounded_keys(
+  k: Float[Array, "*N I"], k_scale: Float[Array, "*N"] | None, dtype: DTypeLike
+) -> Float[Array, "*N I"]:
+  """The same of keys, which may be quantised already: these in `dtype`."""
+  if k_scale is None:
+    return rounded(k)
+  return e4m3.dequantize(k, k_scale, dtype)
 
 
 def rotate(x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
@@ -78,17 +82,3 @@ def _hadamard(n: int) -> np.ndarray:
   """Hadamard matrix [n, n] of 1 and -1, the parity of both indices' bits."""
   i = np.arange(n, dtype=np.uint32)
   return 1 - 2 * (np.bitwise_count(i[:, None] & i) % 2).astype(np.int32)
-
-
-def _exponent(greatest: Float[Array, "*N"]) -> Int[Array, "*N"]:
-  """Exponent of the least power of two not below `greatest / LARGEST`."""
-  ratio = jnp.maximum(greatest, _LEAST) * jnp.float32(1 / LARGEST)
-  bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
-  is_between = (bits & ((1 << _MANTISSA) - 1)) != 0
-  return (bits >> _MANTISSA) - _BIAS + is_between
-
-
-def _power_of_two(exponent: Int[Array, "*N"]) -> Float[Array, "*N"]:
-  return jax.lax.bitcast_convert_type(
-    (exponent + _BIAS) << _MANTISSA, jnp.float32
-  )

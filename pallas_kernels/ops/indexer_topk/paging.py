@@ -12,6 +12,13 @@ def gather(
   return k.reshape(*pages.shape[:-1], -1, pool.shape[-1])
 
 
+def gather_scale(
+  pool: Float[Array, "pages page"] | None, pages: Int[Array, "*B P"]
+) -> Float[Array, "*B S"] | None:
+  """Reads the scales of keys in order, if they have any."""
+  return None if pool is None else gather(pool[..., None], pages)[..., 0]
+
+
 def num_keys(k: Float[Array, "_ _ I"], pages: Int[Array, "B P"] | None) -> int:
   """Computes S."""
   return k.shape[1] if pages is None else pages.shape[1] * k.shape[1]

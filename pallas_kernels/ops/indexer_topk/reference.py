@@ -24,11 +24,12 @@ def indexer_topk(
   """See `api.indexer_topk`. Materialises [B, T, M, S]."""
   index = jax.lax.stop_gradient(index)
   q, k, w = index.q, index.k, index.w
+  k_scale = index.k_scale
   if pages is not None:
-    k = paging.gather(k, pages)
+    k, k_scale = paging.gather(k, pages), paging.gather_scale(k_scale, pages)
   f32, S = jnp.float32, k.shape[1]
   if score_dtype is not None:
-    q, k = fp8.rounded(q), fp8.rounded(k)
+    q, k = fp8.rounded(q), fp8.rounded_keys(k, k_scale, q.dtype)
   logits_BTMS = contraction.einsum("BTMI,BSI->BTMS", q, k)
   scores_BTS = contraction.einsum(
     "BTMS,BTM->BTS", jax.nn.relu(logits_BTMS), w.astype(f32)

@@ -54,7 +54,11 @@ def sparse_indexer_loss(
 
   Returns:
     Nats for each query, at least 0 up to rounding; 0 without a valid key.
+
+  Raises:
+    ValueError: The index's keys are in 8 bits.
   """
+  index.require_unquantized("sparse_indexer_loss")
   args = index, attended, indices, scale, heads_axis, measure
   return dispatch.call(
     "sparse_indexer_loss", IMPLEMENTATIONS, implementation, *args

@@ -3,9 +3,11 @@
 import functools
 from typing import Final
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels import operands
 from pallas_kernels.ops.sparse_mla import chunked_xla
 from pallas_kernels.ops.sparse_mla import reference
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
@@ -21,7 +23,7 @@ IMPLEMENTATIONS: Final = {
 
 def sparse_mla(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   latent_rank: int,
   scale: float,
@@ -34,11 +36,14 @@ def sparse_mla(
   All heads share one key row `[c; kr]` of width C+R, whose first C values are
   the value too: `out[t, n] = sum_j softmax_j(scale q[t, n] . kv[i_j]) c[i_j]`.
   Softmax and accumulation in fp32. Differentiable in `q` and `kv`, through both
-  results. Work and memory are O(T K), except for `reference`'s gathered copy.
+  results, unless latents are in 8 bits. Work and memory are O(T K), except for
+  `reference`'s gathered copy.
 
   Args:
     q: Absorbed queries `[q_nope Wuk^T; q_rope]`.
-    kv: Latents and rotated keys `[c; kr]`.
+    kv: Latents and rotated keys `[c; kr]`; or with latents in 8 bits, from
+      `latents.quantize`, which are read as numbers of q's dtype, exactly, if
+      that is bfloat16 or float32.
     indices: Selected keys of each query. Entries outside [0, S) are ignored, at
       any position. An index that occurs twice counts twice.
     latent_rank: C.
@@ -54,12 +59,17 @@ def sparse_mla(
     the scaled logits. A query without a valid key gives 0 and -inf.
 
   Raises:
-    ValueError: `latent_rank` exceeds the width of the rows.
+    ValueError: `latent_rank` exceeds the width of the rows, or is not that of
+      latents in 8 bits; or such an attention is differentiated.
   """
   if not 0 < latent_rank <= kv.shape[-1]:
     raise ValueError(
       f"{latent_rank=} must lie in 1..{kv.shape[-1]}, kv's width."
     )
+  if isinstance(kv, operands.QuantizedLatents):
+    if latent_rank != (C := kv.values.shape[-1]):
+      raise ValueError(f"{latent_rank=} must be {C}, the width of kv.values.")
+    q, kv = _without_gradient((q, kv))
   implementations = dict(IMPLEMENTATIONS)
   if deterministic:
     implementations["mosaic_gpu"] = functools.partial(
@@ -67,3 +77,19 @@ def sparse_mla(
     )
   args = q, kv, indices, latent_rank, scale
   return dispatch.call("sparse_mla", implementations, implementation, *args)
+
+
+@jax.custom_vjp
+def _without_gradient(operands):
+  return operands
+
+
+def _refuse(operands):
+  del operands
+  raise ValueError(
+    "sparse_mla: latents in 8 bits are for inference, and there is no gradient "
+    "of an attention to them; give kv as rows [c; kr]."
+  )
+
+
+_without_gradient.defvjp(_refuse, _refuse)

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
 from pallas_kernels import contraction
+from pallas_kernels import latents
+from pallas_kernels import operands
 from pallas_kernels import softmax
 from pallas_kernels import tiles
 
@@ -22,7 +24,7 @@ from pallas_kernels import tiles
 )
 def sparse_mla(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   latent_rank: int,
   scale: float,
@@ -41,14 +43,16 @@ def _query_tile(q, indices, query_tile):
   return query_tile or tiles.tile_size(q.shape[1], bytes_per_query, largest=128)
 
 
-def _rows(kv, indices):
+def _rows(kv, indices, dtype):
   """Gathers the selected rows [bT, K, C+R], and a mask of the valid ones.
 
+  Those in 8 bits become numbers of `dtype`, once they are gathered.
   The others are 0: where a weight of 0 would not do, as for what is no number.
   """
   valid_TK = (indices >= 0) & (indices < kv.shape[0])
   safe_TK = jnp.where(valid_TK, indices, 0)
-  rows_TKD = kv.at[safe_TK].get(mode="promise_in_bounds")
+  take = lambda x: x.at[safe_TK].get(mode="promise_in_bounds")
+  rows_TKD = latents.dequantize(jax.tree.map(take, kv), dtype)
   return jnp.where(valid_TK[..., None], rows_TKD, 0), valid_TK, safe_TK
 
 
@@ -57,7 +61,7 @@ def _forward(q, kv, indices, latent_rank, scale, query_tile):
   bT = _query_tile(q, indices, query_tile)
 
   def tile(q, indices, kv):
-    kv_TKD, valid_TK, _ = _rows(kv, indices)
+    kv_TKD, valid_TK, _ = _rows(kv, indices, q.dtype)
     logits_TNK = scale * contraction.einsum("TND,TKD->TNK", q, kv_TKD)
     logits_TNK = jnp.where(valid_TK[:, None], logits_TNK, -jnp.inf)
     top_TN1 = jnp.max(logits_TNK, -1, keepdims=True)
@@ -99,7 +103,7 @@ def _vjp_backward(latent_rank, scale, query_tile, residuals, cotangents):
 
   def tile(d_kv, xs, kv):
     q, indices, d_out, lse, delta = xs
-    kv_TKD, valid_TK, safe_TK = _rows(kv, indices)
+    kv_TKD, valid_TK, safe_TK = _rows(kv, indices, q.dtype)
     logits_TNK = scale * contraction.einsum("TND,TKD->TNK", q, kv_TKD)
     weights_TNK = jnp.where(
       valid_TK[:, None], jnp.exp(logits_TNK - lse[..., None]), 0.0

@@ -5,16 +5,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import contraction
+from pallas_kernels import latents
+from pallas_kernels import operands
 
 
 def sparse_mla(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   latent_rank: int,
   scale: float,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
   """See `api.sparse_mla`. Materialises [B, T, K, C+R]."""
+  kv = latents.dequantize(kv, q.dtype)
   f32, S = jnp.float32, kv.shape[1]
   valid_BTK = (indices >= 0) & (indices < S)
   safe_BTK = jnp.where(valid_BTK, indices, 0)

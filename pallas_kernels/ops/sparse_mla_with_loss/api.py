@@ -52,7 +52,11 @@ def sparse_mla_with_loss(
     The mixed latents and the logsumexp of `sparse_mla`, differentiable in `q`
     and `kv`; the divergence of each query of `sparse_indexer_loss`,
     differentiable in `index`.
+
+  Raises:
+    ValueError: The index's keys are in 8 bits.
   """
+  index.require_unquantized("sparse_mla_with_loss")
   implementations = dict(IMPLEMENTATIONS)
   if implementation is None and dispatch.platform() != "cpu":
     # Where no kernel fuses both, each op may still have its own.

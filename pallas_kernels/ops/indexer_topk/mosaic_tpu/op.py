@@ -54,6 +54,10 @@ def indexer_topk(
   `query_tile` is the number of queries whose scores are in VMEM at a time, a
   multiple of 8; by default as many as fit, up to 32.
   """
+  if index.k_scale is not None:
+    raise NotImplementedError(
+      "keys in 8 bits (index.k_scale): the kernel reads bfloat16 and float32"
+    )
   index = jax.lax.stop_gradient(index)
   q, k, w = index.q, index.k, index.w.astype(jnp.float32)
   (_, T, M, I), S = q.shape, paging.num_keys(k, pages)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import operands
 from pallas_kernels.hopper import widths
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import launch
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
@@ -15,7 +16,7 @@ from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import kernel
 
 def check(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   latent_rank: int,
 ) -> None:
@@ -23,6 +24,8 @@ def check(
 
   Those of the forward pass and those of the gradient support the same.
   """
+  if isinstance(kv, operands.QuantizedLatents):
+    raise NotImplementedError("kv in 8 bits is not read")
   N, width, K = *q.shape[2:], indices.shape[2]
   if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
     raise NotImplementedError(
@@ -45,7 +48,7 @@ def check(
 )
 def sparse_mla(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   latent_rank: int,
   scale: float,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checkpoint_names
+from pallas_kernels import operands
 from pallas_kernels import softmax
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import backward as backward_lib
 from pallas_kernels.ops.sparse_mla.mosaic_tpu import forward as forward_lib
@@ -20,7 +21,7 @@ from pallas_kernels.tpu import row_walk
 
 def sparse_mla(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   latent_rank: int,
   scale: float,
@@ -34,12 +35,14 @@ def sparse_mla(
 
 def check(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   latent_rank: int,
   tiles: row_plan.Tiles,
 ) -> None:
   """Raises NotImplementedError for inputs that the kernels do not support."""
+  if isinstance(kv, operands.QuantizedLatents):
+    raise NotImplementedError("kv in 8 bits is not read")
   N, D, S, K = *q.shape[2:], kv.shape[1], indices.shape[2]
   products.check(q=q, kv=kv)
   N += -N % _sublanes(q)  # as padded
