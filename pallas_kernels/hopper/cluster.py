@@ -1,12 +1,18 @@
 """What passes between the blocks of a cluster, by single threads."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from pallas_kernels.hopper import threads
 from pallas_kernels.hopper.memory import Place
 from pallas_kernels.hopper.threads import Bool
 from pallas_kernels.hopper.threads import F32
 from pallas_kernels.hopper.threads import U32
+
+# How many clusters of 1 to 8 blocks, a block a multiprocessor, run at once: by
+# cudaOccupancyMaxActiveClusters on an H200. A device with fewer multiprocessors
+# to a part that a cluster may span runs some of them later.
+AT_ONCE: Final = (132, 66, 39, 30, 22, 17, 15, 15)
 
 
 def rank() -> U32:
@@ -22,10 +28,7 @@ def there(here: Place) -> Place:
 
 def in_block(here: Place, which: U32) -> Place:
   """Same place in the shared memory of the block of this rank."""
-  text = "mapa.shared::cluster.u32 $0, $1, $2;"
-  args = [here.value, which.value]
-  [value] = threads.assembly(text, args, [threads.i32()])
-  return Place(value, is_shared=True)
+  return here.in_block(which)
 
 
 def arrive(barrier: Place, where: Bool) -> None:

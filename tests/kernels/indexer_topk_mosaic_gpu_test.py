@@ -117,7 +117,7 @@ def assert_exact(scores, start=3, end=S - 5, top_k=K, parts=1):
   np.testing.assert_array_equal(chosen, expected_scores)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", rows())
 def test_scores(name, parts):
   assert_exact(rows()[name], parts=parts)
@@ -159,10 +159,8 @@ def test_reads_most_rows_once(name, times):
 
 
 def test_blocks_share_few_and_long_rows():
-  for T in (1, 5, 16, 17, 64, 66, 67, 132, 133, 4096):
-    parts = select_lib.num_parts(T, 131072)
-    assert parts == 1 or T * parts <= 132
-    assert parts == 8 or 2 * T * parts > 132
+  parts = {T: select_lib.num_parts(T, 131072) for T in (1, 15, 16, 64, 67)}
+  assert parts == {1: 8, 15: 8, 16: 6, 64: 2, 67: 1}
   sizes = 100, 32767, 32768, 65536, 131072, 10**6
   parts = [select_lib.num_parts(1, size) for size in sizes]
   assert parts == [1, 1, 2, 4, 8, 8]

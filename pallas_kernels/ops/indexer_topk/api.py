@@ -38,8 +38,8 @@ def indexer_topk(
   rounding. It has no gradient: the loss recomputes the scores.
 
   Memory: O(T K) and one tile of queries x S, except for `reference`; that of
-  `chunked_xla` is of some thousands of keys at most. Kernels also copy keys
-  that lie in pages.
+  `chunked_xla` is of some thousands of keys at most. `mosaic_tpu` also copies
+  keys that lie in pages.
 
   Args:
     index: Factors of the scores. Keys may be in 8 bits already, with their

@@ -36,7 +36,6 @@ from pallas_kernels.hopper import threads
 from pallas_kernels.hopper.memory import Memory
 from pallas_kernels.hopper.threads import Bool
 from pallas_kernels.hopper.threads import U32
-from pallas_kernels.ops.indexer_topk.mosaic_gpu import plan
 from pallas_kernels.ops.indexer_topk.mosaic_gpu import sources
 
 _THREADS: Final = sources.THREADS
@@ -53,9 +52,7 @@ _LARGEST_LIST: Final = 16384
 LARGEST_K: Final = _LARGEST_LIST // 2
 # Places in `Scratch.words`.
 _SUMS, _FOUND, _GATE, _LISTED, _TOTAL, _WORDS = 0, 96, 99, 100, 101, 102
-# Blocks of a cluster, at most, and the fewest scores of a row for each.
-_MOST_PARTS: Final = 8
-_PART: Final = 16384
+_PART: Final = 16384  # scores of a row, at least, for each block that shares it
 _TIES: Final = 2  # a slot of sums
 
 
@@ -119,9 +116,11 @@ def select(
 
 
 def num_parts(T: int, S: int) -> int:
-  """Blocks that share a row, a power of two: as many as there is room for."""
-  most = min(_MOST_PARTS, S // _PART, plan.BLOCKS // max(T, 1))
-  return 1 << max(most, 1).bit_length() - 1
+  """Blocks that share a row: as many as run at once for all rows, if each has
+  scores enough."""
+  most = min(max(S // _PART, 1), len(cluster.AT_ONCE))
+  fitting = [n for n in range(1, most + 1) if T <= cluster.AT_ONCE[n - 1]]
+  return max(fitting, default=1)
 
 
 def _list_size(top_k: int) -> int:

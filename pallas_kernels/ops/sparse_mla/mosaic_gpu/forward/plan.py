@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import barriers
+from pallas_kernels.hopper import cluster
 from pallas_kernels.hopper import tiles
 from pallas_kernels.hopper import widths
 from pallas_kernels.hopper.threads import WARP
@@ -26,10 +27,6 @@ COLUMN_TILES: Final = widths.CR // COLUMNS
 BLOCK: Final = 2 * 8 * COLUMNS
 EIGHT: Final = COLUMN_TILES * BLOCK
 TILE: Final = ROWS // 8 * EIGHT
-# How many clusters of 1 to 8 blocks, a block a multiprocessor, run at once: by
-# cudaOccupancyMaxActiveClusters on an H200. A device with fewer multiprocessors
-# to a part that a cluster may span runs some of them later.
-_CLUSTERS: Final = (132, 66, 39, 30, 22, 17, 15, 15)
 
 
 def blocks(work: int, steps: int) -> int:
@@ -42,7 +39,7 @@ def blocks(work: int, steps: int) -> int:
     work: Times of 64 heads of a query.
     steps: Of a query, K / `STEP`.
   """
-  fitting = [n for n, most in enumerate(_CLUSTERS, 1) if work <= most]
+  fitting = [n for n, most in enumerate(cluster.AT_ONCE, 1) if work <= most]
   return min(fitting, key=lambda n: pl.cdiv(steps, n), default=1)
 
 
