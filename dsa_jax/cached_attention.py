@@ -11,12 +11,14 @@ from typing import Final
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsa_jax import cache as cache_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import sharding
 import pallas_kernels
+from pallas_kernels import latents
 
 # Keys that dense attention reads at a time, as many as sparse attention chooses
 # of DeepSeek-V3.2's.
@@ -33,16 +35,16 @@ def select(
 ) -> Int[Array, "B T K"]:
   """The `top_k` best of the keys that each query sees, ascending, then -1."""
 
-  def own(q, k, w, start, end, pages, layer):
-    pages += cache_lib.first_page(k, layer, cache.pool.layers)
-    index = pallas_kernels.Index(q, k, w)
+  def own(q, keys, w, start, end, pages, layer):
+    pages += cache_lib.first_page(keys, layer, cache.pool.layers)
+    index = pallas_kernels.Index(q, keys.values, w, keys.scale)
     return pallas_kernels.indexer_topk(index, start, end, top_k, pages=pages)[0]
 
   run = sharding.local(
     own,
     in_specs=(
       rules("batch", None, "index_heads", None),
-      rules("batch", None, None),
+      rules("batch"),
       rules("batch", None, "index_heads"),
       *(rules("batch", None),) * 3,
       rules(),
@@ -78,9 +80,9 @@ def attend(
   """
 
   def own(q, stored, pages, layer, start, end, *selected):
-    size = stored.shape[1]
+    size = cache.pool.page_size
     pages += cache_lib.first_page(stored, layer, cache.pool.layers)
-    rows = stored.reshape(1, -1, stored.shape[-1])
+    rows = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), stored)
 
     def read(indices_BTK):
       """Output and logsumexp over these keys."""
@@ -107,7 +109,7 @@ def attend(
   run = sharding.local(
     own,
     in_specs=(
-      *(per_part, rules("batch", None, None), rules("batch", None), rules()),
+      *(per_part, rules("batch"), rules("batch", None), rules()),
       *(rules("batch", None), rules("batch", None)),
       *(rules("batch", None, None) for _ in chosen),
     ),
@@ -148,18 +150,30 @@ def _all_blocks(read, start_BT, end_BT, q, latent_rank):
 def gather(
   cache: cache_lib.LayerCache,
   frame: frame_lib.Frame,
+  dtype: DTypeLike,
   rules: sharding.ShardingRules,
 ) -> Float[Array, "B S X"]:
-  """A copy of all rows of each sequence, in order."""
+  """A copy of all rows of each sequence, in order.
+
+  Args:
+    cache: The layer's.
+    frame: Of the sequences.
+    dtype: Of what is in 8 bits in the cache.
+    rules: Of the model.
+  """
 
   def own(stored, pages, layer):
     pages += cache_lib.first_page(stored, layer, cache.pool.layers)
-    rows_BPpX = stored.at[pages].get(mode="clip")
-    return rows_BPpX.reshape(len(pages), -1, stored.shape[-1])
+
+    def rows(x):
+      rows_BPpX = x.at[pages].get(mode="clip")
+      return rows_BPpX.reshape(len(pages), -1, x.shape[-1])
+
+    return latents.dequantize(jax.tree.map(rows, stored), dtype)
 
   run = sharding.local(
     own,
-    in_specs=(rules("batch", None, None), rules("batch", None), rules()),
+    in_specs=(rules("batch"), rules("batch", None), rules()),
     out_specs=rules("keys", None, None),
     differentiable=False,
   )

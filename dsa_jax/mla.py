@@ -154,7 +154,7 @@ class MLA(nnx.Module):
     else:
       expands = crossover.expanding_is_faster(T)
     if expands:
-      kv_BSX = cached_attention.gather(cache, frame, rules)
+      kv_BSX = cached_attention.gather(cache, frame, cfg.dtype, rules)
       indexed = indexer_lib.Indexed(selected_BTK, None)
       out_BTNU, _ = self._expanded(queries, kv_BSX, indexed, frame)
     else:

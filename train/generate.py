@@ -29,6 +29,7 @@ import jax
 import tyro
 
 import dsa_jax
+from dsa_jax import cache as cache_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import ranges
 from dsa_jax.chat import tokenizer as tokenizer_lib
@@ -90,6 +91,11 @@ class Generation:
   attention: frame_lib.Attention | None = None
   """"sparse" reads the K keys that the indexer selects, "dense" all; by default
   as the checkpoint was trained last. (A model without an indexer: "dense".)"""
+  index_key_dtype: cache_lib.StoredDType | None = None
+  """"float8_e4m3fn" caches index keys in 8 bits; by default in the dtype of the
+  computation."""
+  latent_dtype: cache_lib.StoredDType | None = None
+  """Likewise latents, which take most of the cache."""
   slots: Annotated[int, ranges.Interval(1, 1024)] | None = None
   """Samples that are computed at once, each with room in the cache; by default
   all, up to 64."""
@@ -197,6 +203,8 @@ def make_engine(
     steps=min(cfg.max_tokens, _STEPS),
     max_length=length,
     attention=attention,
+    index_key_dtype=cfg.index_key_dtype,
+    latent_dtype=cfg.latent_dtype,
     speculate=cfg.speculate,
     tokenizer=tokenizer,
   )
@@ -278,6 +286,7 @@ def check(
       f"speculate={cfg.speculate}, but the model has no MTP block to draft "
       "with; leave it out."
     )
+  cache_lib.check_dtypes(model, cfg.index_key_dtype, cfg.latent_dtype)
   request_lib.check(
     request,
     vocab=model.vocab_size,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsa_jax
+from dsa_jax import cache as cache_lib
 from dsa_jax import config as config_lib
 from dsa_jax.engine import programs
 from dsa_jax.engine import state
@@ -92,12 +93,14 @@ class Decoding:
     cfg = weights.config_for_decoding(model.config)
     graphdef, self._params, _ = weights.prepare(model, cfg)
     per_slot = -(-max(length, cfg.top_k) // _PAGE)  # an engine's least
-    pool = programs.make_pool(cfg, slots * per_slot, _PAGE)
+    pool = programs.make_pool(
+      cfg, slots * per_slot, _PAGE, *_dtypes(args).values()
+    )
     key = jax.random.key(1)
     self._pool = dataclasses.replace(
       pool,
-      kv=_random_rows(key, pool.kv.shape, pool.kv.dtype),
-      k_index=_random_rows(key, pool.k_index.shape, pool.k_index.dtype),
+      kv=_random_rows(key, pool.kv, cfg.kv_rank + cfg.rope_head_dim),
+      k_index=_random_rows(key, pool.k_index, cfg.index_head_dim),
     )
     pages = np.random.default_rng(0).permutation(slots * per_slot)
     self._pages = pages.astype(np.int32).reshape(slots, per_slot)
@@ -141,11 +144,21 @@ def _fed(args) -> int:
   return calls * args.steps * (2 if args.speculate else 1) + 1
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_rows(key, shape, dtype):
+def _dtypes(args) -> dict[str, Any]:
+  """What the cache holds keys in, as `Engine` takes it."""
+  names = "index_key_dtype", "latent_dtype"
+  return {name: getattr(args, name) for name in names}
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
+def _random_rows(key, stored, width):
   """A page at a time: the generator's own temporaries are small."""
-  page = lambda key: jax.random.normal(key, shape[1:], dtype)
-  return jax.lax.map(page, jax.random.split(key, shape[0]))
+  pages, size = jax.tree.leaves(stored)[0].shape[:2]
+
+  def page(key):
+    return cache_lib.as_stored(stored, jax.random.normal(key, (size, width)))
+
+  return jax.lax.map(page, jax.random.split(key, pages))
 
 
 def decode(model, args) -> None:
@@ -177,6 +190,7 @@ def prefill(model, args) -> None:
       chunk=args.chunk,
       steps=1,
       attention=args.attention,
+      **_dtypes(args),
     )
     rng, seconds = np.random.default_rng(0), []
     for _ in range(4):
@@ -202,6 +216,7 @@ def group(model, args) -> None:
     pool_tokens=2 * samples * (length + 2 * _PAGE),
     chunk=args.chunk,
     steps=1,
+    **_dtypes(args),
   )
   engine.warm_up()
   rng = np.random.default_rng(0)
@@ -243,6 +258,7 @@ def load(model, args) -> None:
     chunk=args.chunk,
     lanes=args.lanes,
     steps=args.steps,
+    **_dtypes(args),
   )
   engine.warm_up()
   params = [
@@ -286,6 +302,7 @@ def host(model, args) -> None:
     max_length=length,
     chunk=args.chunk,
     steps=args.steps,
+    **_dtypes(args),
   )
   params = dsa_jax.SamplingParams(max_tokens=_fed(args) - 1)
   shape = slots, length - params.max_tokens
@@ -362,6 +379,12 @@ def main() -> None:
   parser.add_argument(
     "--attention", choices=["sparse", "dense"], default="sparse"
   )
+  for name, of in (("index-key", "index keys"), ("latent", "latents")):
+    parser.add_argument(
+      f"--{name}-dtype",
+      choices=["float8_e4m3fn"],
+      help=f"of {of} in the cache (default: the activations')",
+    )
   parser.add_argument("--speculate", action="store_true")
   load_only = parser.add_argument_group("of load")
   add = functools.partial(load_only.add_argument, type=_count, metavar="N")

@@ -17,6 +17,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from dsa_jax import cache as cache_lib
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import ranges
@@ -53,7 +54,8 @@ class Engine:
 
   Memory: the parameters in the dtype of the activations (a copy, unless they
   are in it already: then do not donate them), and pool_tokens (C+R+I) values
-  for each layer, MTP's included.
+  for each layer, MTP's included: 1,408 bytes a token and layer in bfloat16 at
+  DeepSeek-V3.2's widths, 788 with index keys and latents in 8 bits.
 
   Attributes:
     model_config: The model's, with the rules that the engine runs it by.
@@ -75,6 +77,8 @@ class Engine:
     steps: int = 16,
     max_length: int | None = None,
     attention: frame_lib.Attention = "sparse",
+    index_key_dtype: cache_lib.StoredDType | None = None,
+    latent_dtype: cache_lib.StoredDType | None = None,
     speculate: bool = False,
     returns: tuple[settings_lib.Extra, ...] = (),
     tokenizer: tokenizer_lib.Tokenizer | None = None,
@@ -95,6 +99,10 @@ class Engine:
       max_length: Tokens of the longest sequence, prompt included; by default
         what the pool has room for.
       attention: "sparse" reads K chosen keys a query, "dense" all of them.
+      index_key_dtype: What the cache holds index keys in: "float8_e4m3fn", or
+        None for the activations' dtype. In 8 bits queries are rounded, too, and
+        other keys are selected where scores are close.
+      latent_dtype: Likewise latents; their rotated keys stay in bfloat16.
       speculate: Whether the model's MTP block drafts each token after the
         next. The samples are the same with and without.
       returns: What results hold besides tokens and log-probs: "kept", the
@@ -105,8 +113,9 @@ class Engine:
 
     Raises:
       ValueError: An argument is not of its kind or out of its range, the model
-        has no MTP block to speculate with, or no experts to return; or slots or
-        pool are too small, or do not divide among the devices.
+        has no MTP block to speculate with, no experts to return, or widths that
+        cannot be kept in 8 bits; or slots or pool are too small, or do not
+        divide among the devices.
     """
     self._settings = settings_lib.Settings(
       slots=slots,
@@ -117,6 +126,8 @@ class Engine:
       steps=steps,
       max_length=max_length,
       attention=attention,
+      index_key_dtype=index_key_dtype,
+      latent_dtype=latent_dtype,
       speculate=speculate,
       returns=returns,
     )
@@ -154,7 +165,9 @@ class Engine:
       shape = self._groups, pages, page, cfg.num_moe_layers
       experts = np.zeros((*shape, cfg.experts_per_token), np.uint16)
     self._results = results_lib.Results(self._scheduler, experts, page)
-    self._pool = programs.make_pool(cfg, pages, page)
+    self._pool = programs.make_pool(
+      cfg, pages, page, index_key_dtype, latent_dtype
+    )
     self._slots = programs.make_slots(cfg, slots)
 
   @property

@@ -95,7 +95,7 @@ class Decoded:
   selected: Int[Array | np.ndarray, "*n L B T K"] | None
 
 
-make_pool = jax.jit(cache_lib.make_pool, static_argnums=(0, 1, 2))
+make_pool = jax.jit(cache_lib.make_pool, static_argnums=(0, 1, 2, 3, 4))
 make_slots = jax.jit(state.empty, static_argnums=(0, 1))
 
 type Model = nnx.GraphDef[transformer.Transformer]
@@ -176,14 +176,14 @@ def copy_pages(
     return stored.at[to_LX].set(rows, mode="drop")
 
   rules = cfg.rules
-  per_page, per_group = rules("batch", None, None), rules("batch", None)
+  per_page, per_group = rules("batch"), rules("batch", None)
   run = sharding.local(
     own, (per_page, per_group, per_group), per_page, differentiable=False
   )
   move = lambda stored: run(
     stored, *(sharding.put(x, per_group) for x in (source, target))
   )
-  return dataclasses.replace(pool, kv=move(pool.kv), k_index=move(pool.k_index))
+  return jax.tree.map(move, pool)
 
 
 @functools.partial(

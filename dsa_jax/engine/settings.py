@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from dsa_jax import cache as cache_lib
 from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
 from dsa_jax import ranges
@@ -22,6 +23,8 @@ class Settings:
   steps: Annotated[int, ranges.Interval(1, 2**12)]
   max_length: ranges.Count | None
   attention: frame_lib.Attention
+  index_key_dtype: cache_lib.StoredDType | None
+  latent_dtype: cache_lib.StoredDType | None
   speculate: bool
   returns: tuple[Extra, ...]
 
@@ -34,6 +37,7 @@ class Settings:
 
   def check(self, cfg: config_lib.ModelConfig, groups: int) -> None:
     """Raises a ValueError for what this model on this mesh cannot do."""
+    cache_lib.check_dtypes(cfg, self.index_key_dtype, self.latent_dtype)
     if self.slots % groups:
       raise ValueError(
         f"Engine: slots={self.slots} do not divide among the {groups} devices "

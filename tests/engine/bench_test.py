@@ -27,19 +27,27 @@ def unchecked():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("drafts", [[], ["--speculate"]], ids=["", "drafts"])
-def test_steps_are_timed_at_each_length(monkeypatch, capsys, drafts):
+@pytest.mark.parametrize(
+  "more",
+  [[], ["--speculate"], ["--index-key-dtype=float8_e4m3fn"]],
+  ids=["", "drafts", "8 bits"],
+)
+def test_steps_are_timed_at_each_length(monkeypatch, capsys, more):
   lengths = ["--lengths", "128", "384", "--slots", "2", "--steps=2"]
-  short, long = run(monkeypatch, capsys, "decode", *lengths, *drafts)
+  short, long = run(monkeypatch, capsys, "decode", *lengths, *more)
   assert (short["length"], long["length"]) == (128, 384)
   for row in short, long:
     assert row["ms_a_step"] > 0
-    if drafts:  # of a model with random weights, a few are right
+    if "--speculate" in more:  # of a model with random weights, a few are right
       assert 1 < row["tokens_a_step"] < 2
     else:
       assert row["tokens_a_step"] == 1
     assert row["aliased_mb"] >= row["pool_mb"]
   assert long["pool_mb"] == pytest.approx(3 * short["pool_mb"], abs=0.2)
+  # Slots, tokens, layers and bytes: of latents, rotated and index keys.
+  layers, keys = 5 if "--speculate" in more else 4, 4 * (32 + 16)
+  keys += 32 + 4 if "--index-key-dtype=float8_e4m3fn" in more else 4 * 32
+  assert long["pool_mb"] == round(2 * 384 * layers * keys / 1e6, 1)
 
 
 @pytest.mark.slow
@@ -80,6 +88,7 @@ def test_the_host_is_watched(monkeypatch, capsys):
     (["load", "--sigma=nan"], "--sigma=nan is not from 0 to 4"),
     (["load", "--longest=100"], "--longest=100: a sample of"),
     (["prefill", "--chunk=70000"], "chunk=70000"),
+    (["prefill", "--latent-dtype=float8_e4m3fn"], "kv_rank=32, no multiple"),
   ],
 )
 def test_what_cannot_be_timed_is_refused(monkeypatch, capsys, options, said):

@@ -158,8 +158,9 @@ def params(version: int) -> nnx.State:
   return nnx.State({"version": version})
 
 
-def make_pool(cfg, pages: int, page: int) -> Pool:
+def make_pool(cfg, pages: int, page: int, *dtypes: None) -> Pool:
   """As `cache.make_pool`."""
+  del dtypes
   shape = cfg.rules.shards("batch"), pages * page
   return Pool(page, *np.zeros((3, *shape), np.int64))
 

@@ -20,6 +20,7 @@ import dsa_jax
 from dsa_jax.engine import programs
 from dsa_jax.engine import weights
 from tests.kernels import hlo
+from tests.kernels import tpu_topologies
 from tests.model import models
 
 SLOTS, PAGE = 4, 64
@@ -79,30 +80,47 @@ def as_for_a_user():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def model() -> tuple[Any, nnx.State]:
+def model(cfg: dsa_jax.ModelConfig) -> tuple[Any, nnx.State]:
   """A model without its parameters, and the shapes of those of an engine."""
-  make = lambda: dsa_jax.Transformer(CONFIG, rngs=nnx.Rngs(0))
+  make = lambda: dsa_jax.Transformer(cfg, rngs=nnx.Rngs(0))
   graphdef, shapes = nnx.split(nnx.eval_shape(make))
-  place = lambda params: weights.place(params, shapes, CONFIG)
+  place = lambda params: weights.place(params, shapes, cfg)
   return graphdef, jax.eval_shape(place, shapes)
 
 
 @functools.cache
-def compiled(kind: str, length: int) -> tuple[jax.stages.Compiled, int]:
-  """`decode` for slots of so many tokens each; and the bytes of their pool."""
-  graphdef, params = model()
-  pages = length // PAGE
-  table = jax.ShapeDtypeStruct((SLOTS, pages), jnp.int32)
-  stays = jax.ShapeDtypeStruct((SLOTS,), jnp.bool)
-  with as_for_a_user():
-    pool = programs.make_pool.eval_shape(CONFIG, SLOTS * pages, PAGE)
-    slots = programs.make_slots.eval_shape(CONFIG, SLOTS)
-    step = programs.decode.lower(
-      *(graphdef, params, pool, slots, table, stays),
-      jax.ShapeDtypeStruct((), jnp.bool),
+def compiled(
+  kind: str,
+  length: int,
+  cfg=CONFIG,
+  dtypes=(None, None),
+  chip: str | None = None,
+) -> tuple[jax.stages.Compiled, int]:
+  """`decode` for slots of so many tokens each, by default for a CPU; and the
+  bytes of their pool."""
+  pages, struct = length // PAGE, jax.ShapeDtypeStruct
+  on_chip = chip and jax.set_mesh(tpu_topologies.mesh(chip))
+  with as_for_a_user(), on_chip or contextlib.nullcontext():
+    graphdef, params = model(cfg)
+    pool = programs.make_pool.eval_shape(cfg, SLOTS * pages, PAGE, *dtypes)
+    arguments = (
+      *(params, pool, programs.make_slots.eval_shape(cfg, SLOTS)),
+      *(struct((SLOTS, pages), jnp.int32), struct((SLOTS,), jnp.bool)),
+      struct((), jnp.bool),
+    )
+    if chip is not None:
+      there = jax.NamedSharding(tpu_topologies.mesh(chip), jax.P())
+      arguments = jax.tree.map(
+        lambda x: struct(x.shape, x.dtype, sharding=there), arguments
+      )
+    traced = programs.decode.trace(
+      *(graphdef, *arguments),
       kind=programs.Kind(
         **KINDS[kind], steps=4, kept=False, experts=False, selected=False
       ),
+    )
+    step = traced.lower(
+      lowering_platforms=("tpu" if chip else "cpu",)
     ).compile()
   leaves = jax.tree.leaves(pool)
   return step, sum(x.size * x.dtype.itemsize for x in leaves)
@@ -152,12 +170,32 @@ def test_nothing_large_is_copied(kind):
   step, pool_bytes = compiled(kind, 4096)
   large = {
     path[-2 if x.ndim > 3 else -3].key
-    for path, x in jax.tree.leaves_with_path(model()[1]["moe_layers"])
+    for path, x in jax.tree.leaves_with_path(model(CONFIG)[1]["moe_layers"])
     if x.size * x.dtype.itemsize > LARGE
   }
   assert large == MATRICES | {"gate_EDF", "up_EDF", "down_EFD"}
   assert pool_bytes > 6 * LARGE  # three layers of two arrays
   assert copies(step) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* runs as plain XLA:UserWarning")
+def test_keys_in_8_bits_are_read_and_written_where_they_lie():
+  """On a TPU: on a CPU, XLA copies numbers of 8 bits to such of 16.
+
+  It also copies what is small beside them, scales and rotated keys.
+  """
+  wide: Any = dict(kv_rank=128, index_head_dim=128, dtype="bfloat16")
+  cfg, length = dataclasses.replace(CONFIG, **wide), 65536
+  dtypes = tuple(models.EIGHT_BITS.values())
+  step, pool_bytes = compiled("sparse", length, cfg, dtypes, "v6e")
+  of_a_layer = SLOTS * length * 128
+  shapes = (x.split("[")[1].rstrip("]").split(",") for x in copies(step))
+  sizes = [math.prod(map(int, shape)) for shape in shapes]
+  assert sizes and max(sizes) < of_a_layer
+  memory = step.memory_analysis()
+  assert memory is not None, "This backend does not say."
+  assert memory.alias_size_in_bytes >= pool_bytes
 
 
 def test_what_is_cut_out_of_a_stack_is_found():

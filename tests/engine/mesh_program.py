@@ -18,9 +18,8 @@ from tests.model import models
 MESH = dict(fsdp=2, expert=2, tensor=2)
 
 
-def model() -> dsa_jax.Transformer:
+def model(cfg=models.CONFIG) -> dsa_jax.Transformer:
   """The tests' model, shared out over the mesh in context as for training."""
-  cfg = models.CONFIG
   graphdef, shapes = nnx.split(
     nnx.eval_shape(lambda: dsa_jax.Transformer(cfg, rngs=nnx.Rngs(0)))
   )
@@ -33,18 +32,21 @@ def model() -> dsa_jax.Transformer:
       values.shape, sharding, lambda index: values[index]
     )
 
-  params = nnx.split(models.model())[1]
+  params = nnx.split(models.model(cfg))[1]
   return nnx.merge(graphdef, jax.tree.map(put, params, shapes))
 
 
-def results(speculate: bool, *, on_mesh: bool = False) -> list[Result]:
+def results(
+  speculate: bool, *, on_mesh: bool = False, cfg=models.CONFIG, **dtypes
+) -> list[Result]:
   """Of ragged requests of two samples, on one device or the mesh in context."""
   made = engines.requests(12, seed=21, n=2)
   engine = dsa_jax.Engine(
-    model() if on_mesh else models.model(),
+    model(cfg) if on_mesh else models.model(cfg),
     **(engines.SIZES | {"slots": 8, "pool_tokens": 1024}),
     returns=("kept", "experts"),
     speculate=speculate,
+    **dtypes,
   )
   handles = [engine.submit(request) for request in made]
   return [result for handle in handles for result in handle.results()]

@@ -12,6 +12,7 @@ import pytest
 
 import dsa_jax
 from tests.engine import mesh_program
+from tests.model import models
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,11 +24,19 @@ def check(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("speculate", [False, True])
-def test_a_mesh_gives_what_one_device_gives(speculate):
-  expected = mesh_program.results(speculate)
+@pytest.mark.parametrize(
+  "speculate, made",
+  [
+    (False, {}),
+    (True, {}),
+    (True, dict(cfg=models.WIDE, **models.EIGHT_BITS)),
+  ],
+  ids=["plain", "drafts", "drafts, in 8 bits"],
+)
+def test_a_mesh_gives_what_one_device_gives(speculate, made):
+  expected = mesh_program.results(speculate, **made)
   with jax.set_mesh(dsa_jax.make_mesh(**mesh_program.MESH)):
-    found = mesh_program.results(speculate, on_mesh=True)
+    found = mesh_program.results(speculate, on_mesh=True, **made)
   assert len(found) == len(expected) == 24
   for a, b in zip(found, expected):
     check((a.tokens, a.log_probs, a.experts), b)

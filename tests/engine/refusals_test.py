@@ -46,6 +46,8 @@ def test_what_is_no_size(name, value):
   [
     *(("returns", x) for x in ("kept", ["kept"], ("kept", "logits"), None)),
     *(("attention", x) for x in ("flash", None)),
+    *(("index_key_dtype", x) for x in ("bfloat16", "float8_e5m2", 8)),
+    *(("latent_dtype", x) for x in ("bfloat16", "float8_e5m2", 8)),
     *(("speculate", x) for x in (1, "yes", None)),
   ],
 )

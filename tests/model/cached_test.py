@@ -76,8 +76,8 @@ def full(attention, cfg=CONFIG):
   return train(models.model(cfg), TOKENS, attention)
 
 
-def garbage(cfg) -> cache_lib.Pool:
-  pool = cache_lib.make_pool(cfg, PAGES, PAGE)
+def garbage(cfg, dtypes=(None, None)) -> cache_lib.Pool:
+  pool = cache_lib.make_pool(cfg, PAGES, PAGE, *dtypes)
   return jax.tree.map(lambda x: jnp.full_like(x, GARBAGE), pool)
 
 
@@ -92,9 +92,11 @@ def tables(seed: int) -> np.ndarray:
 
 
 @functools.cache
-def run(attention, prefill=(12, 9), seed=0, cfg=CONFIG) -> Run:
+def run(
+  attention, prefill=(12, 9), seed=0, cfg=CONFIG, dtypes=(None, None)
+) -> Run:
   """Prefills both rows, then goes on one by one."""
-  model, pool, table = models.model(cfg), garbage(cfg), tables(seed)
+  model, pool, table = models.model(cfg), garbage(cfg, dtypes), tables(seed)
   found: dict[str, np.ndarray] = {}
   offset, T = np.zeros(2, np.int32), CHUNK
   while (offset < LENGTHS).any():
@@ -176,7 +178,7 @@ def test_only_places_of_the_sequences_are_written(attention, prefill):
   for row, length in zip(table, LENGTHS):
     s = np.arange(length)
     written[row[s // PAGE], s % PAGE] = True
-  for stored in (pool.kv, pool.k_index):
+  for stored in (pool.kv, pool.k_index.values):
     stored = np.asarray(stored).reshape(pool.layers, PAGES, PAGE, -1)
     if attention == "dense" and stored.shape[-1] == CONFIG.index_head_dim:
       written = np.zeros_like(written)  # nobody asks for index keys

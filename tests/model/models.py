@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -30,6 +31,11 @@ CONFIG = dataclasses.replace(
   num_experts=8,
   experts_per_token=2,
   init_std=0.2,  # attention that is far from uniform
+)
+# Of widths that can be cached in 8 bits.
+WIDE = dataclasses.replace(CONFIG, kv_rank=128)
+EIGHT_BITS: Any = dict(
+  index_key_dtype="float8_e4m3fn", latent_dtype="float8_e4m3fn"
 )
 
 

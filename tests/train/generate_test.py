@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -89,6 +90,20 @@ def test_a_run_a_checkpoint_and_a_folder_write_the_same_text(call, run, hf):
   assert call(hf, "--tokenizer=bytes", f"--prompt={PROMPT}", *SHORT)[0] == text
 
 
+@pytest.mark.parametrize(
+  "dtypes", [{}, models.EIGHT_BITS], ids=["plain", "8 bits"]
+)
+def test_the_cache_is_kept_as_asked(dtypes):
+  model = models.model(dataclasses.replace(MODEL, kv_rank=128))
+  cfg = generate.Generation("model", prompt=PROMPT, **dtypes)
+  tokenizer = tokenizer_lib.ByteTokenizer()
+  request = dsa_jax.Request(tokenizer.encode(PROMPT), cfg.params(0))
+  engine = generate.make_engine(cfg, model, "sparse", tokenizer, request)
+  kept = {str(x.dtype) for x in jax.tree.leaves(engine._pool)}
+  in_8_bits = {"float8_e4m3fn", "float32", "bfloat16"}
+  assert kept == (in_8_bits if dtypes else {"float32"})
+
+
 def test_seeds_repeat_and_samples_differ(call, run, tmp_path):
   file = tmp_path / "prompt.txt"
   file.write_text(PROMPT)
@@ -142,6 +157,10 @@ def test_pieces_come_as_they_are_there(run, monkeypatch):
     (["RUN", "--prompt=a", "--n=1", "--n=2"], "--n is given twice"),
     (["RUN", "--prompt=a", "--step=7"], "there are: 0."),
     (["RUN", "--prompt=a", "--speculate"], "has no MTP block"),
+    (
+      ["RUN", "--prompt=a", "--latent-dtype=float8_e4m3fn"],
+      "--latent-dtype='float8_e4m3fn': each 128 numbers",
+    ),
     (["RUN", "--prompt=abcd", "--max-length=9"], "4 tokens of the prompt"),
     (["RUN", "--prompt=a", "--mesh.data=64"], "64 devices"),
     (["RUN", "--prompt=a", "--tokenizer=no.json"], "--tokenizer='no.json' is"),
