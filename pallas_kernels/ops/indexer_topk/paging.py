@@ -16,7 +16,10 @@ def gather_scale(
   pool: Float[Array, "pages page"] | None, pages: Int[Array, "*B P"]
 ) -> Float[Array, "*B S"] | None:
   """Reads the scales of keys in order, if they have any."""
-  return None if pool is None else gather(pool[..., None], pages)[..., 0]
+  if pool is None:
+    return None
+  scale = pool.at[pages].get(mode="clip", wrap_negative_indices=False)
+  return scale.reshape(*pages.shape[:-1], -1)
 
 
 def num_keys(k: Float[Array, "_ _ I"], pages: Int[Array, "B P"] | None) -> int:
