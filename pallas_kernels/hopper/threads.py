@@ -304,6 +304,10 @@ class U32:
     """Minimum of each half, as unsigned 16-bit numbers."""
     return self._by("min.u16x2 $0, $1, $2;", other)
 
+  def times_halves(self, other: "U32") -> "U32":
+    """Product of each half, as bfloat16."""
+    return self._by("mul.rn.bf16x2 $0, $1, $2;", other)
+
   def positive_halves(self) -> "U32":
     """All ones in each half that is positive as bfloat16, else 0."""
     return self._by(

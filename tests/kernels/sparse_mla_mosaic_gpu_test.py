@@ -15,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import operands
 from pallas_kernels.hopper import barriers
 from pallas_kernels.ops.sparse_mla import api
 from pallas_kernels.ops.sparse_mla.mosaic_gpu import op as mosaic_gpu
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.backward import launch
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import gather
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import (
+  quantized as quantized_lib,
+)
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 from tests.kernels import simulated
 from tests.kernels import swizzle
@@ -41,6 +45,18 @@ def shapes(N=128, T=256, S=4096, K=2048, B=1, width=CR, dtype=jnp.bfloat16):
 
 def attend(q, kv, indices, latent_rank=C):
   return mosaic_gpu.sparse_mla(q, kv, indices, latent_rank, 0.1)
+
+
+def quantized(dtype=jnp.float8_e4m3fn, **sizes):
+  """Shapes for `attend_quantized`."""
+  q, kv, indices = shapes(**sizes)
+  parts = (C, dtype), (4, jnp.float32), (CR - C, jnp.bfloat16)
+  part = lambda n, dtype: jax.ShapeDtypeStruct((*kv.shape[:-1], n), dtype)
+  return q, *(part(*x) for x in parts), indices
+
+
+def attend_quantized(q, values, scale, rope, indices):
+  return attend(q, operands.QuantizedLatents(values, scale, rope), indices)
 
 
 def gradient(*args, **options):
@@ -65,6 +81,14 @@ def lowered(f, *args):
 def test_forward(sizes):
   text = lowered(attend, *shapes(**sizes))
   assert "sparse_mla_forward" in text
+
+
+@pytest.mark.parametrize("B", [128, 8])
+def test_forward_in_8_bits(B):
+  """With one block a query, and with several; nothing runs but the kernel."""
+  text = lowered(attend_quantized, *quantized(B=B, T=1, S=32768))
+  assert text.count("stablehlo.custom_call") == 1
+  assert "stablehlo.concatenate" not in text
 
 
 @pytest.mark.parametrize(
@@ -147,6 +171,11 @@ def test_names_what_it_cannot_do(f, sizes, message):
     jax.eval_shape(f, *shapes(**sizes))
 
 
+def test_names_what_it_cannot_do_in_8_bits():
+  with pytest.raises(NotImplementedError, match="float8_e5m2"):
+    jax.eval_shape(attend_quantized, *quantized(jnp.float8_e5m2))
+
+
 @pytest.mark.parametrize("f", [attend, gradient])
 def test_another_latent_rank(f):
   with pytest.raises(NotImplementedError, match="C=256"):
@@ -226,16 +255,20 @@ class Consumers:
     self.expected_tiles[self._columns(part)] = WIPED
 
   def arrive_after_copies(self, barrier):
-    which, step = self._pass(barrier)
+    self._fill(*self._pass(barrier))
+    self.look()
+
+  def _fill(self, which, step):
     [part] = (x for x in self.PARTS if x.ready == which)
     columns = self._columns(part)
     self.expected_tiles[columns] = self.rows[step][columns]
-    self.look()
 
   def arrive(self, barrier):
     which, step = self._pass(barrier)
-    assert which == plan.Barrier.MASKED
-    self.expected_masks = self.masks[step]
+    if which == plan.Barrier.MASKED:
+      self.expected_masks = self.masks[step]
+    else:
+      self._fill(which, step)
     self.look()
 
   def look(self):
@@ -258,13 +291,28 @@ class Consumers:
     return part.tile, slice(None), slice(columns[0], columns[-1] + plan.COLUMNS)
 
 
+def rows_in_8_bits(x, number):
+  """Rows in 8 bits, any but NaNs, and what they are."""
+  values = x.integers(0, 127, (number, C), np.uint8)
+  values |= x.integers(0, 2, values.shape, np.uint8) << 7
+  values = values.view(jnp.float8_e4m3fn)
+  scale = np.exp2(x.integers(-13, 12, (number, 4))).astype(np.float32)
+  rope = x.normal(size=(number, CR - C)).astype(jnp.bfloat16)
+  c = values.astype(np.float32).reshape(number, 4, -1) * scale[..., None]
+  c = c.reshape(number, C).astype(jnp.bfloat16)
+  return (values, scale, rope), np.concatenate([c, rope], 1)
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True])
 @pytest.mark.parametrize(
   "steps, rank, blocks", [(1, 0, 1), (3, 0, 1), (2, 0, 4), (3, 4, 5)]
 )
-def test_the_producer_fills_each_part_when_it_is_free(steps, rank, blocks):
+def test_the_producer_fills_each_part_when_it_is_free(
+  steps, rank, blocks, in_8_bits
+):
   S, first_row = 300, 20
   x = np.random.default_rng(steps)
-  kv = x.normal(size=(first_row + S, CR)).astype(jnp.bfloat16)
+  parts, kv = rows_in_8_bits(x, first_row + S)
   indices = x.integers(0, S, (steps, 2, plan.ROWS), np.int32)
   invalid = x.choice([-1, -(2**31), S, 2**31 - 1], indices.shape)
   indices = np.where(x.random(indices.shape) < 0.25, invalid, indices)
@@ -282,23 +330,49 @@ def test_the_producer_fills_each_part_when_it_is_free(steps, rank, blocks):
   consumers.rows_s[plan.Row.LAST, : noted.size] = noted.view(np.float32)
   with (
     simulated.run_as(128, gather),
+    simulated.run_as(128, quantized_lib),
     simulated.run_as(128, steps_lib),
     mock.patch.object(gather, "signals", consumers),
+    mock.patch.object(quantized_lib, "signals", consumers),
     mock.patch.object(steps_lib, "signals", consumers),
   ):
-    gather.fill(
-      memory.Place(kv) + 2 * CR * first_row,
+    place = lambda x: memory.Place(x) + x[:first_row].nbytes
+    fill = (
+      functools.partial(
+        quantized_lib.fill, quantized_lib.Rows(*map(place, parts))
+      )
+      if in_8_bits
+      else functools.partial(gather.fill, place(kv))
+    )
+    fill(
       memory.Place(given),
       memory.Place(consumers.tiles_s, is_shared=True),
       memory.Place(consumers.rows_s, is_shared=True),
       threads.U32(rank),
-      **dict(steps=2 * steps * blocks, keys=S, blocks=blocks),
+      **dict(keys=S, blocks=blocks),
     )
   consumers.look()
   of_step = [x for part in Consumers.PARTS for x in (part.free, part.ready)]
   of_step.insert(of_step.index(plan.RIGHT_0.ready), plan.Barrier.MASKED)
-  of_step.append(plan.Barrier.COUNTED)
+  counts_before = plan.RIGHT_1 if in_8_bits else plan.LEFT_1
+  of_step.insert(of_step.index(counts_before.free), plan.Barrier.COUNTED)
   assert consumers.passed == of_step * steps
+
+
+def test_every_number_of_8_bits_is_widened():
+  codes = np.array([x for x in range(256) if x & 127 < 127], np.uint8)
+  codes = np.resize(codes, (128, 4))  # some of them twice
+  for exponent in (-13, -1, 0, 5, 119):
+    with simulated.run_as(128, quantized_lib):
+      scale = np.full((128, 2), 2.0**exponent, jnp.bfloat16).view(np.uint32)
+      words = quantized_lib.widen(
+        threads.U32(codes.view(np.uint32)[:, 0]), threads.U32(scale[:, 0])
+      )
+      wide = np.stack([x.value for x in words], 1).view(jnp.bfloat16)
+    numbers = codes.view(jnp.float8_e4m3fn).astype(np.float64)
+    np.testing.assert_array_equal(
+      wide.astype(np.float64), np.ldexp(numbers, exponent)
+    )
 
 
 def count_steps(indices, keys, rank, blocks):

@@ -92,6 +92,11 @@ class U32(threads_lib.U32):
     ]
     return U32(halves[0] | halves[1])
 
+  def times_halves(self, other):
+    x, y = (np.ascontiguousarray(z.value) for z in (self, other))
+    product = x.view(jnp.bfloat16) * y.view(jnp.bfloat16)
+    return U32(product.view(np.uint32))
+
   def positive_halves(self):
     halves = np.ascontiguousarray(self.value).view(jnp.bfloat16)
     masks = np.where(halves > 0, 0xFFFF, 0).astype(np.uint16)

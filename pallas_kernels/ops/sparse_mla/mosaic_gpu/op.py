@@ -22,14 +22,21 @@ def check(
 ) -> None:
   """Raises NotImplementedError for inputs that the kernels do not support.
 
-  Those of the forward pass and those of the gradient support the same.
+  Those of the forward pass and those of the gradient support the same, but that
+  latents in 8 bits have no gradient.
   """
   if isinstance(kv, operands.QuantizedLatents):
     raise NotImplementedError("kv in 8 bits is not read")
   N, width, K = *q.shape[2:], indices.shape[2]
-  if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
+  is_quantized = isinstance(kv, operands.QuantizedLatents)
+  latents, rows = (kv.values, kv.rope) if is_quantized else (kv, kv)
+  if q.dtype != jnp.bfloat16 or rows.dtype != jnp.bfloat16:
     raise NotImplementedError(
-      f"q is {q.dtype} and kv {kv.dtype}; both must be bfloat16"
+      f"q is {q.dtype} and kv {rows.dtype}; both must be bfloat16"
+    )
+  if is_quantized and latents.dtype != jnp.float8_e4m3fn:
+    raise NotImplementedError(
+      f"kv.values are {latents.dtype}; they must be float8_e4m3fn"
     )
   if (latent_rank, width) != (widths.C, widths.CR):
     raise NotImplementedError(

@@ -22,7 +22,7 @@ from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 _BYTES: Final = 2 * widths.CR  # of a row
 _APART: Final = 16  # rows from one of a thread's to its next: 8 threads a row
 # The tile and first row of each group of rows that the threads copy together.
-_GROUPS: Final = tuple(
+GROUPS: Final = tuple(
   (tile, first) for tile in range(2) for first in range(0, plan.ROWS, _APART)
 )
 
@@ -62,7 +62,7 @@ def gather(
       Place.of(target),
       Place.of(numbers),
       rank,
-      **dict(steps=K // plan.STEP, keys=keys, blocks=blocks),
+      **dict(keys=keys, blocks=blocks),
     )
 
   emit(kv, indices, shared.kv, shared.rows, first_row, token, rank)
@@ -75,16 +75,15 @@ def fill(
   numbers: Place,
   rank: U32,
   *,
-  steps: int,
   keys: int,
   blocks: int,
 ) -> None:
   """Runs a thread of the producer.
 
   Eight threads share a row: each copies the piece of its index of all column
-  tiles. The indices of a step are loaded one step early. The first step, which
-  every block has, does not wait until the consumers have noted how many the
-  query has.
+  tiles. The indices of a step are loaded during the step before. The first
+  step, which every block has, does not wait until the consumers have noted how
+  many the query has.
 
   Args:
     kv: Rows of this batch row.
@@ -92,7 +91,6 @@ def fill(
     target: Both tiles.
     numbers: The array of `plan.Row`.
     rank: The block takes the query's steps rank, rank + blocks and so on.
-    steps: Of a query with K valid indices.
     keys: Rows that there are.
     blocks: Of the cluster.
   """
@@ -106,11 +104,8 @@ def fill(
   barrier = lambda which: all_barriers + barriers.BYTES * which
 
   def load(i):
-    """Loads this thread's indices of a step, in the order of `_GROUPS`."""
-    here = indices.step(rank + i * blocks, 4 * plan.STEP)
-    return [here.load(4 * (plan.ROWS * tile + j)) for tile, j in _GROUPS]
-
-  last = (U32(steps - 1) - rank) // blocks  # that there is room for
+    step = rank + i * blocks
+    return [x for tile in range(2) for x in load_indices(indices, step, tile)]
 
   def step(i, _, *chosen):
     parity = (i & 1) ^ 1
@@ -120,7 +115,6 @@ def fill(
       for x, ok in zip(chosen, real, strict=True)
     ]
     sizes = [ok.where(copies.BYTES, 0) for ok in real]
-    upcoming = load((i + 1).min(last))
 
     def copy(part):
       _copy(part, target, sources, sizes)
@@ -133,24 +127,39 @@ def fill(
     copy(plan.LEFT_0)
     wait_for(plan.RIGHT_0)
     # By now both consumers have read the masks of the step before.
-    _mask(masks, real, piece.equals(0))
+    store_masks(masks, real, piece.equals(0))
     signals.arrive(barrier(plan.Barrier.MASKED))
     copy(plan.RIGHT_0)
-    for part in (plan.RIGHT_1, plan.LEFT_1):
-      wait_for(part)
-      copy(part)
-    return [i + 1, steps_lib.count_own(numbers, rank, blocks), *upcoming]
+    wait_for(plan.RIGHT_1)
+    copy(plan.RIGHT_1)
+    own = steps_lib.count_own(numbers, rank, blocks)
+    upcoming = load((i + 1).min(own - 1))
+    wait_for(plan.LEFT_1)
+    copy(plan.LEFT_1)
+    return [i + 1, own, *upcoming]
 
   threads.loop_while(
     lambda i, own, *_: i < own, step, [U32(0), U32(1), *load(U32(0))]
   )
 
 
+def load_indices(indices: Place, step: U32, tile: int) -> list[U32]:
+  """Loads a thread's indices of a tile, in the order of `GROUPS`.
+
+  Args:
+    indices: This thread's first of the query.
+    step: Among those of the query.
+    tile: Of the step.
+  """
+  here = indices.step(step, 4 * plan.STEP)
+  return [here.load(4 * (plan.ROWS * t + i)) for t, i in GROUPS if t == tile]
+
+
 def _copy(
   part: plan.Part, target: Place, sources: list[Place], sizes: list[U32]
 ) -> None:
   """Starts this thread's copies of a part."""
-  for (tile, i), source, size in zip(_GROUPS, sources, sizes, strict=True):
+  for (tile, i), source, size in zip(GROUPS, sources, sizes, strict=True):
     if tile != part.tile:
       continue
     for column in part.columns:
@@ -159,11 +168,11 @@ def _copy(
       copies.start(target, source, size, prefetch=128, to=to, at=at)
 
 
-def _mask(masks: Place, real: list[Bool], where: Bool) -> None:
+def store_masks(masks: Place, real: list[Bool], where: Bool) -> None:
   """Stores the masks of both tiles, in one thread of each row."""
 
   @threads.when(where)
   def _():
-    for (tile, i), ok in zip(_GROUPS, real, strict=True):
+    for (tile, i), ok in zip(GROUPS, real, strict=True):
       mask = ok.where_float(0.0, -math.inf)
       masks.store([mask], 4 * (plan.ROWS * (plan.Row.MASK_0 + tile) + i))

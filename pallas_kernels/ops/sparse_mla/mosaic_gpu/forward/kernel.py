@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
+from pallas_kernels import operands
 from pallas_kernels.hopper import barriers
 from pallas_kernels.hopper import cluster
 from pallas_kernels.hopper import fragments
@@ -22,6 +23,7 @@ from pallas_kernels.hopper import widths
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import combine
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import gather
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
+from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import quantized
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward.plan import Barrier
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward.plan import Meeting
@@ -30,7 +32,9 @@ from pallas_kernels.softmax import LOG2E
 
 _ROWS: Final = plan.ROWS
 _HALF: Final = widths.C // 2  # columns of the output that a consumer keeps
-_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 72  # of a thread
+# Registers of a thread that multiplies, and of the producer; if that converts.
+_REGISTERS: Final = 216, 72
+_CONVERTING: Final = 208, 88
 _SLACK: Final = 8.0  # in powers of two; weights stay below 2^8, sums below 2^21
 _NEVER: Final = -1e30  # initial maximum; finite, since -inf would give NaN
 
@@ -47,6 +51,8 @@ class _Consumer:
   logits: Any
   """Accumulator, [64, 64]."""
   scale: float
+  converts: bool
+  """Whether the producer does, and leaves the fence to its consumers."""
 
   def score(
     self,
@@ -56,17 +62,17 @@ class _Consumer:
     between: Callable[[], None] = lambda: None,
   ) -> Float[Array, "64 64"]:
     """Computes q @ tile in step i: the first part, then the second."""
-    wait, phase = self.shared.barriers.wait, i & 1
     self.logits[...] = tiles.zeros(_ROWS)
-    wait(first.ready, phase)
     self._score_part(i, first)
     between()
-    wait(second.ready, phase)
     self._score_part(i, second)
-    wait(Barrier.MASKED, phase)
+    self.shared.barriers.wait(Barrier.MASKED, i & 1)
     return plgpu.wgmma_accumulator_load(self.logits)
 
   def _score_part(self, i, part):
+    self.shared.barriers.wait(part.ready, i & 1)
+    if self.converts:
+      barriers.fence_async()
     for t in part.columns:
       columns = pl.ds(plan.COLUMNS * t, plan.COLUMNS)
       keys = self.shared.kv.at[part.tile + _zero(i), :, columns]
@@ -255,18 +261,17 @@ def _write_lse(top, total, shared, lse_ref):
 
 def _kernel(
   q_ref,
-  kv_ref,
   indices_ref,
-  out_ref,
-  lse_ref,
-  shared,
-  *,
+  *refs,
   scale,
   groups,
   blocks,
   T,
   S,
 ):
+  *kv_refs, out_ref, lse_ref, shared = refs
+  converts = len(kv_refs) > 1
+  of_consumer, of_producer = _CONVERTING if converts else _REGISTERS
   group = lax.axis_index("group")
   token = group // groups
   heads = pl.ds((group % groups) * _ROWS, _ROWS)
@@ -287,7 +292,7 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
   def start_consumer():
-    plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+    plgpu.set_max_registers(of_consumer, action="increase")
     steps_lib.note_last(indices_ref.at[token], shared, S)
     plgpu.barrier_wait(shared.q_here)
     return steps_lib.count(shared, rank, blocks)
@@ -298,7 +303,7 @@ def _kernel(
 
     @with_accumulators
     def _(out, logits):
-      consumer = _Consumer(0, shared, out, logits, scale)
+      consumer = _Consumer(0, shared, out, logits, scale, converts)
       _, total = _attend_left(consumer, steps)
       if blocks > 1:
         consumer.combine(total, out_ref, lse_ref, blocks)
@@ -311,7 +316,7 @@ def _kernel(
 
     @with_accumulators
     def _(out, logits):
-      consumer = _Consumer(1, shared, out, logits, scale)
+      consumer = _Consumer(1, shared, out, logits, scale, converts)
       top, total = _attend_right(consumer, steps)
       if blocks > 1:
         consumer.combine(total, out_ref, lse_ref, blocks)
@@ -321,19 +326,19 @@ def _kernel(
 
   @pl.when(warpgroup == 2)
   def _():
-    plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-    gather.gather(
-      *(kv_ref, indices_ref, shared),
-      *((token // T) * S, token, rank),
-      *(S, blocks),
-    )
+    plgpu.set_max_registers(of_producer, action="decrease")
+    args = indices_ref, shared, (token // T) * S, token, rank, S, blocks
+    if converts:
+      quantized.gather(quantized.Rows(*kv_refs), *args)
+    else:
+      gather.gather(*kv_refs, *args)
     if blocks > 1:
       threads.code()(cluster.meet)()  # as the consumers do, to combine
 
 
 def forward(
   q: Float[Array, "B T N CR"],
-  kv: Float[Array, "B S CR"],
+  kv: Float[Array, "B S CR"] | operands.QuantizedLatents,
   indices: Int[Array, "B T K"],
   scale: float,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
@@ -370,8 +375,8 @@ def forward(
   )
   out, lse = kernel(
     q.reshape(B * T, padded, widths.CR),
-    kv.reshape(B * S, widths.CR),
     indices.reshape(B * T, -1),
+    *(x.reshape(B * S, x.shape[-1]) for x in jax.tree.leaves(kv)),
   )
   return (
     out[:, :N].reshape(B, T, N, widths.C),
