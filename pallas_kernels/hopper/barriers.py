@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.hopper import signals
 from pallas_kernels.hopper import threads
 from pallas_kernels.hopper.memory import Place
+from pallas_kernels.hopper.threads import WARP
 from pallas_kernels.hopper.threads import WARPGROUP
 
 # Named barriers of a kernel begin here: Pallas uses the ones before.
@@ -37,6 +38,21 @@ def fence_async() -> None:
   threads.code()(signals.fence_async)()
 
 
+def start(first: Place, arrivals: Sequence[int]) -> None:
+  """Initialises barriers, by a warpgroup's warps in turn.
+
+  One after the other they would take 0.3 us for ten.
+
+  Args:
+    first: Place of the first one.
+    arrivals: As `Barriers.start` gets them.
+  """
+  thread = threads.thread()
+  for i, number in enumerate(arrivals):
+    starter = WARP * i % WARPGROUP
+    signals.start(first + BYTES * i, number, thread.equals(starter))
+
+
 @dataclasses.dataclass(frozen=True)
 class Barriers:
   """Array of barriers in shared memory, at which single threads arrive."""
@@ -53,9 +69,7 @@ class Barriers:
 
     @threads.code(threads.REF)
     def emit(ref):
-      first = threads.thread().equals(0)
-      for i, number in enumerate(arrivals):
-        signals.start(Place.of(ref) + BYTES * i, number, first)
+      start(Place.of(ref), arrivals)
       signals.open_all()
 
     emit(self.ref)

@@ -280,8 +280,8 @@ def _kernel(
   q_ref, out_ref, lse_ref = (
     x.at[token, heads] for x in (q_ref, out_ref, lse_ref)
   )
-  pl.when(warpgroup == 0)(lambda: _load_q(q_ref, shared))
   shared.start()
+  pl.when(warpgroup == 0)(lambda: _load_q(q_ref, shared))
 
   def with_accumulators(run):
     pl.run_scoped(
