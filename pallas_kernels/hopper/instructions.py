@@ -20,6 +20,12 @@ def thread() -> U32:
   return U32(*threads.assembly(text, results=[threads.i32()])).bits(0, 7)
 
 
+def zero() -> U32:
+  """A 0 that no compiler knows, where the grid has fewer than 3 dimensions."""
+  text = "mov.u32 $0, %ctaid.z;"
+  return U32(*threads.assembly(text, results=[threads.i32()]))
+
+
 def multiply_add(x: F32, y: F32, z: F32) -> F32:
   """Computes x y + z, rounded once."""
   return _float("fma.rn.f32 $0, $1, $2, $3;", x, y, z)

@@ -114,6 +114,11 @@ class Place:
     kinds = [threads.i32()] * n
     return [U32(x) for x in threads.assembly(text, [self.value], kinds)]
 
+  def prefetch(self, offset: int, where: Bool) -> None:
+    """Brings the line of device memory to L2."""
+    text = f"@$1 prefetch.global.L2 [$0+{offset}];"
+    threads.assembly(text, [self.value, where.value])
+
   def store(
     self,
     values: Sequence[F32 | U32],

@@ -9,6 +9,10 @@ def thread():
   return threads.thread_of_warpgroup()
 
 
+def zero():
+  return threads.U32(0)
+
+
 def multiply_add(x, y, z):
   return x.multiply_add(y, z)
 

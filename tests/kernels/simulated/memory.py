@@ -138,6 +138,10 @@ class Place(memory_lib.Place):
   def load_floats(self, n, offset=0, turn=0) -> Any:
     return [F32(x) for x in self._read(offset, n, np.float32, turn)]
 
+  def prefetch(self, offset, where):
+    assert not self.is_shared
+    self.touched(offset, 1, where)
+
   def store(self, values, offset=0, where=None, turn=0):
     active, at = self.touched(offset, 4 * len(values), where, turn)
     assert np.unique(at).size == at.size, "two threads store one byte"

@@ -2,8 +2,9 @@
 
 A thread holds its numbers of the next part in registers, as they come from
 device memory, while those of the part before become bfloat16 and go to their
-tile. So a part is full soon after it is free. RoPE's columns, which are in
-bfloat16 anyway, are copied as they are.
+tile. So a part is full soon after it is free. Registers have room for no more:
+the rows of a step are brought to L2 during the step before. RoPE's columns,
+which are in bfloat16 anyway, are copied as they are.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.hopper import barriers
 from pallas_kernels.hopper import copies
+from pallas_kernels.hopper import instructions
 from pallas_kernels.hopper import rows
 from pallas_kernels.hopper import signals
 from pallas_kernels.hopper import threads
@@ -81,7 +83,7 @@ def gather(
       Place.of(target),
       Place.of(numbers),
       rank,
-      **dict(keys=keys, blocks=blocks),
+      **dict(steps=K // plan.STEP, keys=keys, blocks=blocks),
     )
 
   emit(
@@ -97,19 +99,30 @@ def fill(
   numbers: Place,
   rank: U32,
   *,
+  steps: int,
   keys: int,
   blocks: int,
 ) -> None:
-  """Runs a thread of the producer; arguments are those of `gather.fill`.
+  """Runs a thread of the producer.
 
   Eight threads share a row: each has the piece of its index of all column
   tiles. Of RoPE's, that is 16 bytes as well.
+
+  Args:
+    kv: Rows of this batch row.
+    indices: Of this query.
+    target: Both tiles.
+    numbers: The array of `plan.Row`.
+    rank: The block takes the query's steps rank, rank + blocks and so on.
+    steps: Of a query with K valid indices.
+    keys: Rows that there are.
+    blocks: Of the cluster.
   """
   thread = threads.thread_of_warpgroup()
   row, piece = thread >> 3, thread & 7
   target = rows.swizzled(target, row, piece, plan.EIGHT)
   kv = Rows(kv.values + (piece << 3), kv.scale, kv.rope + (piece << 4))
-  indices = indices.step(row, 4)
+  by_thread, indices = indices.step(thread, 4), indices.step(row, 4)
   masks = numbers.step(row, 4)
   all_barriers = numbers + 4 * plan.ROWS * plan.Row.BARRIERS
   barrier = lambda which: all_barriers + barriers.BYTES * which
@@ -117,9 +130,11 @@ def fill(
   load_indices = lambda i, tile: gather_lib.load_indices(
     indices, rank + i * blocks, tile
   )
+  load_own = lambda i: by_thread.step(rank + i * blocks, 4 * plan.STEP).load()
+  last = (U32(steps - 1) - rank) // blocks  # that there is room for
 
   def step(i, _, *carried):
-    own = U32(0)
+    own, later = U32(0), load_own((i + 1).min(last))
     chosen, held = {0: carried[:_ROWS], 1: load_indices(i, 1)}, carried[_ROWS:]
     for part, following in zip(_PARTS, [*_PARTS[1:], _PARTS[0]], strict=True):
       real = [x < keys for x in chosen[part.tile]]
@@ -132,6 +147,7 @@ def fill(
         every = [x < keys for tile in range(2) for x in chosen[tile]]
         gather_lib.store_masks(masks, every, piece.equals(0))
         signals.arrive(barrier(plan.Barrier.MASKED))
+        _prefetch(kv, later, keys)
       if _ROPE in part.columns:
         _copy_rope(part, target, kv.rope, chosen[part.tile], real)
       load_next = functools.partial(_load, following, kv, keys)
@@ -142,11 +158,24 @@ def fill(
       signals.arrive(barrier(part.ready))
     return [i + 1, own, *chosen[0], *held]
 
+  _prefetch(kv, load_own(U32(0)), keys)
   first = load_indices(U32(0), 0)
-  held = [x for index in first for x in _load(_PARTS[0], kv, keys, index)]
+  load_first = functools.partial(_load, _PARTS[0], kv, keys)
+  held = [x for index in first for x in load_first(index)]
   threads.loop_while(
     lambda i, own, *_: i < own, step, [U32(0), U32(1), *first, *held]
   )
+
+
+def _prefetch(kv: Rows, index: U32, keys: int) -> None:
+  """Brings a whole row to L2."""
+  for array, size in (
+    *((kv.values, widths.C), (kv.scale, 4 * _SCALES)),
+    (kv.rope, 2 * widths.R),
+  ):
+    place = array.step((index < keys).where(index, 0), size)
+    for line in range(0, size, 128):
+      place.prefetch(line, where=index < keys)
 
 
 def _values(part: plan.Part) -> list[int]:
@@ -158,11 +187,15 @@ def _load(part: plan.Part, kv: Rows, keys: int, index: U32) -> list[U32]:
   """Loads what this thread converts of a row: two scales, then the numbers."""
   index = (index < keys).where(index, 0)
   first, *_ = _values(part)
+  if first:
+    # Else the row's address would stay in registers, which are scarce, between
+    # its two halves.
+    index = index + instructions.zero()
   scale = kv.scale.step(index, 4 * _SCALES)
   values = kv.values.step(index, widths.C)
-  loaded = scale.load_constants(2, first // 2 * 4)
+  loaded = scale.load_words(2, first // 2 * 4)
   for column in _values(part):
-    loaded += values.load_constants(2, plan.COLUMNS * column)
+    loaded += values.load_words(2, plan.COLUMNS * column)
   return loaded
 
 
@@ -186,6 +219,7 @@ def _convert(
       fours = [y for x in pair for y in widen(x, scales[k // 2])]
       target.store(fours, _offset(part, j, column))
     loaded += load_next(index)
+    signals.meet_warp()  # the compiler would load later, when it is too late
   return loaded
 
 
