@@ -356,8 +356,7 @@ def test_the_producer_fills_each_part_when_it_is_free(
   consumers.look()
   of_step = [x for part in Consumers.PARTS for x in (part.free, part.ready)]
   of_step.insert(of_step.index(plan.RIGHT_0.ready), plan.Barrier.MASKED)
-  counts_before = plan.RIGHT_1 if in_8_bits else plan.LEFT_1
-  of_step.insert(of_step.index(counts_before.free), plan.Barrier.COUNTED)
+  of_step.insert(of_step.index(plan.RIGHT_1.free), plan.Barrier.COUNTED)
   assert consumers.passed == of_step * steps
 
 

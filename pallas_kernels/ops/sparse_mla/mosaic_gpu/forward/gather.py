@@ -130,12 +130,11 @@ def fill(
     store_masks(masks, real, piece.equals(0))
     signals.arrive(barrier(plan.Barrier.MASKED))
     copy(plan.RIGHT_0)
-    wait_for(plan.RIGHT_1)
-    copy(plan.RIGHT_1)
     own = steps_lib.count_own(numbers, rank, blocks)
     upcoming = load((i + 1).min(own - 1))
-    wait_for(plan.LEFT_1)
-    copy(plan.LEFT_1)
+    for part in (plan.RIGHT_1, plan.LEFT_1):
+      wait_for(part)
+      copy(part)
     return [i + 1, own, *upcoming]
 
   threads.loop_while(

@@ -158,10 +158,10 @@ def fill(
       signals.arrive(barrier(part.ready))
     return [i + 1, own, *chosen[0], *held]
 
-  _prefetch(kv, load_own(U32(0)), keys)
-  first = load_indices(U32(0), 0)
+  first, whole = load_indices(U32(0), 0), load_own(U32(0))
   load_first = functools.partial(_load, _PARTS[0], kv, keys)
   held = [x for index in first for x in load_first(index)]
+  _prefetch(kv, whole, keys)
   threads.loop_while(
     lambda i, own, *_: i < own, step, [U32(0), U32(1), *first, *held]
   )
