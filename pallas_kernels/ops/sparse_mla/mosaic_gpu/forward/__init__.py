@@ -21,9 +21,10 @@ right), each free again as soon as its last product is done.
 The maximum that weights refer to is raised only where a logit exceeds it by
 `_SLACK`, not with every new maximum: the output then seldom needs rescaling.
 
-  kernel   what each warpgroup of a block does, and its inputs and results
-  plan     shared memory, the barriers that guard it, and blocks of a cluster
-  steps    how many the query and this block have
-  gather   the producer
-  combine  what the blocks of a cluster have of a query
+  kernel     what each warpgroup of a block does, and its inputs and results
+  plan       shared memory, the barriers that guard it, and blocks of a cluster
+  steps      how many the query and this block have
+  gather     the producer
+  quantized  the producer of rows in 8 bits, which it converts
+  combine    what the blocks of a cluster have of a query
 """
