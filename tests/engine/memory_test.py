@@ -99,9 +99,10 @@ def compiled(
   """`decode` for slots of so many tokens each, by default for a CPU; and the
   bytes of their pool."""
   pages, struct = length // PAGE, jax.ShapeDtypeStruct
+  with as_for_a_user():
+    graphdef, params = model(cfg)
   on_chip = chip and jax.set_mesh(tpu_topologies.mesh(chip))
   with as_for_a_user(), on_chip or contextlib.nullcontext():
-    graphdef, params = model(cfg)
     pool = programs.make_pool.eval_shape(cfg, SLOTS * pages, PAGE, *dtypes)
     arguments = (
       *(params, pool, programs.make_slots.eval_shape(cfg, SLOTS)),
