@@ -130,8 +130,11 @@ def test_threads_sum_over_heads(heads, scaled):
       by_thread.by_column(w),
       [by_thread.by_row(scale)] if scaled else [],
       memory.Place(written),
-      *map(threads.U32, (query, T, key)),
-      *(heads, S),
+      threads.U32(query),
+      threads.U32(T),
+      threads.U32(key),
+      heads,
+      S,
     )
   weighted = np.maximum(product.astype(np.float64), 0) * w
   sums = weighted.reshape(keys, queries, heads).sum(2)
