@@ -1,0 +1,1 @@
+"""Times and checks the engine: `python -m dsa_jax.engine.bench -h`."""
