@@ -1,5 +1,7 @@
 """Index queries and keys in 8 bits, against numpy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +85,14 @@ def test_scores_stay_close():
   got *= k_scale[None]
   np.testing.assert_array_less(jnp.abs(got - want).max(1), 0.2 * want.std(1))
   assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rounding_survives_a_compiler_that_undoes_conversions(dtype):
+  """XLA on a GPU takes float32 -> e4m3 -> float32 for nothing, unless there is
+  something between."""
+  x = jax.ShapeDtypeStruct((64, 128), jnp.dtype(dtype))
+  text = jax.jit(fp8.rounded).lower(x).as_text()
+  back = re.findall(r"convert (%\S+) : \(tensor<64x128xf8E4M3FN>\)", text)
+  kept = re.findall(r"(%\S+) = stablehlo.optimization_barrier", text)
+  assert len(back) == 1 and back == kept

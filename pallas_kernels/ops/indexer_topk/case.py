@@ -139,6 +139,8 @@ def _true_scores(
   if score_dtype is not None:
     (q, q_scale_BTM), (k, k_scale_BS) = fp8.quantize(q), fp8.quantize(k)
     w = w * q_scale_BTM
+    # Else XLA may leave out a conversion to 8 bits and back.
+    q, k = jax.lax.optimization_barrier((q, k))
   q, k = q.astype(jnp.float32), k.astype(jnp.float32)
   relu = jax.nn.relu(contraction.einsum("BTMI,BSI->BTMS", q, k))
   relu = relu * k_scale_BS[:, None, None]
