@@ -57,7 +57,7 @@ class Agreement:
   prompts: ranges.Count = 16
   """Prompts that are cut from its beginning."""
   length: ranges.Count = 1024
-  """Tokens of each; above K, or nothing is selected."""
+  """Tokens of each; more than K + 1, or no query has keys to select from."""
   max_tokens: ranges.Count = 256
   """Tokens of each continuation."""
 
@@ -87,6 +87,11 @@ def compare(cfg: Agreement) -> None:
   tokenizer = tokenizer_lib.load_tokenizer(source.tokenizer)
   text = pathlib.Path(cfg.text).read_text(encoding="utf-8")
   prompts = cfg.cut(np.asarray(tokenizer.encode(text)))
+  if cfg.length <= (least := source.config.top_k + 1):
+    raise ValueError(
+      f"length={cfg.length}: the model selects top_k={least - 1} keys, so that "
+      f"no query of such a prompt leaves one out; give more than {least}."
+    )
   params = dsa_jax.SamplingParams(
     max_tokens=cfg.max_tokens, temperature=0, prompt_log_probs=True
   )
@@ -125,8 +130,8 @@ def _compare(
     for x, y in zip(a.selected[t], b.selected[t])
   ]
   first = int(np.append(a.tokens != b.tokens, True).argmax())
-  overlap = np.mean(same or [1])
-  return np.array([np.abs(worse).mean(), worse.mean(), overlap, first], float)
+  means = np.abs(worse).mean(), worse.mean(), np.mean(same)
+  return np.array([*means, first], float)
 
 
 def main() -> None:

@@ -94,6 +94,10 @@ def test_what_two_results_share_is_counted():
     ({"prompts": 99}, "--prompts=99 of --length=40 take 3960; lower one"),
     ({"text": "/no/file"}, "/no/file"),
     ({"length": 0}, "--length=0 must be at least 1"),
+    (
+      {"length": MODEL.top_k + 1},
+      f"--length={MODEL.top_k + 1}: the model selects top_k={MODEL.top_k} keys",
+    ),
   ],
 )
 def test_what_cannot_be_compared_is_told_in_a_line(call, said, wrong):
