@@ -59,7 +59,12 @@ _ATTENTION: Final = ["sparse", "dense"]
 _FLAG: Final[dict[str, Any]] = dict(action="store_true")
 _STORED: Final = "of {} in the cache (default: the activations')"
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
-  "model": dict(choices=models.MODELS, default="wide"),
+  "model": dict(
+    choices=models.MODELS,
+    default="wide",
+    help="DeepSeek-V3.2's widths with 32 experts, 4 layers of which the first "
+    "has none (wide), or 2 of experts (experts); or a model for CPUs (tiny)",
+  ),
   "slots": _counts([32], "sequences at once"),
   "lengths": _counts([4096], "tokens of a sequence"),
   "steps": _one(16, "steps of a call"),

@@ -12,16 +12,24 @@ import dsa_jax
 from dsa_jax import config as config_lib
 
 _WIDE: Final[dict[str, Any]] = dict(
-  num_layers=4,
-  num_dense_layers=1,
   num_experts=32,
   expert_groups=1,
   groups_per_token=1,
   vocab_size=32768,
   param_dtype="bfloat16",
 )
+
+
+def _wide(layers: int, dense: int) -> dsa_jax.ModelConfig:
+  """DeepSeek-V3.2 with few layers, experts and tokens."""
+  return dataclasses.replace(
+    config_lib.v32_671b(), **_WIDE, num_layers=layers, num_dense_layers=dense
+  )
+
+
 MODELS: Final = {
-  "wide": lambda: dataclasses.replace(config_lib.v32_671b(), **_WIDE),
+  "wide": lambda: _wide(layers=4, dense=1),
+  "experts": lambda: _wide(layers=2, dense=0),
   "tiny": config_lib.tiny,
 }
 
