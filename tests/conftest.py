@@ -1,7 +1,10 @@
 """Settings that every test runs under."""
 
+from collections.abc import Iterator
 import gc
+import pathlib
 import signal
+from typing import Final
 
 import jax
 import pytest
@@ -20,6 +23,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # Tracing makes millions of objects that live on: to look at them all again and
 # again takes an eighth of a test's time.
 gc.set_threshold(200_000, 50, 100)
+
+_MOST_MAPS: Final = 20_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,6 +62,20 @@ def compile_once(pytestconfig: pytest.Config) -> None:
   assert pytestconfig.cache is not None
   folder = pytestconfig.cache.mkdir("compiled")
   jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs() -> Iterator[None]:
+  """Drops what is compiled, after a file, before there is no room for it.
+
+  A program has some 20 memory maps. Linux lets a process have 65,530, and where
+  one more is asked for, XLA crashes.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
