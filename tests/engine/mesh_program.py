@@ -59,7 +59,7 @@ def main() -> None:
   jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-  models.model()  # on one device, before there is a mesh
+  models.model(models.CONFIG)  # on one device, before there is a mesh
   with jax.set_mesh(dsa_jax.make_mesh(**MESH)):
     found = results(speculate=True, on_mesh=True)
   arrays = [(r.tokens, r.log_probs, r.experts) for r in found]
