@@ -52,10 +52,11 @@ class Engine:
   "expert" and "fsdp". Where there are several processes, each makes the same
   calls in the same order, and gets the same results.
 
-  Memory: the parameters in the dtype of the activations (a copy, unless they
-  are in it already: then do not donate them), and pool_tokens (C+R+I) values
-  for each layer, MTP's included: 1,408 bytes a token and layer in bfloat16 at
-  DeepSeek-V3.2's widths, 788 with index keys and latents in 8 bits.
+  Memory: the parameters in the dtype of the activations, and pool_tokens
+  (C+R+I) values for each layer, MTP's included: 1,408 bytes a token and layer
+  in bfloat16 at DeepSeek-V3.2's widths, 788 with index keys and latents in 8
+  bits. Parameters are copies, but for those that have that dtype and are not a
+  layer's, and routed experts' matrices that have it: do not donate these.
 
   Attributes:
     model_config: The model's, with the rules that the engine runs it by.

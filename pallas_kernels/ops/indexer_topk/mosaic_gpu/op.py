@@ -91,14 +91,14 @@ def check(
   """Raises NotImplementedError for what the kernels cannot do."""
   M, I = index.q.shape[2:]
   is_kept = index.k_scale is not None  # in 8 bits
-  for name, x in (("q", index.q), *[("k", index.k)] * (not is_kept)):
-    if score_dtype is None and x.dtype != jnp.bfloat16:
+  eight = is_kept or score_dtype is not None
+  for name, x in (("q", index.q), ("k", index.k)):
+    if not eight and x.dtype != jnp.bfloat16:
       raise NotImplementedError(
         f"index.{name}.dtype={x.dtype} is not bfloat16."
       )
   if not 0 < M <= (most := max(plan_lib.HEADS)):
     raise NotImplementedError(f"{M=} index heads: 1 to {most} can be done.")
-  eight = is_kept or score_dtype is not None
   dtype = jnp.dtype(jnp.float8_e4m3fn if eight else jnp.bfloat16)
   if I * dtype.itemsize not in scores_lib.WIDTHS:
     raise NotImplementedError(
