@@ -229,12 +229,13 @@ class Consumers:
   Args:
     rows: [steps, 2, 64, C+R], what the tiles should hold.
     masks: [steps, 2, 64], likewise.
+    converts: Whether the producer does.
   """
 
   PARTS = (plan.LEFT_0, plan.RIGHT_0, plan.RIGHT_1, plan.LEFT_1)
 
-  def __init__(self, rows, masks):
-    self.rows, self.masks = rows, masks
+  def __init__(self, rows, masks, converts):
+    self.rows, self.masks, self.converts = rows, masks, converts
     self.tiles_s = np.full(rows[0].size, WIPED, rows.dtype)
     self.rows_s = np.full((len(plan.Row), plan.ROWS), WIPED, np.float32)
     self.expected_tiles = np.full_like(rows[0], WIPED)
@@ -255,21 +256,25 @@ class Consumers:
     self.expected_tiles[self._columns(part)] = WIPED
 
   def arrive_after_copies(self, barrier):
+    """The copies may be complete at once, or only when they must be."""
     self._fill(*self._pass(barrier))
-    self.look()
 
-  def _fill(self, which, step):
+  def _fill(self, which, arrived):
+    times = which.arrivals(self.converts) // threads.WARPGROUP
+    if (arrived + 1) % times:
+      return
     [part] = (x for x in self.PARTS if x.ready == which)
     columns = self._columns(part)
-    self.expected_tiles[columns] = self.rows[step][columns]
+    self.expected_tiles[columns] = self.rows[arrived // times][columns]
+    self.look()
 
   def arrive(self, barrier):
-    which, step = self._pass(barrier)
+    which, arrived = self._pass(barrier)
     if which == plan.Barrier.MASKED:
-      self.expected_masks = self.masks[step]
+      self.expected_masks = self.masks[arrived]
+      self.look()
     else:
-      self._fill(which, step)
-    self.look()
+      self._fill(which, arrived)
 
   def meet_warp(self):
     pass
@@ -284,9 +289,9 @@ class Consumers:
     """Returns the barrier of a place, and how often it has been passed."""
     [at] = np.unique(barrier.at) - self.rows_s[: plan.Row.BARRIERS].nbytes
     which = plan.Barrier(at // barriers.BYTES)
-    step = self.passed.count(which)
+    times = self.passed.count(which)
     self.passed.append(which)
-    return which, step
+    return which, times
 
   @staticmethod
   def _columns(part):
@@ -327,7 +332,7 @@ def test_the_producer_fills_each_part_when_it_is_free(
   rows = kv[first_row + np.where(valid, indices, 0)]
   rows[~valid] = 0
   masks = np.where(valid, np.float32(0), np.float32(-np.inf))
-  consumers = Consumers(rows, masks)
+  consumers = Consumers(rows, masks, in_8_bits)
   noted = np.zeros(plan.CONSUMER_WARPS, np.uint32)
   noted[3] = 2 * plan.ROWS * ((steps - 1) * blocks + rank) + 1  # in its last
   consumers.rows_s[plan.Row.LAST, : noted.size] = noted.view(np.float32)
@@ -354,7 +359,10 @@ def test_the_producer_fills_each_part_when_it_is_free(
       **dict(keys=S, blocks=blocks),
     )
   consumers.look()
-  of_step = [x for part in Consumers.PARTS for x in (part.free, part.ready)]
+  of_step = []
+  for part in Consumers.PARTS:
+    arrivals = part.ready.arrivals(in_8_bits) // threads.WARPGROUP
+    of_step += [part.free, *[part.ready] * arrivals]
   of_step.insert(of_step.index(plan.RIGHT_0.ready), plan.Barrier.MASKED)
   of_step.insert(of_step.index(plan.RIGHT_1.free), plan.Barrier.COUNTED)
   assert consumers.passed == of_step * steps

@@ -22,7 +22,7 @@ from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 _BYTES: Final = 2 * widths.CR  # of a row
 _APART: Final = 16  # rows from one of a thread's to its next: 8 threads a row
 # The tile and first row of each group of rows that the threads copy together.
-GROUPS: Final = tuple(
+_GROUPS: Final = tuple(
   (tile, first) for tile in range(2) for first in range(0, plan.ROWS, _APART)
 )
 
@@ -103,9 +103,7 @@ def fill(
   all_barriers = numbers + 4 * plan.ROWS * plan.Row.BARRIERS
   barrier = lambda which: all_barriers + barriers.BYTES * which
 
-  def load(i):
-    step = rank + i * blocks
-    return [x for tile in range(2) for x in load_indices(indices, step, tile)]
+  load = lambda i: load_indices(indices, rank + i * blocks, _APART)
 
   def step(i, _, *chosen):
     parity = (i & 1) ^ 1
@@ -127,7 +125,7 @@ def fill(
     copy(plan.LEFT_0)
     wait_for(plan.RIGHT_0)
     # By now both consumers have read the masks of the step before.
-    store_masks(masks, real, piece.equals(0))
+    store_masks(masks, real, _APART, piece.equals(0))
     signals.arrive(barrier(plan.Barrier.MASKED))
     copy(plan.RIGHT_0)
     own = steps_lib.count_own(numbers, rank, blocks)
@@ -142,23 +140,23 @@ def fill(
   )
 
 
-def load_indices(indices: Place, step: U32, tile: int) -> list[U32]:
-  """Loads a thread's indices of a tile, in the order of `GROUPS`.
+def load_indices(indices: Place, step: U32, apart: int) -> list[U32]:
+  """Loads a thread's indices of both tiles of a step.
 
   Args:
     indices: This thread's first of the query.
     step: Among those of the query.
-    tile: Of the step.
+    apart: Rows from one of the thread's to its next.
   """
   here = indices.step(step, 4 * plan.STEP)
-  return [here.load(4 * (plan.ROWS * t + i)) for t, i in GROUPS if t == tile]
+  return [here.load(4 * row) for row in range(0, plan.STEP, apart)]
 
 
 def _copy(
   part: plan.Part, target: Place, sources: list[Place], sizes: list[U32]
 ) -> None:
   """Starts this thread's copies of a part."""
-  for (tile, i), source, size in zip(GROUPS, sources, sizes, strict=True):
+  for (tile, i), source, size in zip(_GROUPS, sources, sizes, strict=True):
     if tile != part.tile:
       continue
     for column in part.columns:
@@ -167,11 +165,20 @@ def _copy(
       copies.start(target, source, size, prefetch=128, to=to, at=at)
 
 
-def store_masks(masks: Place, real: list[Bool], where: Bool) -> None:
-  """Stores the masks of both tiles, in one thread of each row."""
+def store_masks(
+  masks: Place, real: list[Bool], apart: int, where: Bool
+) -> None:
+  """Stores the masks of both tiles, in one thread of each row.
+
+  Args:
+    masks: Place of this thread's first, of tile 0; those of tile 1 follow.
+    real: Whether the keys of its rows are any, in the order of `load_indices`.
+    apart: As `load_indices` gets it.
+    where: The threads that store.
+  """
 
   @threads.when(where)
   def _():
-    for (tile, i), ok in zip(GROUPS, real, strict=True):
+    for i, ok in enumerate(real):
       mask = ok.where_float(0.0, -math.inf)
-      masks.store([mask], 4 * (plan.ROWS * (plan.Row.MASK_0 + tile) + i))
+      masks.store([mask], 4 * (plan.ROWS * plan.Row.MASK_0 + apart * i))

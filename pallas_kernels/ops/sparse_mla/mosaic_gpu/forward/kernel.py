@@ -280,7 +280,7 @@ def _kernel(
   q_ref, out_ref, lse_ref = (
     x.at[token, heads] for x in (q_ref, out_ref, lse_ref)
   )
-  shared.start()
+  shared.start(converts)
   pl.when(warpgroup == 0)(lambda: _load_q(q_ref, shared))
 
   def with_accumulators(run):

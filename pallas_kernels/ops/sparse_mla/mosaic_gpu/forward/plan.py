@@ -60,12 +60,15 @@ class Barrier(enum.IntEnum):
   COMBINED_0 = enum.auto()
   COMBINED_1 = enum.auto()
 
-  @property
-  def arrivals(self) -> int:
-    """Threads that arrive at it."""
+  def arrivals(self, converts: bool) -> int:
+    """Counts arrivals at it; `converts`: the producer converts its rows."""
     if self >= Barrier.COMBINED_0:
       return 1
-    return CONSUMER_WARPS if self == Barrier.COUNTED else WARPGROUP
+    if self == Barrier.COUNTED:
+      return CONSUMER_WARPS
+    # A thread that stores some of a part and copies the rest arrives for each.
+    both = converts and self in (Barrier.READY_0R, Barrier.READY_1R)
+    return 2 * WARPGROUP if both else WARPGROUP
 
 
 class Meeting(enum.IntEnum):
@@ -148,6 +151,7 @@ class Shared:
     """Loads a `Row` into a layout."""
     return plgpu.load(self.rows.at[row], layout=layout)
 
-  def start(self) -> None:
-    """Initialises the barriers; each thread of the block calls it."""
-    self.barriers.start([barrier.arrivals for barrier in Barrier])
+  def start(self, converts: bool) -> None:
+    """Initialises the barriers, as `Barrier.arrivals` counts; each thread of
+    the block calls it."""
+    self.barriers.start([barrier.arrivals(converts) for barrier in Barrier])

@@ -7,10 +7,8 @@ the rows of a step are brought to L2 during the step before. RoPE's columns,
 which are in bfloat16 anyway, are copied as they are.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any, Final
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -18,7 +16,6 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.hopper import barriers
 from pallas_kernels.hopper import copies
-from pallas_kernels.hopper import instructions
 from pallas_kernels.hopper import rows
 from pallas_kernels.hopper import signals
 from pallas_kernels.hopper import threads
@@ -34,10 +31,17 @@ from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import plan
 from pallas_kernels.ops.sparse_mla.mosaic_gpu.forward import steps as steps_lib
 
 _ROPE: Final = widths.C // plan.COLUMNS  # its column tile
-_SCALES: Final = 4  # of a row
-_ROWS: Final = len(gather_lib.GROUPS) // 2  # of a tile, that a thread has
-# From one part to the next, and to the first of the next step.
-_PARTS: Final = plan.LEFT_0, plan.RIGHT_0, plan.RIGHT_1, plan.LEFT_1
+_GROUPS: Final = 4  # of a row's numbers, which have a scale each
+_WORDS: Final = 4  # of a thread's numbers in a column tile
+_APART: Final = 32  # rows from a thread's first to its second: 4 threads a row
+_ROWS: Final = plan.ROWS // _APART  # of a tile, that a thread has
+_HALVES: Final = 2  # of a part, which have a scale each
+# What a thread converts at a time, in turn: parts of its rows.
+_TURNS: Final = tuple(
+  (part, row)
+  for part in (plan.LEFT_0, plan.RIGHT_0, plan.RIGHT_1, plan.LEFT_1)
+  for row in range(_ROWS)
+)
 # 2^120, twice, as bfloat16: what the exponents of e4m3 and bfloat16 differ by.
 _BIAS: Final = 0x7B807B80
 
@@ -76,7 +80,7 @@ def gather(
     fill(
       Rows(
         Place.of(values).step(row, widths.C),
-        Place.of(scale).step(row, 4 * _SCALES),
+        Place.of(scale).step(row, 4 * _GROUPS),
         Place.of(rope).step(row, 2 * widths.R),
       ),
       Place.of(indices).step(token, 4 * K),
@@ -105,8 +109,8 @@ def fill(
 ) -> None:
   """Runs a thread of the producer.
 
-  Eight threads share a row: each has the piece of its index of all column
-  tiles. Of RoPE's, that is 16 bytes as well.
+  Four threads share a row: each has 16 columns of every column tile, which are
+  16 bytes, and two pieces of 16 bytes when they are converted.
 
   Args:
     kv: Rows of this batch row.
@@ -119,113 +123,136 @@ def fill(
     blocks: Of the cluster.
   """
   thread = threads.thread_of_warpgroup()
-  row, piece = thread >> 3, thread & 7
-  target = rows.swizzled(target, row, piece, plan.EIGHT)
-  kv = Rows(kv.values + (piece << 3), kv.scale, kv.rope + (piece << 4))
-  by_thread, indices = indices.step(thread, 4), indices.step(row, 4)
-  masks = numbers.step(row, 4)
+  row, quarter = thread >> 2, thread & 3
+  place = lambda piece: rows.swizzled(target, row, piece, plan.EIGHT)
+  pieces = [place((quarter << 1) + i) for i in range(2)]
+  # Of a row and the next, other halves at a time: they lie in other banks.
+  piece = quarter ^ ((row & 1) << 2)
+  rope = [(x << 4, place(x)) for x in (piece, piece ^ 4)]
+  kv = Rows(kv.values + (quarter << 4), kv.scale, kv.rope)
+  indices, masks = indices.step(row, 4), numbers.step(row, 4)
   all_barriers = numbers + 4 * plan.ROWS * plan.Row.BARRIERS
   barrier = lambda which: all_barriers + barriers.BYTES * which
-
-  load_indices = lambda i, tile: gather_lib.load_indices(
-    indices, rank + i * blocks, tile
-  )
-  load_own = lambda i: by_thread.step(rank + i * blocks, 4 * plan.STEP).load()
   last = (U32(steps - 1) - rank) // blocks  # that there is room for
+  load = lambda i: gather_lib.load_indices(indices, rank + i * blocks, _APART)
+  of = lambda part, xs: xs[_ROWS * part.tile :][:_ROWS]
 
   def step(i, _, *carried):
-    own, later = U32(0), load_own((i + 1).min(last))
-    chosen, held = {0: carried[:_ROWS], 1: load_indices(i, 1)}, carried[_ROWS:]
-    for part, following in zip(_PARTS, [*_PARTS[1:], _PARTS[0]], strict=True):
-      real = [x < keys for x in chosen[part.tile]]
-      if part is plan.RIGHT_1:
-        own = steps_lib.count_own(numbers, rank, blocks)
-        chosen[0] = load_indices((i + 1).min(own - 1), 0)
-      signals.wait(barrier(part.free), (i & 1) ^ 1)
-      if part is plan.RIGHT_0:
-        # By now both consumers have read the masks of the step before.
-        every = [x < keys for tile in range(2) for x in chosen[tile]]
-        gather_lib.store_masks(masks, every, piece.equals(0))
-        signals.arrive(barrier(plan.Barrier.MASKED))
-        _prefetch(kv, later, keys)
-      if _ROPE in part.columns:
-        _copy_rope(part, target, kv.rope, chosen[part.tile], real)
-      load_next = functools.partial(_load, following, kv, keys)
-      upcoming = chosen[following.tile]
-      held = _convert(part, target, held, real, load_next, upcoming)
-      if _ROPE in part.columns:
-        copies.wait_all()
-      signals.arrive(barrier(part.ready))
-    return [i + 1, own, *chosen[0], *held]
+    chosen, held = carried[: 2 * _ROWS], carried[2 * _ROWS :]
+    own, upcoming = U32(0), list[U32]()
+    real = [x < keys for x in chosen]
+    for turn, (part, j) in enumerate(_TURNS):
+      if j == 0:
+        if part is plan.RIGHT_1:
+          own = steps_lib.count_own(numbers, rank, blocks)
+        signals.wait(barrier(part.free), (i & 1) ^ 1)
+        if part is plan.RIGHT_0:
+          # By now both consumers have read the masks of the step before.
+          gather_lib.store_masks(masks, real, _APART, quarter.equals(0))
+          signals.arrive(barrier(plan.Barrier.MASKED))
+        if _ROPE in part.columns:
+          _copy_rope(part, kv.rope, rope, of(part, chosen), of(part, real))
+          signals.arrive_after_copies(barrier(part.ready))
+      scales = _scales(held, of(part, real)[j])
+      if turn == 0:
+        upcoming = load((i + 1).min(last))
+      if turn == 1:
+        _prefetch(kv, upcoming, quarter, keys)
+      later, row = _TURNS[(turn + 1) % len(_TURNS)]
+      following = chosen if turn + 1 < len(_TURNS) else upcoming
+      loaded = _load(later, kv, keys, of(later, following)[row])
+      _convert(part, j, pieces, held, scales)
+      held = loaded
+      if j == _ROWS - 1:
+        signals.arrive(barrier(part.ready))
+    return [i + 1, own, *upcoming, *held]
 
-  first, whole = load_indices(U32(0), 0), load_own(U32(0))
-  load_first = functools.partial(_load, _PARTS[0], kv, keys)
-  held = [x for index in first for x in load_first(index)]
-  _prefetch(kv, whole, keys)
+  first = load(U32(0))
+  _prefetch(kv, first, quarter, keys)
+  part, row = _TURNS[0]
+  held = _load(part, kv, keys, of(part, first)[row])
   threads.loop_while(
     lambda i, own, *_: i < own, step, [U32(0), U32(1), *first, *held]
   )
 
 
-def _prefetch(kv: Rows, index: U32, keys: int) -> None:
-  """Brings a whole row to L2."""
-  for array, size in (
-    *((kv.values, widths.C), (kv.scale, 4 * _SCALES)),
-    (kv.rope, 2 * widths.R),
-  ):
-    place = array.step((index < keys).where(index, 0), size)
-    for line in range(0, size, 128):
-      place.prefetch(line, where=index < keys)
+def _prefetch(kv: Rows, chosen: Sequence[U32], quarter: U32, keys: int) -> None:
+  """Brings rows to L2: of their numbers, a line by each thread of a row."""
+  for index in chosen:
+    real = index < keys
+    index = real.where(index, 0)
+    line = kv.values.step(index, widths.C) + quarter * (128 - 16)
+    line.prefetch(0, where=real)
+    scale = kv.scale.step(index, 4 * _GROUPS)
+    scale.prefetch(0, where=real & quarter.equals(0))
+    rope = kv.rope.step(index, 2 * widths.R)
+    rope.prefetch(0, where=real & quarter.equals(1))
 
 
-def _values(part: plan.Part) -> list[int]:
+def _columns(part: plan.Part) -> range:
   """Column tiles of a part that are in 8 bits."""
-  return [column for column in part.columns if column != _ROPE]
+  first = part.columns[0]
+  return range(first, first + 2 * _HALVES)
 
 
 def _load(part: plan.Part, kv: Rows, keys: int, index: U32) -> list[U32]:
-  """Loads what this thread converts of a row: two scales, then the numbers."""
+  """Loads what this thread converts of a row's part: scales, then numbers."""
   index = (index < keys).where(index, 0)
-  first, *_ = _values(part)
-  if first:
-    # Else the row's address would stay in registers, which are scarce, between
-    # its two halves.
-    index = index + instructions.zero()
-  scale = kv.scale.step(index, 4 * _SCALES)
+  scale = kv.scale.step(index, 4 * _GROUPS)
   values = kv.values.step(index, widths.C)
-  loaded = scale.load_words(2, first // 2 * 4)
-  for column in _values(part):
-    loaded += values.load_words(2, plan.COLUMNS * column)
+  columns = _columns(part)
+  loaded = scale.load_words(_HALVES, 4 * (columns[0] // 2))
+  for column in columns:
+    loaded += values.load_words(_WORDS, plan.COLUMNS * column)
+  signals.meet_warp()  # the compiler would load later, when it is too late
   return loaded
+
+
+def _scales(held: Sequence[U32], real: Bool) -> list[U32]:
+  """Waits for what `_load` has loaded, and returns the scales for `widen`.
+
+  The compiler counts all loads of a thread as one: it cannot wait for some
+  while others are in flight. So none may be started until these have come.
+
+  Args:
+    held: What it has loaded.
+    real: Whether it is a row; else all becomes 0.
+  """
+  scales = [
+    real.where(x.pick_bytes(x, 0x3232), 0).opaque() for x in held[:_HALVES]
+  ]
+  signals.meet_warp()
+  return scales
 
 
 def _convert(
   part: plan.Part,
-  target: Place,
+  row: int,
+  places: Sequence[Place],
   held: Sequence[U32],
-  real: Sequence[Bool],
-  load_next: Callable[[U32], list[U32]],
-  upcoming: Sequence[U32],
-) -> list[U32]:
-  """Converts and stores a part's rows, and loads those of the next instead."""
-  size = len(held) // _ROWS
-  loaded = []
-  for j, (ok, index) in enumerate(zip(real, upcoming, strict=True)):
-    scales, words = (x := held[size * j :][:size])[:2], x[2:]
-    # An index that is none gives 0.
-    scales = [ok.where(x.pick_bytes(x, 0x3232), 0) for x in scales]
-    for k, column in enumerate(_values(part)):
-      pair = words[2 * k : 2 * k + 2]
-      fours = [y for x in pair for y in widen(x, scales[k // 2])]
-      target.store(fours, _offset(part, j, column))
-    loaded += load_next(index)
-    signals.meet_warp()  # the compiler would load later, when it is too late
-  return loaded
+  scales: Sequence[U32],
+) -> None:
+  """Converts and stores what this thread has of a row's part.
+
+  Args:
+    part: The part.
+    row: Among this thread's of the tile.
+    places: Of both pieces of 8 columns, of this thread's first row in the first
+      column tile.
+    held: What `_load` has loaded.
+    scales: Its scales, from `_scales`.
+  """
+  words = held[_HALVES:]
+  for i, column in enumerate(_columns(part)):
+    for j, place in enumerate(places):
+      pair = words[_WORDS * i + 2 * j :][:2]
+      fours = [y for x in pair for y in widen(x, scales[i // 2])]
+      place.store(fours, _offset(part, row, column))
 
 
-def _offset(part: plan.Part, j: int, column: int) -> int:
-  """Bytes from a thread's first piece to that of its j-th row."""
-  eights = 2 * j
+def _offset(part: plan.Part, row: int, column: int) -> int:
+  """Bytes from a thread's first piece to that of one of its rows."""
+  eights = _APART // 8 * row
   return plan.TILE * part.tile + plan.EIGHT * eights + plan.BLOCK * column
 
 
@@ -250,13 +277,24 @@ def widen(word: U32, scale: U32) -> list[U32]:
 
 def _copy_rope(
   part: plan.Part,
-  target: Place,
-  rope: Place,
+  source: Place,
+  pieces: Sequence[tuple[U32, Place]],
   chosen: Sequence[U32],
   real: Sequence[Bool],
 ) -> None:
-  """Starts the copies of a part's RoPE columns."""
+  """Starts the copies of a part's RoPE columns.
+
+  Args:
+    part: The part.
+    source: Rotated keys.
+    pieces: Bytes at which each of this thread's pieces begins in a row, and the
+      first row's place in the first column tile.
+    chosen: Its rows.
+    real: Whether each is one.
+  """
   for j, (index, ok) in enumerate(zip(chosen, real, strict=True)):
-    source = rope.step(ok.where(index, 0), 2 * widths.R)
-    size, to = ok.where(copies.BYTES, 0), _offset(part, j, _ROPE)
-    copies.start(target, source, size, prefetch=128, to=to)
+    size = ok.where(copies.BYTES, 0)
+    here = source.step(ok.where(index, 0), 2 * widths.R)
+    for at, place in pieces:
+      to = _offset(part, j, _ROPE)
+      copies.start(place, here + at, size, prefetch=128, to=to)
