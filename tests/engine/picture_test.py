@@ -40,22 +40,23 @@ def draw(monkeypatch, *files, out):
   bench.main()
 
 
-def pixels(png, color) -> np.ndarray:
-  """How many have this color: in the left half, and in the right one."""
+def pixels(png, attention) -> np.ndarray:
+  """How many have its color, in the quarters of the picture."""
   rgb = image.imread(png)[..., :3]
-  near = np.abs(rgb - colors.to_rgb(color)).max(-1) < 0.02
-  middle = near.shape[1] // 2
-  return np.array([near[:, :middle].sum(), near[:, middle:].sum()])
+  color = colors.to_rgb(picture._LINES[attention]["color"])
+  near = np.abs(rgb - color).max(-1) < 0.02
+  height, width = near.shape
+  return near.reshape(2, height // 2, 2, width // 2).sum((1, 3))
 
 
-def test_lines_have_their_slots_colors_in_their_panels(monkeypatch, tmp_path):
+def test_each_phase_and_number_of_slots_has_a_panel(monkeypatch, tmp_path):
   png = tmp_path / "out.png"
-  draw(monkeypatch, write(tmp_path / "a.json"), out=png)
-  assert image.imread(png).shape == (504, 1200, 4)
-  one, many = (pixels(png, x) for x in picture._COLORS[:2])
-  assert (one > 300).all()
-  # 32 slots, the second color, are of decoding alone.
-  assert many[0] == 0 and many[1] > 300
+  rows = [x for x in ROWS if (x["attention"], x["slots"]) != ("dense", 32)]
+  draw(monkeypatch, write(tmp_path / "a.json", rows=rows), out=png)
+  assert image.imread(png).shape == (864, 1200, 4)
+  dense, sparse = (pixels(png, x) > 300 for x in ("dense", "sparse"))
+  assert dense.tolist() == [[True, True], [False, False]]
+  assert sparse.tolist() == [[True, True], [True, False]]
 
 
 def test_files_are_drawn_together(monkeypatch, tmp_path):
@@ -72,25 +73,22 @@ def test_files_are_drawn_together(monkeypatch, tmp_path):
 
 
 def test_k_is_marked_and_axes_are_linear_from_0():
-  fig = picture.draw(ROWS, 2048, "a device")
-  for ax, phase in zip(fig.axes, ("prefill", "decode")):
-    assert ax.get_title() == phase
+  fig = picture.draw(ROWS[::-1], 2048, "a device")
+  *panels, empty = fig.axes
+  assert not empty.axison and not empty.lines
+  titles = "prefill", "decode, 1 at once", "decode, 32 at once"
+  for ax, title, slots in zip(panels, titles, (1, 1, 32), strict=True):
+    assert ax.get_title() == title
     assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "linear")
     assert ax.get_xlim()[0] == ax.get_ylim()[0] == 0
     assert [x.get_text() for x in ax.texts] == ["K = 2,048"]
     (mark,) = (x for x in ax.lines if list(x.get_xdata()) == [2, 2])
     curves = {x.get_label(): x for x in ax.lines if x is not mark}
-    dense = curves["dense, 1 at once"]
-    assert list(dense.get_xdata()) == [1, 2, 4, 64]
-    assert list(dense.get_ydata()) == [59, 68, 86, 626]
-    assert len(curves) == (2 if phase == "prefill" else 4)
-
-
-def test_a_phase_without_rows_is_said_to_have_none():
-  rows = [x for x in ROWS if x["phase"] == "decode"]
-  prefill, decode = picture.draw(rows, 2048, "").axes
-  assert "not measured" in [x.get_text() for x in prefill.texts]
-  assert "not measured" not in [x.get_text() for x in decode.texts]
+    assert list(curves) == ["dense attention", "sparse attention"]
+    for curve, slope in zip(curves.values(), (9, 1)):
+      x = np.array([1, 2, 4, 64])
+      np.testing.assert_array_equal(curve.get_xdata(), x)
+      np.testing.assert_allclose(curve.get_ydata(), 50 + slope * x / slots)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +104,8 @@ def test_a_phase_without_rows_is_said_to_have_none():
     (dict(rows=[dict(phase="decode")]), "bad.json is no result"),
     (dict(rows=[ROWS[0], ROWS[0]]), "2 rows of phase=prefill attention=dense"),
     (
-      dict(rows=[ROWS[0] | dict(slots=n) for n in range(1, 9)]),
-      "8 numbers of slots, but there are 7 colors",
+      dict(rows=[ROWS[0] | dict(slots=n) for n in range(1, 14)]),
+      "13 numbers of slots, but a picture has 12 panels",
     ),
   ],
 )

@@ -6,15 +6,13 @@ import math
 import pathlib
 from typing import Any, Final
 
-# Of Okabe and Ito: apart for colour-blind readers too. By number of slots.
-_COLORS: Final = (
-  *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-  "#000000",
-)
+# Colors of Okabe and Ito: apart for colour-blind readers too.
 _LINES: Final = {
-  "dense": {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
-  "sparse": {"linestyle": "-", "marker": "D"},
+  "dense": {"color": "#D55E00", "marker": "o", "markerfacecolor": "white"},
+  "sparse": {"color": "#0072B2", "marker": "D"},
 }
+_MOST_PANELS: Final = 12
+_COLUMNS: Final = 2
 _STYLE: Final = {
   "axes.spines.right": False,
   "axes.spines.top": False,
@@ -91,11 +89,10 @@ def read(files: list[pathlib.Path]) -> tuple[list[dict[str, Any]], int, str]:
       raise ValueError(
         f"The files have {times} rows of {point}: draw only one of them."
       )
-  slots = {row["slots"] for row in rows}
-  if len(slots) > len(_COLORS):
+  if len(panels := _panels(rows)) > _MOST_PANELS:
     raise ValueError(
-      f"The files have {len(slots)} numbers of slots, but there are "
-      f"{len(_COLORS)} colors: draw fewer files."
+      f"The files have {len(panels)} numbers of slots, but a picture has "
+      f"{_MOST_PANELS} panels: draw fewer files."
     )
   return rows, ks.pop(), ", ".join(sorted(devices))
 
@@ -109,8 +106,19 @@ def _point(row: dict[str, Any]) -> str:
   return " ".join(f"{name}={row[name]}" for name in names)
 
 
+def _panels(
+  rows: list[dict[str, Any]],
+) -> dict[tuple[str, int], list[dict[str, Any]]]:
+  """Rows of each phase and number of slots; prefill first, then more slots."""
+  panels = collections.defaultdict(list)
+  for row in rows:
+    panels[row["phase"], row["slots"]].append(row)
+  order = _FIELDS["phase"].index
+  return dict(sorted(panels.items(), key=lambda x: (order(x[0][0]), x[0][1])))
+
+
 def draw(rows: list[dict[str, Any]], top_k: int, device: str) -> Figure:
-  """Two panels, prefill and decode: microseconds a token by position.
+  """Panels of prefill and of decoding, by slots: time a token by position.
 
   Args:
     rows: Of `positions`.
@@ -119,43 +127,45 @@ def draw(rows: list[dict[str, Any]], top_k: int, device: str) -> Figure:
   """
   from matplotlib import figure
 
-  fig = figure.Figure(figsize=(10, 4.2))  # inches
+  panels = _panels(rows)
+  height = -(-len(panels) // _COLUMNS)
+  fig = figure.Figure(figsize=(10, 3.6 * height))  # inches
   fig.suptitle(device)
-  axes = fig.subplots(1, 2)
-  for ax, phase in zip(axes, _FIELDS["phase"]):
-    _draw_phase(ax, [x for x in rows if x["phase"] == phase])
-    ax.axvline(top_k / 1024, color="#888888", lw=0.8, ls=":", zorder=0)
-    ax.annotate(
-      f"K = {top_k:,}",
-      (top_k / 1024, 1),
-      xycoords=("data", "axes fraction"),
-      xytext=(3, 2),
-      textcoords="offset points",
-      color="#444444",
-    )
-    ax.set_title(phase, pad=16)
-    ax.set_xlabel("position (1,024 tokens)")
-    ax.set_ylabel("µs a token")
-    ax.set_xlim(left=0)
-    ax.set_ylim(bottom=0)
-    ax.grid(axis="y")
+  axes = fig.subplots(height, _COLUMNS, squeeze=False).ravel()
+  for ax, ((phase, slots), of_panel) in zip(axes, panels.items()):
+    _draw_panel(ax, of_panel)
+    _mark(ax, top_k)
+    at_once = f", {slots} at once" if phase == "decode" else ""
+    ax.set_title(phase + at_once, pad=16)
+  for ax in axes[len(panels) :]:
+    ax.set_axis_off()
   return fig
 
 
-def _draw_phase(ax: Axes, rows: list[dict[str, Any]]) -> None:
-  curves: dict[tuple[int, str], list[tuple[float, float]]] = {}
-  for row in rows:
-    curve = curves.setdefault((row["slots"], row["attention"]), [])
-    curve.append((row["position"] / 1024, row["us_a_token"]))
-  colors = dict(zip(sorted({slots for slots, _ in curves}), _COLORS))
-  for (slots, attention), points in sorted(curves.items()):
-    ax.plot(
-      *zip(*sorted(points)),
-      color=colors[slots],
-      label=f"{attention}, {slots} at once",
-      **_LINES[attention],
+def _draw_panel(ax: Axes, rows: list[dict[str, Any]]) -> None:
+  for attention, line in _LINES.items():
+    points = sorted(
+      (row["position"] / 1024, row["us_a_token"])
+      for row in rows
+      if row["attention"] == attention
     )
-  if curves:
-    ax.legend(loc="upper left")
-  else:
-    ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes)
+    if points:
+      ax.plot(*zip(*points), label=f"{attention} attention", **line)
+  ax.legend(loc="best")
+  ax.set_xlabel("position (1,024 tokens)")
+  ax.set_ylabel("µs a token")
+  ax.set_xlim(left=0)
+  ax.set_ylim(bottom=0)
+  ax.grid(axis="y")
+
+
+def _mark(ax: Axes, top_k: int) -> None:
+  ax.axvline(top_k / 1024, color="#888888", lw=0.8, ls=":", zorder=0)
+  ax.annotate(
+    f"K = {top_k:,}",
+    (top_k / 1024, 1),
+    xycoords=("data", "axes fraction"),
+    xytext=(3, 2),
+    textcoords="offset points",
+    color="#444444",
+  )
