@@ -9,65 +9,23 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
 import dsa_jax
-from dsa_jax import config as config_lib
 from dsa_jax.engine import programs
-from dsa_jax.engine import state
 from dsa_jax.engine.bench import __main__ as bench
 from dsa_jax.engine.bench import attention
-from dsa_jax.engine.bench import check
 from dsa_jax.engine.bench import engines
 from dsa_jax.engine.bench import floors
 from dsa_jax.engine.bench import kernel_times
 from dsa_jax.engine.bench import models
 from dsa_jax.engine.bench import pools
 from dsa_jax.engine.bench import positions
-from dsa_jax.engine.bench import rows as rows_lib
 from pallas_kernels import crossover
 from pallas_kernels import dispatch
 from pallas_kernels.bench import peak
-from pallas_kernels.bench import timing
-
-TINY = dataclasses.replace(config_lib.tiny(), num_mtp_layers=0)
-ARGS = types.SimpleNamespace(
-  steps=2, chunk=16, speculate=False, index_key_dtype=None, latent_dtype=None
-)
-DRAFTS = types.SimpleNamespace(**vars(ARGS) | {"speculate": True})
-
-
-def run(monkeypatch, capsys, *options) -> list[dict[str, Any]]:
-  """The rows that it prints after its own settings."""
-  monkeypatch.setattr(sys, "argv", ["bench", *options, "--model=tiny"])
-  bench.main()
-  return [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:]
-
-
-def failed(monkeypatch, capsys, *options) -> str:
-  """What it says as it ends with exit code 1, and nothing of Python's."""
-  with pytest.raises(SystemExit) as e:
-    run(monkeypatch, capsys, *options)
-  said = str(e.value.code)  # a text: Python prints it, and exits with 1
-  assert said.startswith("error: ")
-  return said
-
-
-@pytest.fixture
-def unchecked():
-  """What is lowered has shapes for arrays."""
-  jaxtyping.config.update("jaxtyping_disable", True)
-  yield
-  jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(autouse=True)
-def measured_once(monkeypatch):
-  """Measurements take no longer than they must."""
-  for name in ("_BATCH_SECONDS", "_ALL_SECONDS"):
-    monkeypatch.setattr(timing, name, 0.0)
+from tests.engine.bench import command_line
 
 
 @pytest.mark.slow
@@ -79,7 +37,9 @@ def measured_once(monkeypatch):
 )
 def test_steps_are_timed_at_each_length(monkeypatch, capsys, more):
   lengths = ["--lengths", "128", "384", "--slots", "2", "--steps=2"]
-  pool, short, long = run(monkeypatch, capsys, "decode", *lengths, *more)
+  pool, short, long = command_line.run(
+    monkeypatch, capsys, "decode", *lengths, *more
+  )
   assert (short["length"], long["length"]) == (128, 384)
   for row in short, long:
     assert row["ms_a_step"] > 0
@@ -97,18 +57,20 @@ def test_steps_are_timed_at_each_length(monkeypatch, capsys, more):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_programs_are_where_they_are_told_to_be():
-  model = models.make_model(TINY)
-  decoding = pools.Decoding(model, 2, 384, ARGS, "sparse")
+  model = models.make_model(command_line.TINY)
+  decoding = pools.Decoding(model, 2, 384, command_line.ARGS, "sparse")
   for length in (384, 128, 128):  # calls do not move on
     decoding.end_at(length)
     assert (np.asarray(decoding().tokens) >= 0).sum() == 2 * 2
     assert list(np.asarray(decoding._slots.length)) == [length, length]
-  prefilling = pools.Prefilling(model, 256, ARGS, "sparse")
+  prefilling = pools.Prefilling(model, 256, command_line.ARGS, "sparse")
   before = np.array(prefilling._pool.kv)
   prefilling.begin_at(120)
   after = np.asarray(prefilling().kv)
-  pages = len(after) // TINY.num_layers
-  written = (before != after).any(-1).reshape(TINY.num_layers, pages, -1)
+  pages = len(after) // command_line.TINY.num_layers
+  written = (
+    (before != after).any(-1).reshape(command_line.TINY.num_layers, pages, -1)
+  )
   # 8 rows at the end of the sequence's first page, 8 in its second one.
   first, second, *others = prefilling._chunk.pages[0]
   assert written[:, first, 120:].all() and not written[:, first, :120].any()
@@ -122,9 +84,9 @@ def test_positions_are_timed_and_drawn(monkeypatch, capsys, tmp_path):
   file, png = tmp_path / "out.json", tmp_path / "out.png"
   options = ["--lengths", "64", "128", "256", "--slots", "2", "--steps=2"]
   options += ["--chunk=16", "--bandwidth=1e-5", f"--json={file}"]
-  peaks, *rows = run(monkeypatch, capsys, "positions", *options)
+  peaks, *rows = command_line.run(monkeypatch, capsys, "positions", *options)
   rows, (decode, prefill) = rows[:-2], rows[-2:]
-  assert peaks["top_k"] == TINY.top_k
+  assert peaks["top_k"] == command_line.TINY.top_k
   assert [
     (row["attention"], row["phase"], row["slots"], row["position"])
     for row in rows
@@ -144,7 +106,7 @@ def test_positions_are_timed_and_drawn(monkeypatch, capsys, tmp_path):
     if row["phase"] == "prefill":
       B, T, offsets = 1, 16, [row["position"]]
     least = [
-      _bytes(TINY, row["attention"], B, T, cached, samples=T == 1)
+      _bytes(command_line.TINY, row["attention"], B, T, cached, samples=T == 1)
       for cached in offsets
     ]
     per_token = np.mean(least) / (B * T) / 1e7 * 1e6
@@ -295,7 +257,7 @@ def test_slopes_and_the_bend_of_known_curves_are_found():
 @pytest.mark.slow
 def test_a_layers_attention_is_checked_and_timed(monkeypatch, capsys):
   sizes = ["--slots", "3", "--lengths", "128", "256", "--speculate"]
-  peaks, *rows = run(monkeypatch, capsys, "attention", *sizes)
+  peaks, *rows = command_line.run(monkeypatch, capsys, "attention", *sizes)
   assert len(peaks["peaks"]) == 2
   for length, part in zip((128, 256), itertools.batched(rows, 5)):
     checked, *ops, ratio = part
@@ -336,13 +298,13 @@ def test_a_wrong_layer_is_found(monkeypatch, capsys, broken, said):
 
   monkeypatch.setattr(attention, name, wrong)
   sizes = ["--slots", "2", "--lengths", "128"]
-  found = failed(monkeypatch, capsys, "attention", *sizes)
+  found = command_line.failed(monkeypatch, capsys, "attention", *sizes)
   assert "2 slots of 128 tokens" in found and said in found
 
 
 def test_calls_in_a_row_read_keys_that_lie_apart(monkeypatch):
   monkeypatch.setitem(attention._SPREAD, "cpu", 1 << 20)
-  layer = attention.Layer(TINY, 2, 300, 1, ARGS)
+  layer = attention.Layer(command_line.TINY, 2, 300, 1, command_line.ARGS)
   tables = [np.asarray(x) for x in layer.tables(200)]
   # 1 MB of pages of 128 x 80 x 4 bytes are 26; a table names 4 of them.
   assert layer.pool.kv.shape[0] == 26 and len(tables) == 6
@@ -366,84 +328,15 @@ def test_kernels_times_are_those_of_the_gpus_streams():
   assert list(found.items()) == [("b", 15.0), ("a", 6.0)]
 
 
-CHECK = ["--slots=3", "--lengths=256", "--prompt=150", "--tokens=6"]
-CHECK += ["--chunk=64", "--steps=4", "--speculate"]
-
-
-@pytest.mark.slow
-def test_what_is_right_passes_the_checks(monkeypatch, capsys):
-  rows = run(monkeypatch, capsys, "check", *CHECK)
-  company, pool = rows[:8], rows[8:]
-  assert all(x["same"] and x["tokens"] == 6 for x in company)
-  assert not any(x["cached_or_lost"] for x in company)
-  assert [x["prompt"] for x in company][::7] == [5, 150]
-  assert {x["temperature"] for x in company} == {0, 0.3, 0.7, 1}
-  assert [x["slot"] for x in pool] == [0, 1, 2]
-  for x in pool:
-    assert x["right"] and x["same_keys"] == 1
-    assert x["rms_over_deviation"] < 1e-4 < 0.5 < x["of_the_next_slot"]
-
-
-@pytest.mark.slow
-def test_a_sample_that_depends_on_its_slot_is_found(monkeypatch, capsys):
-  write = state.write
-
-  def wrong(slots, slot, sequence):
-    write(slots, slot, sequence)
-    slots.how.seed[slot] += slot
-
-  monkeypatch.setattr(state, "write", wrong)
-  said = failed(monkeypatch, capsys, "check", *CHECK)
-  assert "other tokens or log-probs in company than alone" in said
-  rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
-  assert not [x for x in rows if x.get("what") == "big pool"]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")
-def test_a_key_in_a_wrong_place_is_found(monkeypatch):
-  one_slot = check._one_slot
-  # As if the large pool's pages were read in another order.
-  monkeypatch.setattr(
-    check, "_one_slot", lambda pool, pages: one_slot(pool, pages[::-1])
-  )
-  with pytest.raises(rows_lib.Wrong, match=r"slots \[0, 1, 2\] are not"):
-    check.big_pool(models.make_model(config_lib.tiny()), 3, 256, DRAFTS)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("what", ["logits", "keys"])
-def test_slots_that_are_alike_prove_nothing(monkeypatch, what):
-  step = check._step
-
-  def alike(graphdef, params, pool, pages, tokens, offset):
-    """The first slot's logits, or keys, in all."""
-    first = np.zeros(len(pages), int)
-    logits, keys, pool = step(graphdef, params, pool, pages, tokens, offset)
-    if what == "logits":
-      return logits[first], keys, pool
-    return logits, keys[:, first], pool
-
-  monkeypatch.setattr(check, "_step", alike)
-  with pytest.raises(rows_lib.Wrong, match=r"slots \[0, 1, 2\] are not"):
-    check.big_pool(models.make_model(config_lib.tiny()), 3, 256, DRAFTS)
-
-
-@pytest.mark.slow
-def test_a_prompt_that_was_found_in_the_cache_proves_nothing(
-  monkeypatch, capsys
-):
-  monkeypatch.setattr(dsa_jax.Engine, "swap_weights", lambda *_: None)
-  said = failed(monkeypatch, capsys, "check", *CHECK)
-  assert "requests [7] of 8" in said and "not computed whole and once" in said
-
-
 @pytest.mark.slow
 def test_prompts_are_timed(monkeypatch, capsys):
-  (row,) = run(monkeypatch, capsys, "prefill", "--lengths=100", "--chunk=64")
+  (row,) = command_line.run(
+    monkeypatch, capsys, "prefill", "--lengths=100", "--chunk=64"
+  )
   assert row["ms"] > 0
-  (row,) = run(monkeypatch, capsys, "group", "--lengths=100", "--chunk=64")
+  (row,) = command_line.run(
+    monkeypatch, capsys, "group", "--lengths=100", "--chunk=64"
+  )
   assert row["times"] == pytest.approx(row["apart_s"] / row["together_s"], 0.1)
 
 
@@ -451,7 +344,7 @@ def test_prompts_are_timed(monkeypatch, capsys):
 def test_a_load_is_done_whole(monkeypatch, capsys):
   sizes = ["--prompts=3", "--samples=2", "--prompt=9", "--mean=8"]
   sizes += ["--longest=64", "--steps=4", "--chunk=8", "--slots=2"]
-  (row,) = run(monkeypatch, capsys, "load", *sizes)
+  (row,) = command_line.run(monkeypatch, capsys, "load", *sizes)
   # 6 samples of 8 tokens in the mean, each rounded down.
   assert 6 * 7 <= row["tokens"] <= 6 * 8
   assert row["calls"] >= row["tokens"] / (2 * 4)
@@ -460,7 +353,7 @@ def test_a_load_is_done_whole(monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_host_is_watched(monkeypatch, capsys):
   sizes = ["--lengths=256", "--slots=2", "--steps=4", "--chunk=64"]
-  (row,) = run(monkeypatch, capsys, "host", *sizes)
+  (row,) = command_line.run(monkeypatch, capsys, "host", *sizes)
   assert 0 < row["ms_of_the_host"]
   assert row["late"].endswith(f" of {engines._CALLS} calls")
 
@@ -493,7 +386,7 @@ def test_the_host_is_watched(monkeypatch, capsys):
 )
 def test_what_cannot_be_timed_is_refused(monkeypatch, capsys, options, said):
   with pytest.raises(SystemExit) as e:
-    run(monkeypatch, capsys, *options)
+    command_line.run(monkeypatch, capsys, *options)
   assert e.value.code == 2
   assert said in capsys.readouterr().err
 
@@ -504,7 +397,7 @@ def test_a_device_that_is_too_small_is_named(monkeypatch, capsys, mode):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
   monkeypatch.setattr(programs, "make_pool", full)
-  said = failed(monkeypatch, capsys, mode)
+  said = command_line.failed(monkeypatch, capsys, mode)
   assert f"the device's memory is too small for {mode} with " in said
   sizes = {"load": "slots=[32]", "prefill": "lengths=[4096]"}
   assert sizes.get(mode, "lengths=[") in said
@@ -516,7 +409,7 @@ def test_other_errors_of_the_device_are_not_hidden(monkeypatch, capsys):
 
   monkeypatch.setattr(programs, "make_pool", broken)
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"):
-    run(monkeypatch, capsys, "attention")
+    command_line.run(monkeypatch, capsys, "attention")
 
 
 @pytest.mark.parametrize("mode", bench.MODES)
