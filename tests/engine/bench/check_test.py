@@ -21,7 +21,7 @@ CHECK += ["--chunk=64", "--steps=4", "--speculate"]
 @pytest.mark.slow
 def test_what_is_right_passes_the_checks(monkeypatch, capsys):
   rows = command_line.run(monkeypatch, capsys, "check", *CHECK)
-  company, (sizes, *pool, medians) = rows[:8], rows[8:]
+  company, (sizes, *pool, all_tokens) = rows[:8], rows[8:]
   assert all(x["same"] and x["tokens"] == 6 for x in company)
   assert not any(x["cached_or_lost"] for x in company)
   assert [x["prompt"] for x in company][::7] == [5, 150]
@@ -32,8 +32,7 @@ def test_what_is_right_passes_the_checks(monkeypatch, capsys):
   for x in pool:
     assert x["right"] and x["same_keys"] == 1
     assert x["rms_over_deviation"] < 1e-4 < 0.5 < x["of_the_next_slot"]
-  assert medians["right"] and medians["median_same_keys"] == 1
-  assert medians["median_rms_over_deviation"] < 1e-4
+  assert all_tokens["right"] and all_tokens["exact"] == 1
 
 
 @pytest.mark.slow
@@ -68,9 +67,11 @@ def test_a_key_in_a_wrong_place_is_found(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("what", ["logits", "keys"])
-@pytest.mark.parametrize("slots, is_found", [([1], False), ([0, 1], True)])
-def test_most_slots_are_exact(monkeypatch, what, slots, is_found):
-  """Of three; one may differ by a near tie."""
+@pytest.mark.parametrize(
+  "slots, is_found", [([0, 1], False), ([0, 1, 2], True)]
+)
+def test_some_slots_are_exact(monkeypatch, what, slots, is_found):
+  """Of three, not all differ by near ties."""
   step = check._step
 
   def inexact(graphdef, params, pool, pages, tokens, offset):
@@ -93,7 +94,7 @@ def test_most_slots_are_exact(monkeypatch, what, slots, is_found):
     )
   )
   if is_found:
-    with pytest.raises(rows_lib.Wrong, match="most tokens"):
+    with pytest.raises(rows_lib.Wrong, match="all but 0% of the tokens"):
       run_check()
   else:
     run_check()

@@ -1,10 +1,9 @@
 """The forward kernel's producer of rows in 8 bits: it converts what it gathers.
 
-A thread holds its numbers of the next part in registers, as they come from
-device memory, while those of the part before become bfloat16 and go to their
-tile. So a part is full soon after it is free. Registers have room for no more:
-the rows of a step are brought to L2 during the step before. RoPE's columns,
-which are in bfloat16 anyway, are copied as they are.
+While a thread converts what it has of a row's part, and stores it to the tile,
+it loads that of its next row into registers. So a part is full soon after it is
+free. The rows of a step are brought to L2 during the step before. RoPE's
+columns, which are in bfloat16 anyway, are copied as they are.
 """
 
 from collections.abc import Sequence
@@ -181,6 +180,7 @@ def _prefetch(kv: Rows, chosen: Sequence[U32], quarter: U32, keys: int) -> None:
   for index in chosen:
     real = index < keys
     index = real.where(index, 0)
+    # This thread's place in a row is 16 bytes a quarter already.
     line = kv.values.step(index, widths.C) + quarter * (128 - 16)
     line.prefetch(0, where=real)
     scale = kv.scale.step(index, 4 * _GROUPS)
