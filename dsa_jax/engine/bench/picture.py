@@ -59,7 +59,7 @@ def read(files: list[pathlib.Path]) -> tuple[list[dict[str, Any]], int, str]:
 
   Raises:
     ValueError: One is not what `positions` writes; or together they have no
-      row, two of one point, more than one K, or too many numbers of slots.
+      row, two of one point, more than one K, or too many panels.
     OSError: One cannot be read.
   """
   rows, ks, devices = [], set(), set()
@@ -91,8 +91,8 @@ def read(files: list[pathlib.Path]) -> tuple[list[dict[str, Any]], int, str]:
       )
   if len(panels := _panels(rows)) > _MOST_PANELS:
     raise ValueError(
-      f"The files have {len(panels)} numbers of slots, but a picture has "
-      f"{_MOST_PANELS} panels: draw fewer files."
+      f"The files need {len(panels)} panels, one for each phase and number of "
+      f"slots, but a picture has {_MOST_PANELS}: draw fewer files."
     )
   return rows, ks.pop(), ", ".join(sorted(devices))
 

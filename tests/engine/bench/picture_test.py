@@ -105,7 +105,7 @@ def test_k_is_marked_and_axes_are_linear_from_0():
     (dict(rows=[ROWS[0], ROWS[0]]), "2 rows of phase=prefill attention=dense"),
     (
       dict(rows=[ROWS[0] | dict(slots=n) for n in range(1, 14)]),
-      "13 numbers of slots, but a picture has 12 panels",
+      "need 13 panels, one for each phase and number of slots",
     ),
   ],
 )
