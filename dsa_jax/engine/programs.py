@@ -13,7 +13,7 @@ sequence, V vocabulary, n steps of a call, L layers, J experts a token.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Final
 
 from flax import nnx
 import jax
@@ -94,6 +94,13 @@ class Decoded:
   """Of the tokens that were fed, of which each gave one."""
   selected: Int[Array | np.ndarray, "*n L B T K"] | None
 
+
+# What XLA puts in CUDA graphs: its defaults, and WHILE. Otherwise the host is
+# asked before each step whether there is one, and launches each by itself.
+_IN_GRAPHS: Final = (
+  "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,"
+  "WHILE"
+)
 
 make_pool = jax.jit(cache_lib.make_pool, static_argnums=(0, 1, 2, 3, 4))
 make_slots = jax.jit(state.empty, static_argnums=(0, 1))
@@ -190,6 +197,7 @@ def copy_pages(
   jax.jit,
   static_argnames=("graphdef", "kind"),
   donate_argnames=("pool", "slots"),
+  compiler_options={"xla_gpu_enable_command_buffer": _IN_GRAPHS},
 )
 def decode(
   graphdef: Model,

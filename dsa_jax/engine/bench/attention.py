@@ -31,8 +31,8 @@ _SPREAD: Final = {"gpu": 128 << 20}
 _MOST_TABLES: Final = 16
 # Of a query's keys, those that plain XLA chooses, too; sums of scores differ by
 # rounding, and with them the last few.
-_SAME_KEYS: Final = 0.99
-_FAR: Final = 0.02  # rms of a query's difference, over the rms of its result
+SAME_KEYS: Final = 0.99
+FAR: Final = 0.02  # rms of a query's difference, over the rms of its result
 
 
 class Layer:
@@ -55,12 +55,7 @@ class Layer:
       cfg, num_layers=1, num_dense_layers=1, indexer_types=()
     )
     self.pool = pools.make_pool(one, self._count, args)
-    keys = jax.random.split(jax.random.key(2), 3)
-    N, X = cfg.num_heads, cfg.kv_rank + cfg.rope_head_dim
-    M, I = cfg.index_heads, cfg.index_head_dim
-    self.q = jax.random.normal(keys[0], (B, T, N, X), cfg.dtype)
-    self.q_index = jax.random.normal(keys[1], (B, T, M, I), cfg.dtype)
-    self.w = jax.random.normal(keys[2], (B, T, M)) * (M * I) ** -0.5
+    self.q, self.q_index, self.w = queries(cfg, B, T, jax.random.key(2))
 
   def tables(self, length: int) -> list[jax.Array]:
     """Tables [B, P] of pages for sequences of this length, all apart."""
@@ -80,6 +75,20 @@ class Layer:
       jax.jit(functools.partial(_select, self.cfg)),
       jax.jit(functools.partial(_attend, self.cfg)),
     )
+
+
+def queries(
+  cfg: config_lib.ModelConfig, B: int, T: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Random ones [B, T, N, X]; the indexer's [B, T, M, I] and its weights."""
+  keys = jax.random.split(key, 3)
+  N, X = cfg.num_heads, cfg.kv_rank + cfg.rope_head_dim
+  M, I = cfg.index_heads, cfg.index_head_dim
+  return (
+    jax.random.normal(keys[0], (B, T, N, X), cfg.dtype),
+    jax.random.normal(keys[1], (B, T, M, I), cfg.dtype),
+    jax.random.normal(keys[2], (B, T, M)) * (M * I) ** -0.5,
+  )
 
 
 def _select(cfg, pool, pages, offset, q_index, w):
@@ -135,7 +144,7 @@ def check(layer: Layer, length: int, compiled: tuple[Any, Any]) -> None:
     plain = [attend(*where, layer.q[few], x) for x in (keys[few], None)]
   what = f"{layer.B} slots of {length} tokens"
   same = shares(keys[few], plain_keys)
-  far = [_distances(x[few], y) for x, y in zip(out, plain)]
+  far = [distances(x[few], y) for x, y in zip(out, plain)]
   rows.say(
     mode="attention",
     slots=layer.B,
@@ -145,16 +154,16 @@ def check(layer: Layer, length: int, compiled: tuple[Any, Any]) -> None:
     dense_rms=float(far[1].max()),
   )
   # Neither comparison holds for NaN.
-  if not same.min() >= _SAME_KEYS:
+  if not same.min() >= SAME_KEYS:
     raise rows.Wrong(
       f"{what}: indexer_topk finds {same.min():.1%} of a query's keys that "
-      f"plain XLA finds, less than {_SAME_KEYS:.0%}."
+      f"plain XLA finds, less than {SAME_KEYS:.0%}."
     )
   for name, x in zip(("sparse", "dense"), far):
-    if not x.max() <= _FAR:
+    if not x.max() <= FAR:
       raise rows.Wrong(
         f"{what}: {name} attention of a query is {x.max():.2g} of its size "
-        f"from plain XLA's, more than {_FAR}."
+        f"from plain XLA's, more than {FAR}."
       )
 
 
@@ -169,7 +178,7 @@ def shares(found, expected) -> np.ndarray:
   ).reshape(found.shape[:-1])
 
 
-def _distances(x, y) -> np.ndarray:
+def distances(x, y) -> np.ndarray:
   """For each query [B, T, N, C], rms of the difference over y's own."""
   x, y = (np.asarray(a, np.float32) for a in (x, y))
   rms = lambda a: np.sqrt(np.square(a).mean((-2, -1)))

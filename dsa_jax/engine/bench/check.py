@@ -1,11 +1,10 @@
 """Checks of the engine on the device that it runs on.
 
-Letters: B slots, T tokens of each, P pages of a slot, L layers, V vocabulary,
-K chosen keys.
+Letters: B slots, T tokens of each, P pages of a slot, and those of config.py.
 """
 
 import functools
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from flax import nnx
 import jax
@@ -14,7 +13,10 @@ import numpy as np
 
 import dsa_jax
 from dsa_jax import cache as cache_lib
+from dsa_jax import cached_attention
+from dsa_jax import config as config_lib
 from dsa_jax import frame as frame_lib
+from dsa_jax import mla
 from dsa_jax.engine import weights
 from dsa_jax.engine.bench import attention
 from dsa_jax.engine.bench import models
@@ -24,10 +26,6 @@ from dsa_jax.engine.bench import rows
 _REQUESTS: Final = 8
 _SLOTS: Final = 4  # of the engine that has them
 _TEMPERATURES: Final = (0.0, 0.3, 0.7, 1.0)
-# Of two programs, that sum in other orders: rms of the difference of logits,
-# over their deviation, and what part of a layer's selected keys is the same.
-_FAR: Final = 0.05
-_SAME_KEYS: Final = 0.95
 
 
 def check(args) -> None:
@@ -37,14 +35,18 @@ def check(args) -> None:
   Raises:
     Wrong: One of them differs.
   """
-  pools.check_lengths(args, 2)
+  cfg = models.config_of(args)
   if min(args.slots) < 2:
     raise ValueError("--slots 1: a check compares with another slot; give 2.")
-  model = models.make_model(models.config_of(args))
-  company(model, args)
+  if (least := min(args.lengths)) < 2 * cfg.top_k:
+    raise ValueError(
+      f"--lengths {least}: of so few tokens, the {cfg.top_k} that are chosen "
+      f"tell no slot from another; give {2 * cfg.top_k} or more."
+    )
+  company(models.make_model(cfg), args)
   for slots in args.slots:
     for length in args.lengths:
-      big_pool(model, slots, length, args)
+      large_pool(cfg, slots, length, args)
 
 
 def company(model: dsa_jax.Transformer, args) -> None:
@@ -107,15 +109,46 @@ def company(model: dsa_jax.Transformer, args) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(graphdef, params, pool, pages, tokens, offset):
-  """Logits [B, T, V] and selected keys [L, B, T, K] of tokens."""
-  model, T = nnx.merge(graphdef, params), tokens.shape[1]
-  frame = frame_lib.make_cached_frame(
-    *(model.config, pages, pools.PAGE, offset, jnp.full_like(offset, T), T)
+class _Tokens(NamedTuple):
+  """What a layer is given of them, random."""
+
+  queries: tuple[jax.Array, jax.Array, jax.Array]
+  """The same in all slots: results differ by what they read alone."""
+  kv: jax.Array
+  k_index: jax.Array
+
+
+def _tokens(cfg: config_lib.ModelConfig, B: int, T: int, layer: int) -> _Tokens:
+  keys = jax.random.split(jax.random.key(layer), 3)
+  row = cfg.kv_rank + cfg.rope_head_dim
+  return _Tokens(
+    attention.queries(cfg, 1, T, keys[0]),
+    jax.random.normal(keys[1], (B, T, row), cfg.dtype),
+    jax.random.normal(keys[2], (B, T, cfg.index_head_dim), cfg.dtype),
   )
-  done = model.decode(tokens, frame, pool)
-  return model.head(done.hidden), done.selected, done.pool
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _layer(cfg, pool, layer, pages, offset, tokens, selected=None):
+  """Caches tokens in a layer; the pool, selected keys, and what they give.
+
+  Attention is to the keys that are given, or else to those selected.
+  """
+  B, T, _ = tokens.kv.shape
+  frame = frame_lib.make_cached_frame(
+    *(cfg, pages, pools.PAGE, offset, jnp.full_like(offset, T), T)
+  )
+  q, q_index, w = (
+    jnp.broadcast_to(x, (B, *x.shape[1:])) for x in tokens.queries
+  )
+  cache = cache_lib.LayerCache(pool, layer)
+  cache = cache.write(frame, tokens.kv, tokens.k_index, cfg.rules)
+  own = cached_attention.select(q_index, w, cache, frame, cfg.top_k, cfg.rules)
+  out = cached_attention.attend(
+    *(q, cache, frame, own if selected is None else selected),
+    *(cfg.kv_rank, mla.softmax_scale(cfg), cfg.rules),
+  )
+  return cache.pool, own, out
 
 
 @jax.jit
@@ -129,74 +162,78 @@ def _one_slot(pool: cache_lib.Pool, pages) -> cache_lib.Pool:
   return jax.tree.map(lambda x: x[at], pool)
 
 
-def big_pool(model: dsa_jax.Transformer, B: int, length: int, args) -> None:
-  """A step on a large pool gives what it gives on a pool of one sequence.
+def large_pool(cfg: config_lib.ModelConfig, B: int, length: int, args) -> None:
+  """Attention in a large pool is what it is in a pool of one sequence.
 
-  Slots in the middle and at both ends are compared: with the same sequence, and
-  with the one in the next slot, which must be another one.
+  Each layer caches random rows, selects keys for random queries, and attends to
+  them. Slots in the middle and at both ends are compared: with the same
+  sequence, and with that of the next slot, which must be another one. In the
+  end all rows of theirs are the same, bit for bit. Layers are compared one by
+  one, since in a whole model one expert or key that is as good as another
+  changes all that follows.
+
+  Raises:
+    Wrong: A layer, or a slot's rows, differ.
   """
-  cfg = weights.config_for_decoding(model.config)
-  graphdef, params, _ = weights.prepare(model, cfg)
+  cfg = weights.config_for_decoding(cfg)
   T = 2 if args.speculate else 1
   per_slot = pools.pages_of(cfg, length)
   pages = pools.scattered(B, per_slot)
-  rng = np.random.default_rng(0)
-  tokens = rng.integers(0, cfg.vocab_size, (B, T)).astype(np.int32)
-  offset = np.full(B, length - T, np.int32)
   pool = pools.make_pool(cfg, B * per_slot, args)
-  elements = jax.tree.leaves(pool.kv)[0].size
   few = sorted({0, B // 2, B - 1})
-  alone = {}
-  for i in few:  # before the pool is donated
-    own = np.arange(per_slot, dtype=np.int32)[None]
-    alone[i] = _read(
-      _step(
-        *(graphdef, params, _one_slot(pool, pages[i]), own),
-        *(tokens[i : i + 1], offset[i : i + 1]),
-      )
-    )
-  logits, selected = _read(_step(graphdef, params, pool, pages, tokens, offset))
+  alone = {i: _one_slot(pool, pages[i]) for i in few}
+  in_order = np.arange(per_slot, dtype=np.int32)[None]
+  offset = np.full(B, length - T, np.int32)
+  elements = jax.tree.leaves(pool.kv)[0].size
   wrong = []
-  for i in few:
-    of_one, keys_of_one = alone[i][0][0], alone[i][1][:, 0]
-    own, other = (
-      (_distance(logits[j], of_one), _least_share(selected[:, j], keys_of_one))
-      for j in (i, (i + 1) % B)
+  for l in range(pool.layers):
+    tokens = _tokens(cfg, B, T, l)
+    pool, keys, out = _layer(cfg, pool, jnp.int32(l), pages, offset, tokens)
+    far, far_next, same, same_next = [], [], [], []
+    for i in few:
+      own = tokens._replace(
+        kv=tokens.kv[i, None], k_index=tokens.k_index[i, None]
+      )
+      alone[i], keys_alone, out_alone = _layer(
+        *(cfg, alone[i], jnp.int32(l), in_order, offset[i, None]),
+        *(own, keys[i, None]),
+      )
+      j = (i + 1) % B
+      far.append(attention.distances(out[i, None], out_alone))
+      far_next.append(attention.distances(out[j, None], out_alone))
+      same.append(attention.shares(keys[i], keys_alone[0]))
+      same_next.append(attention.shares(keys[j], keys_alone[0]))
+    right = (
+      # Neither comparison holds for NaN.
+      np.max(far) <= attention.FAR < np.min(far_next)
+      and np.min(same) >= attention.SAME_KEYS > np.max(same_next)
     )
-    right = own[0] < _FAR <= other[0] and own[1] >= _SAME_KEYS > other[1]
     rows.say(
       mode="check",
-      what="big pool",
+      what="large pool",
       slots=B,
       length=length,
       latents=elements,
       beyond_int32=elements > 2**31,
-      slot=i,
-      rms_over_deviation=round(own[0], 5),
-      of_the_next_slot=round(other[0], 5),
-      same_keys=round(own[1], 4),
-      keys_of_the_next_slot=round(other[1], 4),
-      right=right,
+      compared=few,
+      layer=l,
+      rms=float(np.max(far)),
+      rms_of_next_slot=float(np.min(far_next)),
+      same_keys=float(np.min(same)),
+      same_keys_of_next_slot=float(np.max(same_next)),
+      right=bool(right),
     )
     if not right:
-      wrong.append(i)
+      wrong.append(f"layer {l}")
+  for i in few:
+    stored = jax.tree.leaves(_one_slot(pool, pages[i]))
+    pairs = zip(stored, jax.tree.leaves(alone[i]))
+    same_rows = all(bool((x == y).all()) for x, y in pairs)
+    rows.say(mode="check", what="rows", slot=i, same=same_rows)
+    if not same_rows:
+      wrong.append(f"the rows of slot {i}")
   if wrong:
     raise rows.Wrong(
-      f"a pool of {B} slots of {length} tokens: logits or selected keys of "
-      f"slots {wrong} are not those of each sequence in a pool of its own."
+      f"a pool of {B} slots of {length} tokens: {', '.join(wrong)}: not what a "
+      "pool of one sequence gives."
     )
-
-
-def _read(given: tuple[Any, Any, Any]) -> tuple[np.ndarray, np.ndarray]:
-  logits, selected, _ = given
-  return np.asarray(logits, np.float32), np.asarray(selected)
-
-
-def _distance(x: np.ndarray, y: np.ndarray) -> float:
-  """Rms of the difference, over the deviation of y."""
-  return float(np.sqrt(np.square(x - y).mean()) / y.std())
-
-
-def _least_share(found: np.ndarray, expected: np.ndarray) -> float:
-  """Of all layers and tokens [L, T, K], the least that is the same."""
-  return float(attention.shares(found, expected).min())

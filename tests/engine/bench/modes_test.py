@@ -378,6 +378,10 @@ def test_the_host_is_watched(monkeypatch, capsys):
     (["group", "--speculate"], "unrecognized arguments: --speculate"),
     (["host", "--attention=dense"], "unrecognized arguments: --attention"),
     (["check", "--slots=1"], "--slots 1: a check compares with another slot"),
+    (
+      ["check", "--lengths=127"],
+      "--lengths 127: of so few tokens, the 64 that are chosen tell no slot",
+    ),
     (["load", "--sigma=nan"], "--sigma=nan is not from 0 to 4"),
     (["load", "--longest=100"], "--longest=100: a sample of"),
     (["prefill", "--chunk=70000"], "chunk=70000"),
