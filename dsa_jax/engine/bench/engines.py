@@ -155,6 +155,11 @@ class _Watched(dsa_jax.Engine):
   late = 0
   given: Any = None  # of the last one
 
+  def fill(self, tokens: int) -> None:
+    """Caches so many tokens of prompts before anyone decodes."""
+    while self.stats.prefill_tokens < tokens:
+      self._fill_slots()
+
   def _run_decode(self, stays, hurries):
     self.late += self.given is not None and self.given.tokens.is_ready()
     self.given = super()._run_decode(stays, hurries)
@@ -181,7 +186,8 @@ def host(args) -> None:
   prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, shape)
   for prompt in prompts:
     engine.submit(dsa_jax.Request(prompt, params))
-  while engine.stats.decoded_tokens < 2 * slots * args.steps:
+  engine.fill(prompts.size - slots)  # the last of each comes with a step
+  for _ in range(2):
     engine.step()
   engine.late, begin = 0, time.perf_counter()
   for _ in range(_CALLS):

@@ -351,11 +351,22 @@ def test_a_load_is_done_whole(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_host_is_watched(monkeypatch, capsys):
-  sizes = ["--lengths=256", "--slots=2", "--steps=4", "--chunk=64"]
+def test_the_host_is_watched_while_all_decode(monkeypatch, capsys):
+  calls = []
+  for name in ("_run_prefill", "_run_decode"):
+    run = getattr(dsa_jax.Engine, name)
+    monkeypatch.setattr(
+      dsa_jax.Engine,
+      name,
+      lambda *x, run=run, name=name: (calls.append(name), run(*x))[1],
+    )
+  sizes = ["--lengths=256", "--slots=2", "--steps=4", "--chunk=8"]
   (row,) = command_line.run(monkeypatch, capsys, "host", *sizes)
   assert 0 < row["ms_of_the_host"]
   assert row["late"].endswith(f" of {engines._CALLS} calls")
+  # 63 tokens of each prompt, though steps go on after 32 of all.
+  steps = 2 + 2 * engines._CALLS
+  assert calls == ["_run_prefill"] * 16 + ["_run_decode"] * steps
 
 
 @pytest.mark.parametrize(
