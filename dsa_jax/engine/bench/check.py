@@ -188,21 +188,19 @@ def large_pool(cfg: config_lib.ModelConfig, B: int, length: int, args) -> None:
   wrong = []
   for l in range(pool.layers):
     tokens = _tokens(cfg, B, T, l)
-    pool, keys, out = _layer(cfg, pool, jnp.int32(l), pages, offset, tokens)
-    far, far_next, same, same_next = [], [], [], []
+    pool, *given = _layer(cfg, pool, jnp.int32(l), pages, offset, tokens)
+    compared = []
     for i in few:
       own = tokens._replace(
         kv=tokens.kv[i, None], k_index=tokens.k_index[i, None]
       )
-      alone[i], keys_alone, out_alone = _layer(
+      alone[i], *of_one = _layer(
         *(cfg, alone[i], jnp.int32(l), in_order, offset[i, None]),
-        *(own, keys[i, None]),
+        *(own, given[0][i, None]),
       )
-      j = (i + 1) % B
-      far.append(attention.distances(out[i, None], out_alone))
-      far_next.append(attention.distances(out[j, None], out_alone))
-      same.append(attention.shares(keys[i], keys_alone[0]))
-      same_next.append(attention.shares(keys[j], keys_alone[0]))
+      to_next = _compare(given, (i + 1) % B, of_one)
+      compared.append((*_compare(given, i, of_one), *to_next))
+    same, far, same_next, far_next = zip(*compared)
     right = (
       # Neither comparison holds for NaN.
       np.max(far) <= attention.FAR < np.min(far_next)
@@ -237,3 +235,13 @@ def large_pool(cfg: config_lib.ModelConfig, B: int, length: int, args) -> None:
       f"a pool of {B} slots of {length} tokens: {', '.join(wrong)}: not what a "
       "pool of one sequence gives."
     )
+
+
+def _compare(given, slot: int, of_one) -> tuple[np.ndarray, np.ndarray]:
+  """What part of its keys each query has in this slot, too, and how far the
+  results lie apart."""
+  (keys, out), (keys_of_one, out_of_one) = given, of_one
+  return (
+    attention.shares(keys[slot, None], keys_of_one),
+    attention.distances(out[slot, None], out_of_one),
+  )
