@@ -150,8 +150,9 @@ MODES: Final = {
   ),
   "check": Mode(
     check.check,
-    "compares samples in company with those alone, bit for bit, and a step on "
-    "a pool of --slots sequences with one on a pool of each alone",
+    "compares samples in company with those alone, bit for bit, and each "
+    "layer's attention in a pool of --slots sequences with that in a pool of "
+    "each alone",
     "--slots 32 --lengths 131072",
     "model slots lengths chunk steps speculate prompt tokens",
     {"prompt": _one(3000, "tokens of the longest prompt in company")},

@@ -92,23 +92,24 @@ def queries(
 
 
 def _select(cfg, pool, pages, offset, q_index, w):
-  frame, cache = _frame(cfg, pool, pages, offset, w.shape[1])
+  frame, cache = frame_of(cfg, pool, pages, offset, w.shape[1])
   return cached_attention.select(q_index, w, cache, frame, cfg.top_k, cfg.rules)
 
 
 def _attend(cfg, pool, pages, offset, q, selected):
-  frame, cache = _frame(cfg, pool, pages, offset, q.shape[1])
+  frame, cache = frame_of(cfg, pool, pages, offset, q.shape[1])
   scale = mla.softmax_scale(cfg)
   return cached_attention.attend(
     q, cache, frame, selected, cfg.kv_rank, scale, cfg.rules
   )
 
 
-def _frame(cfg, pool, pages, offset, T):
+def frame_of(cfg, pool, pages, offset, T, layer=0):
+  """The frame of T tokens after `offset` ones, and their layer's cache."""
   frame = frame_lib.make_cached_frame(
     *(cfg, pages, pools.PAGE, offset, jnp.full_like(offset, T), T)
   )
-  return frame, cache_lib.LayerCache(pool, jnp.int32(0))
+  return frame, cache_lib.LayerCache(pool, jnp.int32(layer))
 
 
 def attention(args) -> None:

@@ -15,7 +15,6 @@ import dsa_jax
 from dsa_jax import cache as cache_lib
 from dsa_jax import cached_attention
 from dsa_jax import config as config_lib
-from dsa_jax import frame as frame_lib
 from dsa_jax import mla
 from dsa_jax.engine import weights
 from dsa_jax.engine.bench import attention
@@ -135,13 +134,10 @@ def _layer(cfg, pool, layer, pages, offset, tokens, selected=None):
   Attention is to the keys that are given, or else to those selected.
   """
   B, T, _ = tokens.kv.shape
-  frame = frame_lib.make_cached_frame(
-    *(cfg, pages, pools.PAGE, offset, jnp.full_like(offset, T), T)
-  )
+  frame, cache = attention.frame_of(cfg, pool, pages, offset, T, layer)
   q, q_index, w = (
     jnp.broadcast_to(x, (B, *x.shape[1:])) for x in tokens.queries
   )
-  cache = cache_lib.LayerCache(pool, layer)
   cache = cache.write(frame, tokens.kv, tokens.k_index, cfg.rules)
   own = cached_attention.select(q_index, w, cache, frame, cfg.top_k, cfg.rules)
   out = cached_attention.attend(
@@ -188,14 +184,14 @@ def large_pool(cfg: config_lib.ModelConfig, B: int, length: int, args) -> None:
   wrong = []
   for l in range(pool.layers):
     tokens = _tokens(cfg, B, T, l)
-    pool, *given = _layer(cfg, pool, jnp.int32(l), pages, offset, tokens)
+    pool, *given = _layer(cfg, pool, l, pages, offset, tokens)
     compared = []
     for i in few:
       own = tokens._replace(
         kv=tokens.kv[i, None], k_index=tokens.k_index[i, None]
       )
       alone[i], *of_one = _layer(
-        *(cfg, alone[i], jnp.int32(l), in_order, offset[i, None]),
+        *(cfg, alone[i], l, in_order, offset[i, None]),
         *(own, given[0][i, None]),
       )
       to_next = _compare(given, (i + 1) % B, of_one)
